@@ -1,0 +1,97 @@
+"""What crosses a boundary: frozen pytree dataclasses, with the shape and dtype of every field.
+
+N = prompts, G = responses per prompt, B = N * G rows (row b answers prompt b // G), P = prompt length,
+R = response length, K = tracked tokens. Prompts are padded on the left, responses on the right, so that
+column P is the first response token in every row.
+"""
+
+from flax import struct
+from jaxtyping import Array, Bool, Float32, Int32
+
+
+@struct.dataclass
+class PromptBatch:
+    """The prompts of one step; answers stay on the host."""
+
+    tokens: Int32[Array, "N P"]
+    mask: Bool[Array, "N P"]  # False on the padding, which is on the left
+    group: Int32[Array, "N"]  # which group each prompt's responses form: 0 .. N-1
+
+
+@struct.dataclass
+class RolloutBatch:
+    """What the behavior policy drew, and how likely it was to draw it."""
+
+    tokens: Int32[Array, "B R"]
+    response_mask: Bool[Array, "B R"]  # the end-of-sequence token counts; what follows it does not
+    behavior_logp: Float32[Array, "B R"]  # of the distribution drawn from, temperature included; 0 outside the mask
+    truncated: Bool[Array, "B"]  # ran into R without an end-of-sequence token
+    group: Int32[Array, "B"]
+    topk_ids: Int32[Array, "B R K"] | None = None  # the K likeliest tokens under the behavior policy
+    topk_logp: Float32[Array, "B R K"] | None = None  # their behavior log-probabilities
+
+
+@struct.dataclass
+class TrainBatch:
+    """One optimizer minibatch: what the loss needs, and the tokens to recompute the policy on."""
+
+    prompt_tokens: Int32[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    tokens: Int32[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    behavior_logp: Float32[Array, "B R"]
+    advantages: Float32[Array, "B"]
+    weights: Float32[Array, "B R"]  # aggregation weights w_t, of the whole minibatch
+    topk_ids: Int32[Array, "B R K"] | None = None
+    topk_behavior_logp: Float32[Array, "B R K"] | None = None
+    proximal_logp: Float32[Array, "B R"] | None = None
+    topk_proximal_logp: Float32[Array, "B R K"] | None = None
+
+
+@struct.dataclass
+class TopKPair:
+    """Two policies on the behavior policy's K likeliest tokens."""
+
+    logp: Float32[Array, "B R K"]
+    behavior_logp: Float32[Array, "B R K"]
+    has_sampled: Bool[Array, "B R"]  # whether the sampled token is among the K
+    proximal_logp: Float32[Array, "B R K"] | None = None
+
+
+@struct.dataclass
+class ExactDivergence:
+    """Full-vocabulary divergences of the policy from the behavior policy."""
+
+    tv: Float32[Array, "B R"]
+    kl: Float32[Array, "B R"]
+
+
+@struct.dataclass
+class LossInputs:
+    """All that a policy loss may see. A loss that needs an optional field asks with `require`."""
+
+    logp: Float32[Array, "B R"]
+    behavior_logp: Float32[Array, "B R"]
+    advantages: Float32[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    proximal_logp: Float32[Array, "B R"] | None = None
+    topk: TopKPair | None = None
+    exact: ExactDivergence | None = None
+
+
+@struct.dataclass
+class LossOutput:
+    """What a loss returns, per token and unreduced."""
+
+    coef: Float32[Array, "B R"]  # multiplies grad log pi; no gradient flows through it; 0 outside the mask
+    keep: Bool[Array, "B R"]  # inside the trust region; False outside the mask
+    metrics: dict[str, tuple[Float32[Array, "B R"], Bool[Array, "B R"]]]  # name -> (value, where it counts)
+
+
+@struct.dataclass
+class HeadOutput:
+    """What the token head says of each position."""
+
+    logp: Float32[Array, "B R"]  # of the target token
+    entropy: Float32[Array, "B R"]
+    ids_logp: Float32[Array, "B R K"] | None = None  # of the given token ids
