@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; the nearest is 'x'" or, with nothing close, "; known: a, b" for the end of a sentence."""
+    """ "; the nearest is 'x'" or, with nothing close, "; known: a, b" for the end of a sentence."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; the nearest is {close[0]!r}" if close else f"; known: {', '.join(known)}"
