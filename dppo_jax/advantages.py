@@ -37,7 +37,7 @@ def leave_one_out(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num
     """R - mean of the group's other rewards (RLOO, 2402.14740, equation 6). UserError for groups of one."""
     if rewards.shape[0] < 2 * num_groups:
         raise UserError(
-            f"leave_one_out needs at least 2 responses per prompt, but {rewards.shape[0]} rows are {num_groups} groups; "
+            f"leave_one_out needs at least 2 responses per prompt, but {rewards.shape[0]} rows form {num_groups}; "
             "raise rollout.group_size, or use group_mean"
         )
     count = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups)[group]

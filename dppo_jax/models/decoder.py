@@ -1,0 +1,197 @@
+"""One decoder for Llama, Qwen2 and Qwen3, in Flax NNX at the edges.
+
+`Decoder` is split once: parameters are a plain nested dict from then on, and `bind(config, params)` gives back the
+module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so
+that every layer's cache is a buffer of its own. The block code is the same.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from dppo_jax.models.attention import attention, causal, positions, rotate, rotation
+from dppo_jax.models.config import ModelConfig
+from dppo_jax.sharding import constrain
+
+Params = dict[str, Any]
+# attend(q, k, v, cache of this layer) -> (mixed values, cache of this layer)
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+# What the backward pass keeps: everything, the matrix products, or each layer's input alone.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+def _filled(value: float, size: int, axis: str) -> nnx.Param:
+    return nnx.Param(jnp.full((size,), value), axes=(axis,))
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / rms(x) * scale over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and gated MLP. Each weight's shape, logical axes and initialisation are here."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = self.config = config
+        d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.attn_norm = _filled(1.0, d, "norm")
+        self.q = _normal(rngs, (d, q), "embed", "heads")
+        self.k = _normal(rngs, (d, kv), "embed", "kv_heads")
+        self.v = _normal(rngs, (d, kv), "embed", "kv_heads")
+        self.o = _normal(rngs, (q, d), "heads", "embed")
+        if c.qkv_bias:
+            self.q_bias = _filled(0.0, q, "heads")
+            self.k_bias = _filled(0.0, kv, "kv_heads")
+            self.v_bias = _filled(0.0, kv, "kv_heads")
+        if c.o_bias:
+            self.o_bias = _filled(0.0, d, "norm")
+        if c.qk_norm:
+            self.q_norm = _filled(1.0, c.head_dim, "norm")
+            self.k_norm = _filled(1.0, c.head_dim, "norm")
+        self.mlp_norm = _filled(1.0, d, "norm")
+        self.gate = _normal(rngs, (d, c.intermediate_size), "embed", "mlp")
+        self.up = _normal(rngs, (d, c.intermediate_size), "embed", "mlp")
+        self.down = _normal(rngs, (c.intermediate_size, d), "mlp", "embed")
+
+    def __call__(self, x: Float[Array, "B T E"], cos: Array, sin: Array, attend: Attend, cache: Any):
+        c = self.config
+        batch, length, _ = x.shape
+        h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
+        q, k, v = h @ self.q[...], h @ self.k[...], h @ self.v[...]
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q = q.reshape(batch, length, c.num_heads, c.head_dim)
+        k, v = (a.reshape(batch, length, c.num_kv_heads, c.head_dim) for a in (k, v))
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
+        mixed = mixed.reshape(batch, length, -1) @ self.o[...]
+        x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
+        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
+        x = x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        return constrain(x, "batch", "length", "residual"), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm. The head is a weight here; `token_head` applies it."""
+
+    def __init__(self, config: ModelConfig, *, stacked: bool, rngs: nnx.Rngs):
+        self.config, self.stacked = config, stacked
+        self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
+        if not config.tie_embeddings:
+            self.head = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
+        self.final_norm = _filled(1.0, config.hidden_size, "norm")
+        if stacked:
+            make = nnx.vmap(lambda rngs: Layer(config, rngs), in_axes=0, out_axes=0)
+            self.layers = nnx.split_rngs(splits=config.num_layers)(make)(rngs)
+        else:
+            self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
+
+    def __call__(
+        self, tokens: Int32[Array, "B T"], position: Int32[Array, "B T"], attend: Attend, cache: Any, remat: str = "none"
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Hidden states after the final norm, and the layers' caches."""
+        x = constrain(self.embed[...][tokens], "batch", "length", "residual")
+        cos, sin = rotation(self.config.rope, self.config.head_dim, position)
+        if self.stacked:
+
+            def block(layer, x, cache):
+                return layer(x, cos, sin, attend, cache)
+
+            if remat != "none":
+                block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
+            x, caches = nnx.scan(block, in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))(self.layers, x, cache)
+        else:
+            caches = []
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x, layer_cache = layer(x, cos, sin, attend, layer_cache)
+                caches.append(layer_cache)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), caches
+
+
+@functools.cache
+def _abstract(config: ModelConfig, stacked: bool):
+    module = nnx.eval_shape(lambda: Decoder(config, stacked=stacked, rngs=nnx.Rngs(0)))
+    graph, params, _ = nnx.split(module, nnx.Param, ...)
+    return graph, params
+
+
+def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: Any = None) -> Decoder:
+    """The module that holds these parameters, cast to `dtype` if one is given; call it inside jit, once."""
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return nnx.merge(_abstract(config, stacked)[0], params)
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters: normal with deviation 0.02, norms 1, biases 0."""
+    module = Decoder(config, stacked=True, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, nothing allocated."""
+    return jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), nnx.to_pure_dict(_abstract(config, stacked=True)[1])
+    )
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """Logical axis names of every parameter, as tuples."""
+    flat = {path: leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(_abstract(config, True)[1])}
+    axes: Params = {"layers": {}}
+    for path, names in flat.items():
+        if path[0] == "layers":
+            axes["layers"][path[1]] = ("layers", *names)
+        else:
+            axes[path[0]] = tuple(names)
+    return axes
+
+
+def unstack(params: Params, dtype: Any) -> Params:
+    """The same parameters layer by layer, in the rollout's dtype."""
+    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+    count = jax.tree.leaves(cast["layers"])[0].shape[0]
+    return {**cast, "layers": {i: jax.tree.map(lambda p, i=i: p[i], cast["layers"]) for i in range(count)}}
+
+
+def head_weight(params: Params) -> Float[Array, "V E"]:
+    """The output embedding; the input's where they are tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> Float[Array, "B T E"]:
+    """Teacher-forced hidden states after the final norm, causal, blind to where the mask is False."""
+    visible = causal(jnp.arange(tokens.shape[1]), mask)
+
+    def attend(q, k, v, cache):
+        return attention(q, k, v, visible), cache
+
+    hidden, _ = bind(config, params, dtype=dtype)(tokens, positions(mask), attend, None, remat)
+    return hidden
