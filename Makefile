@@ -1,0 +1,75 @@
+# `make` alone lists what there is. Needs Python 3.11, 3.12 or 3.13 and nothing else; everything goes into .venv.
+
+# The Python that .venv is made with. Not named, an existing .venv keeps the Python it has.
+PYTHON ?= python3
+# What `make parity` installs. A CPU build, where the package index serves a CUDA one:
+#   PIP_EXTRA_INDEX_URL=<PyTorch's index of CPU wheels> make parity
+TORCH ?= torch==2.13.0
+
+SUPPORTED := 3.11 3.12 3.13
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+PY := .venv/bin/python
+VENV_VERSION := $(filter $(SUPPORTED),$(shell $(PY) -c 'import pip; $(VERSION)' 2>/dev/null))
+ifeq ($(origin PYTHON)-$(words $(VENV_VERSION)),file-1)
+PYTHON_VERSION := $(VENV_VERSION)
+else
+PYTHON_VERSION := $(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null)
+endif
+ifneq (is $(PYTHON_VERSION),is $(or $(VENV_VERSION),none))
+REMAKE := FORCE
+endif
+ifneq ($(strip $(TORCH)),$(strip $(shell cat .venv-parity/.ready 2>/dev/null)))
+REMAKE_PARITY := FORCE
+endif
+
+QUICKSTART := runs/quickstart
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test parity lint clean FORCE
+FORCE:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## make .venv with everything but PyTorch
+
+.venv/.ready: requirements.txt requirements-dev.txt pyproject.toml $(REMAKE)
+	@case " $(SUPPORTED) " in *" $(PYTHON_VERSION) "*) ;; *) \
+	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is $(or $(PYTHON_VERSION),not there); name one, as in: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1;; esac
+	@if [ "$(VENV_VERSION)" != "$(PYTHON_VERSION)" ]; then \
+	  echo "setup: making .venv with Python $(PYTHON_VERSION)"; \
+	  $(PYTHON) -m venv --clear .venv || \
+	    { echo "error: $(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf .venv; exit 1; }; fi
+	@echo "setup: installing requirements.txt and requirements-dev.txt into .venv (some minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e . -r requirements-dev.txt || \
+	  { echo "error: pip could not install the requirements; its message is above. If pycosat failed to build: it needs a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)" >&2; exit 1; }
+	@touch $@
+
+quickstart: setup  ## train the embedded model with DPPO for some minutes and plot the curves
+	@if [ -e $(QUICKSTART) ]; then \
+	  old=$(QUICKSTART)-$$(date +%Y%m%d-%H%M%S); mv $(QUICKSTART) $$old; \
+	  echo "quickstart: starting over; the earlier run is kept in $$old"; fi
+	$(PY) -m experiments.train --config configs/quickstart.py --workdir $(QUICKSTART)
+	$(PY) -m experiments.plot --runs $(QUICKSTART) --out $(QUICKSTART)/curves.png
+
+test: setup  ## run all tests; no PyTorch needed
+	$(PY) -m pytest
+
+# .venv-parity holds PyTorch alone: it sees .venv's packages through a path file.
+PARITY := .venv-parity/bin/python
+parity: .venv-parity/.ready  ## make every golden value anew with PyTorch and compare (in .venv-parity, beside .venv)
+	$(PARITY) -m tests.parity.check
+
+.venv-parity/.ready: .venv/.ready $(REMAKE_PARITY)
+	@echo "parity: installing $(TORCH) into .venv-parity (a CPU build is enough; the Makefile says how to get one)"
+	@$(PY) -m venv --clear .venv-parity
+	@echo ../../../../.venv/lib/python$(PYTHON_VERSION)/site-packages > .venv-parity/lib/python$(PYTHON_VERSION)/site-packages/venv.pth
+	@$(PARITY) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo '$(TORCH)' > $@
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:  ## remove the virtual environments and caches; runs/ and models/ stay
+	rm -rf .venv .venv-parity build dppo_jax.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
