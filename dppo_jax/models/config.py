@@ -1,0 +1,374 @@
+"""What a decoder is, and the reading of config.json: every field is read, checked or known to be inert.
+
+A field that is silently ignored is a model that is silently wrong (a rope theta or scaling read from the wrong
+place gives fluent nonsense), so anything unknown is refused by name. Meanings and defaults are those of
+`transformers`; both of its spellings of rope are read, `rope_theta` beside `rope_scaling` (4.x) and
+`rope_parameters` with the theta inside (5.x).
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dppo_jax.errors import UserError
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+# What transformers takes where config.json is silent. A kv_heads or head_dim of None follows from the other sizes.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+}
+DEFAULT_THETA = 10000.0
+DEFAULT_EPS = 1e-6
+
+READ = frozenset(
+    "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias "
+    "rope_theta rope_scaling rope_parameters original_max_position_embeddings layer_types".split()
+)
+
+# Fields that would change the computation, with the values under which they do not.
+FIXED: dict[str, tuple] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "pretraining_tp": (1, None),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "final_logit_softcapping": (None,),
+    "quantization_config": (None,),
+    "per_layer_config": (None,),
+    "auto_map": (None,),  # code of the model's own
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "chunk_size_feed_forward": (0, None),
+}
+
+# Fields with no influence on the logits: token ids, storage, training, classification heads, generation, provenance.
+INERT = frozenset(
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix "
+    "dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss transformers_version transformers.js_config "
+    "_name_or_path name_or_path _commit_hash is_llama_config is_decoder unsloth_fixed unsloth_version "
+    "use_cache initializer_range gradient_checkpointing max_window_layers max_sequence_length "
+    "attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled "
+    "output_hidden_states output_attentions return_dict return_dict_in_generate output_scores "
+    "id2label label2id num_labels problem_type finetuning_task task_specific_params "
+    "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
+    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
+)
+
+# The fields each kind of rope takes, besides the theta.
+ROPE_FIELDS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: inverse frequency theta^(-2i/head_dim) for i in 0 .. head_dim/2 - 1.
+
+    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) keeps wavelengths below
+    original_max_position / high_freq_factor, divides the frequencies of those above
+    original_max_position / low_freq_factor by `factor`, and interpolates between. Positions are in tokens.
+    """
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
+
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    logit_softcap: float | None = None
+
+
+def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
+    """The parsed config.json `d` as a `ModelConfig`.
+
+    Args:
+      d: the JSON object.
+      source: where it came from, for messages.
+
+    Raises:
+      UserError: an unsupported architecture, an unknown field, a field with an unsupported value, a missing or
+        ill-typed one, or two spellings of rope that disagree.
+    """
+    model_type = _model_type(d, source)
+    defaults = DEFAULTS[model_type]
+    _check_fields(d, model_type, source)
+
+    def size(name: str) -> int:
+        if name not in d and name not in defaults:
+            raise UserError(f"{source} lacks the required field {name!r}")
+        return _positive_int(d.get(name, defaults.get(name)), name, source)
+
+    num_heads = size("num_attention_heads")
+    hidden_size = size("hidden_size")
+    num_kv_heads = num_heads if _absent(d, defaults, "num_key_value_heads") else size("num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if _absent(d, defaults, "head_dim"):
+        if hidden_size % num_heads:
+            raise UserError(f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+        head_dim = hidden_size // num_heads
+    else:
+        head_dim = size("head_dim")
+    if head_dim % 2:
+        raise UserError(f"{source}: head_dim must be even for rotary embeddings, not {head_dim}")
+
+    num_layers = size("num_hidden_layers")
+    layer_types = d.get("layer_types")
+    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
+        raise UserError(
+            f"{source}: layer_types {layer_types!r} is not supported; it must be 'full_attention' for each of the "
+            f"{num_layers} layers"
+        )
+    max_position = size("max_position_embeddings")
+    attention_bias = _boolean(d, "attention_bias", source)
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=size("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_positive(d.get("rms_norm_eps", DEFAULT_EPS), "rms_norm_eps", source),
+        rope=_rope(d, max_position, source),
+        max_position=max_position,
+        tie_embeddings=_boolean(d, "tie_word_embeddings", source),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        o_bias=model_type != "qwen2" and attention_bias,
+        qk_norm=model_type == "qwen3",
+    )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The config.json fields of `config`, such that config_from_hf gives it back.
+
+    Rope is written in the 4.x spelling, which every version of transformers reads: 4.x takes `rope_parameters` for an
+    unknown field and would fall back on the default theta without a word.
+
+    Raises:
+      UserError: the config has a feature that its architecture cannot say.
+    """
+    if config.logit_softcap is not None:
+        raise UserError(f"logit_softcap {config.logit_softcap} cannot be written for model_type {config.model_type!r}")
+    attention_bias = config.qkv_bias and config.model_type != "qwen2"
+    biases = (config.qkv_bias, config.o_bias)
+    if biases != ((True, False) if config.model_type == "qwen2" else (attention_bias, attention_bias)):
+        raise UserError(f"qkv_bias, o_bias = {biases} cannot be written for model_type {config.model_type!r}")
+    if config.qk_norm != (config.model_type == "qwen3"):
+        raise UserError(f"qk_norm = {config.qk_norm} cannot be written for model_type {config.model_type!r}")
+    d: dict[str, Any] = {
+        "architectures": [name for name, kind in ARCHITECTURES.items() if kind == config.model_type],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
+    }
+    if config.model_type == "llama":
+        d["mlp_bias"] = False
+    else:
+        d["use_sliding_window"] = False
+    if config.model_type != "qwen2":
+        d["attention_bias"] = attention_bias
+    return d
+
+
+def _model_type(d: Mapping[str, Any], source: str) -> Literal["llama", "qwen2", "qwen3"]:
+    supported = ", ".join(ARCHITECTURES)
+    names, model_type = d.get("architectures"), d.get("model_type")
+    if names is None and model_type is None:
+        raise UserError(f"{source} names no architecture; supported: {supported}")
+    if names is not None:
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+            name = names[0] if isinstance(names, list) and len(names) == 1 else names
+            raise UserError(f"{source}: unsupported architecture {name!r}; supported: {supported}")
+        if model_type is not None and model_type != ARCHITECTURES[names[0]]:
+            raise UserError(f"{source}: architecture {names[0]!r} and model_type {model_type!r} disagree")
+        model_type = ARCHITECTURES[names[0]]
+    if model_type not in list(DEFAULTS):
+        raise UserError(f"{source}: unsupported model_type {model_type!r}; supported: {', '.join(DEFAULTS)}")
+    return model_type
+
+
+def _check_fields(d: Mapping[str, Any], model_type: str, source: str) -> None:
+    fixed = dict(FIXED)
+    inert = set(INERT)
+    if model_type == "qwen2":
+        fixed["attention_bias"] = (True, None)  # Qwen2 has q, k and v biases whatever is said
+    if model_type == "llama":
+        fixed["sliding_window"] = (None,)
+    else:
+        inert.add("sliding_window")  # without use_sliding_window
+    for name, value in d.items():
+        if name in fixed:
+            if not any(_same(value, allowed) for allowed in fixed[name]):
+                supported = fixed[name][0]
+                only = "leave it out" if supported is None else f"supported: {supported!r}"
+                raise UserError(f"{source}: {name} = {value!r} is not supported for {model_type}; {only}")
+        elif name not in READ and name not in inert:
+            close = difflib.get_close_matches(name, [*READ, *fixed], n=1, cutoff=0.5)
+            hint = f"; the nearest known is {close[0]!r}" if close else ", and it might change the model"
+            raise UserError(f"{source} has the unknown field {name!r}{hint}")
+
+
+def _rope(d: Mapping[str, Any], max_position: int, source: str) -> RopeConfig:
+    spelled = {name: d[name] for name in ("rope_parameters", "rope_scaling") if d.get(name) not in (None, {})}
+    if not spelled:
+        return RopeConfig(theta=_theta(d, {}, "rope_theta", source))
+    found = [_rope_block(d, block, name, max_position, source) for name, block in spelled.items()]
+    if len(set(found)) > 1:
+        raise UserError(f"{source}: rope_parameters and rope_scaling disagree; leave one out")
+    return found[0]
+
+
+def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int, source: str) -> RopeConfig:
+    if not isinstance(block, Mapping):
+        raise UserError(f"{source}: {where} must be an object, not {block!r}")
+    block = {name: value for name, value in block.items() if value is not None}
+    kinds = {block[name] for name in ("rope_type", "type") if isinstance(block.get(name), str)}
+    if len(kinds) > 1:
+        raise UserError(f"{source}: {where} has rope_type {block['rope_type']!r} but type {block['type']!r}")
+    kind: Any = next(iter(kinds), block.get("rope_type", block.get("type", "default")))
+    if kind not in list(ROPE_FIELDS):
+        raise UserError(f"{source}: unsupported rope type {kind!r} in {where}; supported: {', '.join(ROPE_FIELDS)}")
+    fields = ROPE_FIELDS[kind]
+    for name in block:
+        if name not in fields | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            takes = ", ".join(sorted({"rope_theta"} | fields))
+            raise UserError(f"{source}: {where} of type {kind!r} has the unknown field {name!r}; it takes {takes}")
+    if block.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"{source}: {where}.partial_rotary_factor = {block['partial_rotary_factor']!r} is not supported; "
+            "supported: 1.0"
+        )
+    theta = _theta(d, block, where, source)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+
+    def number(name: str) -> float:
+        if name not in block:
+            raise UserError(f"{source}: {where} of type {kind!r} lacks the field {name!r}")
+        return _positive(block[name], f"{where}.{name}", source)
+
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=number("factor"))
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+        raise UserError(f"{source}: {where}.high_freq_factor {high} must be above low_freq_factor {low}")
+    name = "original_max_position_embeddings"
+    values = [place[name] for place in (block, d) if place.get(name) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        raise UserError(f"{source}: {name} is {values[0]!r} in {where} but {values[1]!r} beside it")
+    original = _positive_int(values[0], name, source) if values else max_position
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position=original,
+    )
+
+
+def _theta(d: Mapping[str, Any], block: Mapping[str, Any], where: str, source: str) -> float:
+    inside, beside = block.get("rope_theta"), d.get("rope_theta")
+    if inside is not None and beside is not None and inside != beside:
+        raise UserError(f"{source}: rope_theta is {inside!r} in {where} but {beside!r} beside it")
+    value = inside if inside is not None else beside
+    return DEFAULT_THETA if value is None else _positive(value, "rope_theta", source)
+
+
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    if rope.kind == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_position,
+    }
+
+
+def _absent(d: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> bool:
+    """Whether the field is to follow from the other sizes: null, or left out of a family without a default."""
+    if name in d:
+        return d[name] is None and (name == "num_key_value_heads" or defaults[name] is None)
+    return defaults[name] is None
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _positive_int(value: Any, name: str, source: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise UserError(f"{source}: {name} must be a positive integer, not {value!r}")
+    return value
+
+
+def _positive(value: Any, name: str, source: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{source}: {name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _boolean(d: Mapping[str, Any], name: str, source: str) -> bool:
+    value = d.get(name, False)
+    if value is None and name == "attention_bias":
+        return False
+    if not isinstance(value, bool):
+        raise UserError(f"{source}: {name} must be true or false, not {value!r}")
+    return value
