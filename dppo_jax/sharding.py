@@ -32,7 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices. At most one size may be -1: it takes what the others leave. UserError if it does not fit."""
+    """A mesh over all devices; a size of -1 takes what the others leave. UserError if it does not fit."""
     devices = jax.devices() if devices is None else devices
     shape = {axis: int(sizes[axis]) for axis in MESH_AXES}
     free = [axis for axis, size in shape.items() if size == -1]
@@ -65,7 +65,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 def named(mesh: Mesh, axes_tree):
     """NamedShardings for a tree whose leaves are tuples of logical names."""
-    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), axes_tree, is_leaf=lambda x: isinstance(x, tuple))
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), axes_tree, is_leaf=is_axes)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -92,8 +93,8 @@ def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tr
     def check(path, shape, axes):
         for size, axis in zip(shape.shape, axes, strict=True):
             mapped = RULES[axis]
-            if mapped is not None and size % mesh.shape[mapped]:
+            if mapped is not None and size % (parts := mesh.shape[mapped]):
                 where = "/".join(str(getattr(key, "key", key)) for key in path)
-                raise UserError(f"parameter {where} has {axis} = {size}, not divisible by mesh.{mapped} = {mesh.shape[mapped]}")
+                raise UserError(f"parameter {where} has {axis} = {size}, which mesh.{mapped} = {parts} does not divide")
 
     jax.tree_util.tree_map_with_path(check, shapes, axes_tree)

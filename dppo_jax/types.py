@@ -33,7 +33,7 @@ class RolloutBatch:
 
 @struct.dataclass
 class TrainBatch:
-    """One optimizer minibatch: what the loss needs, and the tokens to recompute the policy on."""
+    """What updates train on: a whole rollout batch, or some rows of it as one optimizer minibatch."""
 
     prompt_tokens: Int32[Array, "B P"]
     prompt_mask: Bool[Array, "B P"]
@@ -41,7 +41,6 @@ class TrainBatch:
     mask: Bool[Array, "B R"]
     behavior_logp: Float32[Array, "B R"]
     advantages: Float32[Array, "B"]
-    weights: Float32[Array, "B R"]  # aggregation weights w_t, of the whole minibatch
     topk_ids: Int32[Array, "B R K"] | None = None
     topk_behavior_logp: Float32[Array, "B R K"] | None = None
     proximal_logp: Float32[Array, "B R"] | None = None

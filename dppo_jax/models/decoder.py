@@ -106,7 +106,12 @@ class Decoder(nnx.Module):
             self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
 
     def __call__(
-        self, tokens: Int32[Array, "B T"], position: Int32[Array, "B T"], attend: Attend, cache: Any, remat: str = "none"
+        self,
+        tokens: Int32[Array, "B T"],
+        position: Int32[Array, "B T"],
+        attend: Attend,
+        cache: Any,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Hidden states after the final norm, and the layers' caches."""
         x = constrain(self.embed[...][tokens], "batch", "length", "residual")

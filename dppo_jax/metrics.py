@@ -1,0 +1,121 @@
+"""Metrics on the device: sums with their counts, maxima and histograms, merged freely, divided once when written."""
+
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float32
+
+from dppo_jax.divergences import prob_diff
+from dppo_jax.losses import log_ratio
+from dppo_jax.types import LossInputs, LossOutput
+
+RATIO_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61), [np.inf]])  # of pi / mu
+PROB_DIFF_EDGES = np.linspace(-1.0, 1.0, 81)  # of pi - mu
+
+
+@struct.dataclass
+class Metrics:
+    """What one or more micro-batches measured."""
+
+    sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
+    maxima: dict[str, Array]
+    histograms: dict[str, Array]  # name -> counts between its edges
+
+
+def mean(value: Array, where: Array) -> tuple[Array, Array]:
+    """A (sum, count) pair over the positions where `where` holds."""
+    return jnp.sum(jnp.where(where, value, 0.0), dtype=jnp.float32), jnp.sum(where, dtype=jnp.float32)
+
+
+def merge(a: Metrics, b: Metrics) -> Metrics:
+    """Both together. They must hold the same names."""
+    return Metrics(
+        sums={name: (a.sums[name][0] + b.sums[name][0], a.sums[name][1] + b.sums[name][1]) for name in a.sums},
+        maxima={name: jnp.maximum(a.maxima[name], b.maxima[name]) for name in a.maxima},
+        histograms={name: a.histograms[name] + b.histograms[name] for name in a.histograms},
+    )
+
+
+def _histogram(value: Array, where: Array, edges: np.ndarray) -> Float32[Array, "bins"]:
+    """Counts per bin, right-open; values beyond the outer edges go to the outer bins."""
+    inner = jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.float32), value, side="right")
+    return jnp.zeros(len(edges) - 1, jnp.float32).at[inner.ravel()].add(where.ravel().astype(jnp.float32))
+
+
+def trust_region_metrics(
+    inputs: LossInputs, output: LossOutput, entropy: Float32[Array, "B R"], weights: Float32[Array, "B R"]
+) -> Metrics:
+    """Everything logged of one micro-batch of tokens; names are TensorBoard tags.
+
+    Fractions of `trust_region/*` are of the tokens with A != 0. `loss/surrogate` counts minibatches: its count is
+    added by whoever knows where one ends.
+    """
+    mask = inputs.mask
+    advantage = jnp.where(mask, inputs.advantages, 0.0)
+    logp, behavior_logp = (jnp.where(mask, x, 0.0) for x in (inputs.logp, inputs.behavior_logp))
+    diff = prob_diff(logp, behavior_logp)
+    ratio = jnp.exp(log_ratio(logp, behavior_logp))
+    moved = mask & (advantage != 0)
+    dropped = moved & ~output.keep
+
+    def fraction(which: Bool[Array, "B R"]) -> tuple[Array, Array]:
+        return mean(which.astype(jnp.float32), moved)
+
+    sums = {
+        "loss/surrogate": (jnp.sum(jnp.where(mask, weights * output.coef, 0.0)), jnp.float32(0.0)),
+        "policy/entropy": mean(entropy, mask),
+        "policy/abs_prob_diff_mean": mean(jnp.abs(diff), mask),
+        "ratio/mean": mean(ratio, mask),
+        "ratio/square": mean(ratio**2, mask),
+        "trust_region/masked": fraction(dropped),
+        "trust_region/masked_positive": fraction(dropped & (advantage > 0)),
+        "trust_region/masked_negative": fraction(dropped & (advantage < 0)),
+        "trust_region/bad_updates": fraction((advantage < 0) & (-diff >= 0.5)),
+    }
+    sums |= {f"loss/{name}": mean(value, where & mask) for name, (value, where) in output.metrics.items()}
+    return Metrics(
+        sums=sums,
+        maxima={
+            "policy/abs_prob_diff_max": jnp.max(jnp.abs(jnp.where(mask, diff, 0.0))),
+            "ratio/max": jnp.max(jnp.where(mask, ratio, 0.0)),
+        },
+        histograms={
+            "ratio": _histogram(ratio, mask, RATIO_EDGES),
+            "prob_diff": _histogram(diff, mask, PROB_DIFF_EDGES),
+        },
+    )
+
+
+def summary(metrics: Metrics) -> dict[str, float]:
+    """Plain numbers for the log; a mean over nothing is left out.
+
+    `ratio/ess` is the effective share of the samples, (mean r)^2 / mean r^2, in (0, 1].
+    """
+    means = {name: float(total) / float(count) for name, (total, count) in metrics.sums.items() if float(count) > 0}
+    if "ratio/square" in means:
+        square = means.pop("ratio/square")
+        means["ratio/ess"] = means["ratio/mean"] ** 2 / square
+    return means | {name: float(value) for name, value in metrics.maxima.items()}
+
+
+def mismatch(first: Metrics) -> dict[str, float]:
+    """Training against rollout at equal parameters: |pi - mu| over the first minibatch after a rollout."""
+    total, count = first.sums["policy/abs_prob_diff_mean"]
+    return {
+        "mismatch/abs_prob_diff_mean": float(total) / max(float(count), 1.0),
+        "mismatch/abs_prob_diff_max": float(first.maxima["policy/abs_prob_diff_max"]),
+    }
+
+
+def group_metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:
+    """Rewards [B], groups contiguous. `solved_groups` are right throughout, `failed_groups` wrong throughout."""
+    groups = rewards.reshape(-1, group_size)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/solved_groups": float((groups.min(axis=1) >= 1.0).mean()),
+        "reward/failed_groups": float((groups.max(axis=1) <= 0.0).mean()),
+        "reward/zero_variance_groups": float((groups.max(axis=1) == groups.min(axis=1)).mean()),
+    }
+
+

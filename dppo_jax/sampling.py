@@ -1,0 +1,56 @@
+"""Drawing tokens: keys per row, exact draws by inverse distribution, nucleus truncation for evaluation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, Key, UInt32
+
+from dppo_jax.token_head import log_normaliser
+
+
+def step_key(seed: int, step: int | Int32[Array, ""] | UInt32[Array, ""], purpose: int) -> Key[Array, ""]:
+    """The key of one step for one purpose: randomness is a function of (seed, step, purpose) and hides nowhere."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def row_keys(key: Key[Array, ""], row: Int32[Array, "B"]) -> Key[Array, "B"]:
+    """A key per row. A row's stream depends on its own number alone, not on its batch, slot or neighbours."""
+    return jax.vmap(lambda r: jax.random.fold_in(key, r))(row)
+
+
+def uniforms(keys: Key[Array, "B"], position: Int32[Array, ""]) -> Float32[Array, "B 2"]:
+    """Two numbers in [0, 1) for each row's token number `position`."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys)
+
+
+def _invert(weight: Float32[Array, "B n"], u: Float32[Array, "B"]) -> Int32[Array, "B"]:
+    """The entry in which the cumulative weight passes u of the total; never one of weight 0."""
+    passed = jnp.cumsum(weight, axis=-1)
+    positive = weight > 0
+    total = jnp.max(jnp.where(positive, passed, 0.0), axis=-1)
+    return jnp.argmax(positive & (passed > (u * total)[:, None]), axis=-1)
+
+
+def draw(log_p: Float32[Array, "B V"], u: Float32[Array, "B 2"]) -> Int32[Array, "B"]:
+    """One token per row, distributed as exp(log_p), which need not be normalised.
+
+    In two levels, a block of tokens and then a token in it, each with a uniform of its own: the draw resolves
+    probabilities far below one float32 uniform's 1e-7, and costs one pass over the vocabulary.
+    """
+    batch, vocabulary = log_p.shape
+    width = 2 ** math.ceil(math.log2(vocabulary) / 2)
+    padded = jnp.pad(log_p, [(0, 0), (0, -vocabulary % width)], constant_values=-jnp.inf)
+    p = jnp.exp(padded - jnp.max(log_p, axis=-1, keepdims=True)).reshape(batch, -1, width)
+    block = _invert(jnp.sum(p, axis=-1), u[:, 0])
+    within = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]
+    return (block * width + _invert(within, u[:, 1])).astype(jnp.int32)
+
+
+def nucleus(z: Float32[Array, "B V"], top_p: float) -> Float32[Array, "B V"]:
+    """-inf outside the smallest set of likeliest tokens whose mass reaches top_p (1904.09751)."""
+    order = jnp.argsort(-z, axis=-1)
+    p = jnp.take_along_axis(jnp.exp(z - log_normaliser(z)[:, None]), order, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), order, before < top_p, axis=-1, inplace=False)
+    return jnp.where(kept, z, -jnp.inf)
