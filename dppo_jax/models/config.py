@@ -28,7 +28,7 @@ DEFAULT_EPS = 1e-6
 READ = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias "
-    "rope_theta rope_scaling rope_parameters original_max_position_embeddings layer_types".split()
+    "rope_theta rope_scaling rope_parameters layer_types".split()
 )
 
 # Fields that would change the computation, with the values under which they do not.
@@ -41,6 +41,7 @@ FIXED: dict[str, tuple] = {
     "use_mrope": (False, None),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1.0, None),
+    "original_max_position_embeddings": (None,),  # belongs with the other rope settings
     "final_logit_softcapping": (None,),
     "quantization_config": (None,),
     "per_layer_config": (None,),
@@ -305,18 +306,14 @@ def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int,
     low, high = number("low_freq_factor"), number("high_freq_factor")
     if high <= low:
         raise UserError(f"{source}: {where}.high_freq_factor {high} must be above low_freq_factor {low}")
-    name = "original_max_position_embeddings"
-    values = [place[name] for place in (block, d) if place.get(name) is not None]
-    if len(values) == 2 and values[0] != values[1]:
-        raise UserError(f"{source}: {name} is {values[0]!r} in {where} but {values[1]!r} beside it")
-    original = _positive_int(values[0], name, source) if values else max_position
+    original = block.get("original_max_position_embeddings", max_position)
     return RopeConfig(
         theta=theta,
         kind="llama3",
         factor=number("factor"),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position=original,
+        original_max_position=_positive_int(original, f"{where}.original_max_position_embeddings", source),
     )
 
 

@@ -108,8 +108,8 @@ def save_hf(
 ) -> None:
     """Writes a model directory that `transformers` loads to the same logits.
 
-    All is written under a temporary name inside `directory` and moved over at the end, config.json last and the
-    old one removed first: a kill leaves either a whole model or a directory without config.json, which nothing loads.
+    All is written under a temporary name inside `directory` and moved over at the end, config.json last, and an old
+    one that differs is removed first: a kill leaves a whole model, or one without config.json, which nothing loads.
 
     Args:
       directory: made if need be; a model in it is replaced.
@@ -136,8 +136,11 @@ def save_hf(
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        (directory / CONFIG).unlink(missing_ok=True)
+        written_config = json.dumps(fields, indent=2) + "\n"
+        (staging / CONFIG).write_text(written_config)
+        old_config = directory / CONFIG
+        if old_config.is_file() and old_config.read_text() != written_config:
+            old_config.unlink()
         written = sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG)
         for path in written:
             target = directory / path.relative_to(staging)
