@@ -1,0 +1,103 @@
+"""Advantages against float64, whatever the order of the rows, and on groups where there is nothing to learn."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dppo_jax.advantages import ADVANTAGES, gae
+from dppo_jax.errors import UserError
+
+with np.load(Path(__file__).parent / "golden" / "losses" / "losses.npz") as _file:
+    GOLDEN = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "json")}
+GAE = json.loads(str(GOLDEN["json/gae"]))
+NAMES = ("group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm")
+RUN = {"eager": lambda f: f, "jit": jax.jit}
+GROUPS = 6
+
+
+def call(name, rewards, group, num_groups=GROUPS, run="eager"):
+    f = RUN[run](partial(ADVANTAGES[name], num_groups=num_groups))
+    return f(jnp.asarray(rewards, jnp.float32), jnp.asarray(group, jnp.int32))
+
+
+def test_the_table_is_complete():
+    assert set(ADVANTAGES) == set(NAMES)
+
+
+@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("name", NAMES)
+def test_advantages_equal_the_float64_definition(name, run):
+    group = GOLDEN["advantages/group"]
+    assert (np.diff(group) < 0).any()  # interleaved
+    rewards, wanted = GOLDEN["advantages/rewards"], GOLDEN[f"advantages/{name}"]
+    for i in range(len(rewards)):
+        got = call(name, rewards[i], group, run=run)
+        assert got.shape == (len(group),) and got.dtype == jnp.float32
+        want = wanted[i]
+        error = np.abs(np.asarray(got, np.float64) - want) / np.maximum(1, np.abs(want))
+        assert error.max() <= 2e-5, i
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_rows_does_not_matter(name):
+    group, rewards = GOLDEN["advantages/group"], GOLDEN["advantages/rewards"][1]
+    order = np.random.RandomState(0).permutation(len(group))
+    got, want = call(name, rewards[order], group[order]), np.asarray(call(name, rewards, group))[order]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -0.7, 1e3])
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_rewards_give_nothing_to_learn(name, reward):
+    """A group mean that misses by a rounding error must not be blown up by a division by 1e-6."""
+    for size in (2, 3, 7, 8):
+        got = call(name, np.full(2 * size, reward), np.arange(2 * size) % 2, num_groups=2)
+        assert np.abs(got).max() <= 2e-5 * max(1.0, reward), size
+
+
+@pytest.mark.parametrize("run", RUN)
+def test_leave_one_out_refuses_groups_of_one(run):
+    with pytest.raises(UserError, match="leave_one_out"):
+        call("leave_one_out", np.zeros(4), np.arange(4), num_groups=4, run=run)
+    with pytest.raises(UserError, match="leave_one_out"):
+        call("leave_one_out", np.zeros(5), np.array([0, 0, 1, 1, 2]), num_groups=3, run=run)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "leave_one_out"])
+def test_a_group_of_one_has_no_advantage(name):
+    assert call(name, [0.3, 1.0], [0, 1], num_groups=2) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("i", range(len(GAE)))
+def test_gae_equals_the_float64_definition(i, run):
+    rewards, values, mask = (GOLDEN[f"gae/{name}"] for name in ("rewards", "values", "mask"))
+    f = RUN[run](partial(gae, **GAE[i]))
+    got = f(rewards, values, mask)
+    assert got.shape == rewards.shape and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, GOLDEN["gae/advantages"][i], rtol=2e-5, atol=2e-5)
+    assert (np.asarray(got)[~mask] == 0).all()
+    for spoiled in (np.nan, np.inf):
+        again = f(np.where(mask, rewards, spoiled), np.where(mask, values, spoiled), mask)
+        np.testing.assert_array_equal(again, got)
+
+
+@pytest.mark.parametrize("run", RUN)
+def test_gae_gradients_are_finite_and_stay_inside_the_mask(run):
+    rewards, values, mask = (GOLDEN[f"gae/{name}"] for name in ("rewards", "values", "mask"))
+    f = lambda r, v: gae(r, v, mask, discount=0.9, lam=0.8).sum()  # noqa: E731
+    spoiled = np.where(mask, rewards, np.nan), np.where(mask, values, np.nan)
+    for grad in RUN[run](jax.grad(f, argnums=(0, 1)))(*spoiled):
+        assert np.isfinite(grad).all() and (np.asarray(grad)[~mask] == 0).all()
+
+
+def test_gae_with_lambda_one_is_return_minus_value():
+    rng = np.random.RandomState(0)
+    rewards, values = rng.standard_normal((2, 3, 5)).astype(np.float32)
+    got = gae(rewards, values, np.ones((3, 5), bool), discount=1.0, lam=1.0)
+    np.testing.assert_allclose(got, np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1] - values, atol=1e-5)
