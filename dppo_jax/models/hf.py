@@ -88,14 +88,14 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
         for path, shape in shapes.items():
             names = list(_hf_names(path, config))
             if path.startswith("layers/"):
-                stacked = np.empty(shape, np.float32)
+                stacked: np.ndarray = np.empty(shape, np.float32)
                 for layer, name in enumerate(names):
                     stacked[layer] = _read(name, tensors, shape[1:], transpose=len(shape) == 3)
                 params["layers"][path.removeprefix("layers/")] = stacked
             else:
                 params[path] = _read(names[0], tensors, shape, transpose=False).astype(np.float32)
         if tied_head in tensors:
-            head = _read(tied_head, tensors, shapes["embed"], transpose=False).astype(np.float32)
+            head: np.ndarray = _read(tied_head, tensors, shapes["embed"], transpose=False).astype(np.float32)
             if not np.array_equal(head, params["embed"]):
                 raise UserError(
                     f"{directory} has tie_word_embeddings true, but {tied_head!r} differs from {HF_NAMES['embed']!r}"
