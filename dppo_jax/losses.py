@@ -12,6 +12,7 @@ To add a loss: write one function of (LossInputs, *, hyperparameters) that retur
 and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -249,7 +250,7 @@ def required_fields(loss: Callable[[LossInputs], LossOutput]) -> frozenset[str]:
 
     def needs(field: str) -> bool:
         try:
-            jax.eval_shape(loss, full.replace(**{field: None}))
+            jax.eval_shape(loss, dataclasses.replace(full, **{field: None}))
         except MissingField:
             return True
         return False

@@ -1,6 +1,5 @@
 """Metrics on the device: sums with their counts, maxima and histograms, merged freely, divided once when written."""
 
-
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -28,13 +27,15 @@ def mean(value: Array, where: Array) -> tuple[Array, Array]:
     return jnp.sum(jnp.where(where, value, 0.0), dtype=jnp.float32), jnp.sum(where, dtype=jnp.float32)
 
 
-def merge(a: Metrics, b: Metrics) -> Metrics:
-    """Both together. They must hold the same names."""
-    return Metrics(
-        sums={name: (a.sums[name][0] + b.sums[name][0], a.sums[name][1] + b.sums[name][1]) for name in a.sums},
-        maxima={name: jnp.maximum(a.maxima[name], b.maxima[name]) for name in a.maxima},
-        histograms={name: a.histograms[name] + b.histograms[name] for name in a.histograms},
-    )
+def merge(first: Metrics, *others: Metrics) -> Metrics:
+    """All of them together. They must hold the same names."""
+    for other in others:
+        first = Metrics(
+            sums={name: (s + other.sums[name][0], n + other.sums[name][1]) for name, (s, n) in first.sums.items()},
+            maxima={name: jnp.maximum(value, other.maxima[name]) for name, value in first.maxima.items()},
+            histograms={name: counts + other.histograms[name] for name, counts in first.histograms.items()},
+        )
+    return first
 
 
 def _histogram(value: Array, where: Array, edges: np.ndarray) -> Float32[Array, "bins"]:
@@ -117,5 +118,3 @@ def group_metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:
         "reward/failed_groups": float((groups.max(axis=1) <= 0.0).mean()),
         "reward/zero_variance_groups": float((groups.max(axis=1) == groups.min(axis=1)).mean()),
     }
-
-

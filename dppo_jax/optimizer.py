@@ -8,7 +8,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_schedule(*, learning_rate: float, warmup: int, schedule: str, updates: int) -> optax.Schedule:
-    """Learning rate by optimizer update: linear from 0 over `warmup` updates, then constant or down to 0 at `updates`."""
+    """Learning rate by optimizer update: up over the first `warmup`, then constant, or down to 0 at `updates`."""
     if schedule not in SCHEDULES:
         raise UserError(f"optimizer.schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     rest = max(updates - warmup, 1)

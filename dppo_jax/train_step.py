@@ -1,7 +1,6 @@
 """The update: score tokens under the policy, ask the loss for coefficients, take one optimizer step per minibatch."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Int32
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax.divergences import sampled_in_topk
@@ -60,16 +59,17 @@ def make_score(config: ModelConfig, *, temperature: float, dtype: Any, remat: st
     return score
 
 
-def assemble(prompts: PromptBatch, rollout: RolloutBatch, advantages: Float32[Array, "B"]) -> TrainBatch:
-    """Every row with its prompt."""
-    repeat = rollout.tokens.shape[0] // prompts.tokens.shape[0]
+def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
+    """Every row with its prompt; advantages are 0 until the rewards are known."""
+    rows_count = rollout.tokens.shape[0]
+    repeat = rows_count // prompts.tokens.shape[0]
     return TrainBatch(
         prompt_tokens=jnp.repeat(prompts.tokens, repeat, axis=0),
         prompt_mask=jnp.repeat(prompts.mask, repeat, axis=0),
         tokens=rollout.tokens,
         mask=rollout.response_mask,
         behavior_logp=rollout.behavior_logp,
-        advantages=advantages,
+        advantages=jnp.zeros(rows_count, jnp.float32),
         topk_ids=rollout.topk_ids,
         topk_behavior_logp=rollout.topk_logp,
     )
@@ -126,16 +126,14 @@ def make_update(
         return jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
 
     def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        gradient = jax.grad(partial(objective), has_aux=True)
+        gradient = jax.grad(objective, has_aux=True)
         whole = (batch, weigh(batch.mask))
         if micro_batches == 1:
             grads, measured = gradient(state.params, *whole)
         else:
             stacked = jax.tree.map(pieces, whole)
             first = jax.tree.map(lambda x: x[0], stacked)
-            zeros = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, state.params, *first)
-            )
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, state.params, *first))
 
             def accumulate(carry, piece):
                 grads, measured = gradient(state.params, *piece)
@@ -168,14 +166,17 @@ def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation
     return TrainState(params=params, opt_state=opt_state, updates=everywhere)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """A fresh state around these parameters, laid out over the mesh."""
-    params = jax.device_put(params, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), shardings.updates))
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+) -> TrainState:
+    """A fresh state around these parameters, laid out over the mesh if shardings are given."""
+    if shardings is None:
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+    params = jax.device_put(params, shardings.params, may_alias=False)  # updates donate them; the caller's stay
+    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh) -> Update:
     """The update compiled for the mesh, with its state donated."""
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(update, in_shardings=(shardings, rows(mesh)), out_shardings=(shardings, everywhere), donate_argnums=0)
+    out = (shardings, NamedSharding(mesh, P()))
+    return jax.jit(update, in_shardings=(shardings, rows(mesh)), out_shardings=out, donate_argnums=0)

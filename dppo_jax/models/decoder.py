@@ -114,7 +114,8 @@ class Decoder(nnx.Module):
         remat: str = "none",
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Hidden states after the final norm, and the layers' caches."""
-        x = constrain(self.embed[...][tokens], "batch", "length", "residual")
+        table = constrain(self.embed[...], "vocab", None)
+        x = constrain(table[tokens], "batch", "length", "residual")
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 

@@ -1,0 +1,135 @@
+"""Every config key: its default, meaning, unit and source. Other configs change what differs.
+
+    python -m experiments.train --config configs/base.py --workdir DIR --config.policy.path=DIR --config.data.name=NAME
+
+Sections and numbers of the paper are those of arXiv 2602.04879.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from dppo_jax.losses import LOSSES, hyperparameters
+
+INF = float("inf")
+KINDS = ("binary", "topk")
+ANCHORS = ("", "_proximal")
+
+
+def data_section(**changes) -> ConfigDict:
+    """Where prompts and answers come from; the training data and every evaluation set have these keys."""
+    data = ConfigDict()
+    data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet
+    data.name = ""  # reasoning_gym: the data set's name
+    data.path = ""  # jsonl, parquet: the file; rows of {prompt or messages, answer}
+    data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
+    data.size = 2000  # examples; a file may hold fewer
+    data.seed = 1  # reasoning_gym: generates the examples
+    data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify
+    data.chat = False  # wrap prompts by the tokenizer's chat template
+    data.template = "{prompt}"  # text around every prompt
+    data.max_prompt_len = 64  # tokens; prompts are padded on the left to this length
+    data.too_long = "error"  # a longer prompt: error | skip
+    data.settings.unlock()
+    for key, value in changes.items():
+        data[key] = value
+    return data
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # the run is a function of (config, seed, data)
+    c.steps = 100  # rollout batches
+
+    c.policy = ConfigDict()
+    c.policy.path = ""  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
+    c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5) | float16; master weights are float32
+    c.policy.remat = "none"  # what the backward pass recomputes: none | dots | full
+    c.policy.head_chunk = 512  # positions per device whose logits exist at one time
+
+    c.data = data_section()
+
+    c.rollout = ConfigDict()
+    c.rollout.prompts = 16  # prompts per step (64 in §5, 256 or 128 in appendix E)
+    c.rollout.group_size = 8  # responses per prompt, G (8 in §5, 16 or 8 in appendix E)
+    c.rollout.max_new_tokens = 64  # response length, R
+    c.rollout.temperature = 1.0  # divides the logits of both policies (appendix E)
+    c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
+    c.rollout.dtype = "float32"  # parameters and cache of the behavior policy; differing from policy.dtype is mismatch
+    c.rollout.tracked = 20  # K: tracked tokens, recorded when the loss needs them (§4: 20)
+
+    c.reward = ConfigDict()
+    c.reward.workers = 2  # processes for verifiers that may hang (math_verify)
+    c.reward.time_limit_s = 10.0  # seconds for one reply; then it is killed, counted, and scores 0
+
+    c.advantage = ConfigDict()
+    c.advantage.name = "group_mean"  # a key of ADVANTAGES; §5: no standard deviation
+
+    c.loss = ConfigDict()
+    c.loss.name = "dppo_binary_tv"  # a key of LOSSES
+    for name in sorted({name for loss in LOSSES.values() for name in hyperparameters(loss)}):
+        c.loss[name] = config_dict.placeholder(float)  # unset: the value in loss_defaults.<loss.name>
+
+    # Used where loss.<name> is unset. From §7 and appendix E; configs/paper/sanity_test.py holds those of §5.
+    # relax_* have no default alpha: §6 sweeps it.
+    tv, kl = dict(delta_low=0.2, delta_high=0.2), dict(delta_low=0.05, delta_high=0.05)
+    clip, higher = dict(eps_low=0.2, eps_high=0.2), dict(eps_low=0.2, eps_high=0.27)
+    c.loss_defaults = ConfigDict(
+        {
+            "pg_is": dict(ratio_cap=INF),
+            "cispo": dict(ratio_cap=5.0),
+            "ppo_clip": dict(**clip, ratio_cap=5.0),
+            "clip_higher": dict(**higher, ratio_cap=5.0),
+            "minirl": dict(**higher, ratio_cap=INF),
+            "minirl_tis": dict(**higher, ratio_cap=3.0),
+            "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3
+            **{f"relax_{side}": dict(**higher, ratio_cap=5.0) for side in ("low", "high", "both")},
+            **{f"dppo_{kind}_tv{anchor}": dict(**tv, ratio_cap=5.0) for kind in KINDS for anchor in ANCHORS},
+            **{f"dppo_{kind}_kl{anchor}": dict(**kl, ratio_cap=5.0) for kind in KINDS for anchor in ANCHORS},
+        }
+    )
+
+    c.aggregation = ConfigDict()
+    c.aggregation.name = "token_mean"  # a key of WEIGHTS
+    c.aggregation.constant = 1.0  # tokens; the fixed denominator of seq_sum_const
+
+    c.train = ConfigDict()
+    c.train.minibatches = 4  # optimizer minibatches per rollout batch (4 in §5, 8 or 4 in appendix E)
+    c.train.epochs = 1  # passes over a rollout batch
+    c.train.micro_batches = 1  # pieces of a minibatch whose gradients are added; memory only
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-6  # §5, appendix E
+    c.optimizer.schedule = "constant"  # constant | linear | cosine, the last two down to 0 at the end
+    c.optimizer.warmup = 0  # updates
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0  # global gradient norm; inf: never
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps; 0: never
+    c.eval.sets = ConfigDict()  # name -> data section
+    c.eval.samples = 1  # responses per question (32 in appendix E)
+    c.eval.prompts = 32  # questions per batch
+    c.eval.temperature = 0.7  # appendix E; 0: greedy
+    c.eval.top_p = 0.95  # appendix E
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 0  # steps; 0: only at the end
+    c.checkpoint.keep = 2  # newest ones kept
+    c.checkpoint.export = False  # at the end, write the policy to WORKDIR/policy as a Hugging Face directory
+
+    c.log = ConfigDict()
+    c.log.histograms = 10  # steps between histograms; 0: never
+    c.log.samples = 10  # steps between sampled transcripts; 0: never
+    c.log.transcripts = 8  # transcripts shown
+
+    c.mesh = ConfigDict()  # sizes; their product is the number of devices; -1: what the others leave
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+    c.lock()
+    c.eval.sets.unlock()
+    c.data.settings.unlock()
+    return c

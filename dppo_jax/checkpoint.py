@@ -1,0 +1,71 @@
+"""Checkpoints of a run: orbax, asynchronous, the newest few kept. Step s means: s steps are done."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dppo_jax.errors import UserError
+
+
+def abstract_state(state: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and places, for `restore`."""
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, state, shardings)
+
+
+class Checkpoints:
+    """The folder WORKDIR/checkpoints. Close it, or use it in a `with`: saving goes on in the background."""
+
+    def __init__(self, workdir: str | Path, *, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest step saved whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state and writes it in the background. A step that is there already stays."""
+        if step != self.latest():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step, laid out as `abstract` says. UserError if it is of another shape."""
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"checkpoint {step} of this run does not fit the config's model: {reason}") from error
+
+    def close(self) -> None:
+        """Waits until all is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def restore_params(directory: str | Path, abstract_params: Any) -> Any:
+    """The parameters alone of the newest checkpoint of a run, or of one step's folder WORKDIR/checkpoints/STEP."""
+    directory = Path(directory).absolute()
+    if directory.name.isdigit() and directory.parent.name == "checkpoints":
+        folder, step = directory.parent, int(directory.name)
+    else:
+        folder, step = directory / "checkpoints", None
+    if not folder.is_dir():
+        raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        steps = manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"{folder} has no whole checkpoint{'' if step is None else f' {step}'}; steps: {sorted(steps)}"
+            )
+        step = max(steps) if step is None else step
+        restore = ocp.args.PyTreeRestore({"params": abstract_params}, partial_restore=True)
+        return manager.restore(step, args=restore)["params"]

@@ -1,0 +1,267 @@
+"""What a config builds. The entry points read configs; the library never does."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.data.prompts import PromptStream
+from dppo_jax.data.tasks import load_task
+from dppo_jax.errors import UserError, lookup
+from dppo_jax.evaluate import evaluate
+from dppo_jax.losses import bind, required_fields
+from dppo_jax.models import DTYPES, ModelConfig
+from dppo_jax.models.decoder import REMAT, Params, abstract_params, param_axes
+from dppo_jax.optimizer import make_optimizer, make_schedule
+from dppo_jax.rewards.scorer import Scorer
+from dppo_jax.rollout import make_rollout
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import batch_shards, check_divisible, rows
+from dppo_jax.train_step import Score, Update, make_score, make_update
+from dppo_jax.weights import WEIGHTS
+
+# Purposes of randomness, folded into the seed's key beside the step.
+ROLLOUT, EVALUATION = 0, 1
+
+# Keys that must be at least 1.
+COUNTS = (
+    "steps",
+    "rollout.prompts",
+    "rollout.group_size",
+    "rollout.max_new_tokens",
+    "train.minibatches",
+    "train.epochs",
+    "train.micro_batches",
+    "policy.head_chunk",
+    "eval.samples",
+    "eval.prompts",
+    "checkpoint.keep",
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses, before anything is loaded or compiled, what cannot run. UserError, one sentence."""
+    c = config
+    if c.rollout.top_p != 1.0:
+        raise UserError(
+            f"rollout.top_p = {c.rollout.top_p}: nucleus sampling changes the behavior policy, so training "
+            "refuses it; set rollout.top_p=1.0 (evaluation has eval.top_p)"
+        )
+    if c.rollout.temperature <= 0:
+        raise UserError(f"rollout.temperature = {c.rollout.temperature}: training samples, so it must be above 0")
+    for key in COUNTS:
+        if value(config, key) < 1:
+            raise UserError(f"{key} must be at least 1, not {value(config, key)}")
+    for key in ("policy.dtype", "rollout.dtype"):
+        lookup(DTYPES, value(config, key), key)
+    lookup(REMAT, c.policy.remat, "policy.remat")
+    lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
+    if c.rollout.prompts % c.train.minibatches:
+        raise UserError(
+            f"rollout.prompts = {c.rollout.prompts} is not divisible by train.minibatches = {c.train.minibatches}"
+        )
+    minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
+    if minibatch % c.train.micro_batches:
+        raise UserError(
+            f"a minibatch of {minibatch} rows is not divisible by train.micro_batches = {c.train.micro_batches}"
+        )
+    schedule(config)
+    needed = required_fields(loss(config))
+    if "exact" in needed:
+        raise UserError(f"loss {c.loss.name!r} needs exact divergences, which the training step does not compute")
+    if "topk" in needed and c.rollout.tracked < 1:
+        raise UserError(f"loss {c.loss.name!r} needs tracked tokens: set rollout.tracked to at least 1")
+    batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
+    jax.eval_shape(advantages(config), batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
+
+
+def value(config: ConfigDict, key: str) -> Any:
+    """config.a.b for "a.b"."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
+    """Refuses rows and parameters that do not divide over the mesh."""
+    c = config
+    minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
+    counts = {"rollout.prompts": c.rollout.prompts, "a micro-batch": minibatch // c.train.micro_batches}
+    if c.eval.every:
+        counts["eval.prompts"] = c.eval.prompts
+    check_divisible(mesh, counts, abstract_params(model), param_axes(model))
+
+
+def loss(config: ConfigDict):
+    """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>."""
+    name = config.loss.name
+    defaults = dict(config.loss_defaults[name]) if name in config.loss_defaults else {}
+    given = {key: value for key, value in config.loss.items() if key != "name" and value is not None}
+    return bind(name, {**defaults, **given})
+
+
+def advantages(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(rewards [B], group [B]) -> advantages [B]."""
+    function = lookup(ADVANTAGES, config.advantage.name, "advantage.name")
+    return functools.partial(function, num_groups=config.rollout.prompts)
+
+
+def schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate by update."""
+    o = config.optimizer
+    updates = config.steps * config.train.epochs * config.train.minibatches
+    return make_schedule(learning_rate=o.learning_rate, warmup=o.warmup, schedule=o.schedule, updates=updates)
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW around `schedule`."""
+    o = config.optimizer
+    return make_optimizer(
+        schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+    )
+
+
+def score(config: ConfigDict, model: ModelConfig, mesh: Mesh | None = None) -> Score:
+    """The teacher-forced pass."""
+    return make_score(
+        model,
+        temperature=config.rollout.temperature,
+        dtype=DTYPES[config.policy.dtype],
+        remat=config.policy.remat,
+        chunk_tokens=config.policy.head_chunk * (1 if mesh is None else batch_shards(mesh)),
+    )
+
+
+def update(config: ConfigDict, model: ModelConfig, mesh: Mesh | None = None) -> Update:
+    """One optimizer step on a minibatch."""
+    weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
+    return make_update(
+        score(config, model, mesh),
+        loss(config),
+        weigh,
+        optimizer(config),
+        micro_batches=config.train.micro_batches,
+    )
+
+
+def rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int):
+    """The behavior policy, for training."""
+    c = config
+    return make_rollout(
+        model,
+        group_size=c.rollout.group_size,
+        max_new_tokens=c.rollout.max_new_tokens,
+        temperature=c.rollout.temperature,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        dtype=DTYPES[c.rollout.dtype],
+        tracked=c.rollout.tracked if "topk" in required_fields(loss(c)) else 0,
+    )
+
+
+def eval_rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int):
+    """The policy as it is evaluated: its own temperature and truncation."""
+    c = config
+    return make_rollout(
+        model,
+        group_size=c.eval.samples,
+        max_new_tokens=c.rollout.max_new_tokens,
+        temperature=c.eval.temperature,
+        top_p=c.eval.top_p,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        dtype=DTYPES[c.rollout.dtype],
+    )
+
+
+def on_mesh(function, mesh: Mesh):
+    """jit of a rollout: parameters where they live, rows over the batch axes."""
+    return jax.jit(function, in_shardings=(None, rows(mesh), None), out_shardings=rows(mesh))
+
+
+def stream_and_scorer(
+    config: ConfigDict, data: ConfigDict, tokenizer, num_prompts: int, stack: ExitStack
+) -> tuple[PromptStream, Scorer]:
+    """The prompts of a data section, and the scorer of their answers, which `stack` closes."""
+    task = load_task(
+        data.kind,
+        name=data.name,
+        path=data.path,
+        settings=data.settings.to_dict(),
+        size=data.size,
+        seed=data.seed,
+        verifier=data.verifier,
+    )
+    stream = PromptStream(
+        task,
+        tokenizer,
+        num_prompts=num_prompts,
+        max_prompt_len=data.max_prompt_len,
+        seed=config.seed,
+        chat=data.chat,
+        template=data.template,
+        too_long=data.too_long,
+    )
+    scorer = Scorer(task, workers=config.reward.workers, time_limit_s=config.reward.time_limit_s)
+    return stream, stack.enter_context(scorer)
+
+
+def minibatches(config: ConfigDict, step: int) -> Iterator[np.ndarray]:
+    """Row numbers of every optimizer minibatch of a step, groups whole. The first epoch keeps the order of the rollout;
+    later ones draw theirs from (seed, step, epoch)."""
+    prompts, group = config.rollout.prompts, config.rollout.group_size
+    for epoch in range(config.train.epochs):
+        order = np.arange(prompts)
+        if epoch:
+            order = np.random.default_rng([config.seed, step, epoch]).permutation(prompts)
+        for part in order.reshape(config.train.minibatches, -1):
+            yield (part[:, None] * group + np.arange(group)).reshape(-1).astype(np.int32)
+
+
+def model_directory(config: ConfigDict) -> Path:
+    """policy.path, which must be set."""
+    if not config.policy.path:
+        raise UserError("policy.path is empty: set it to a Hugging Face model directory")
+    return Path(config.policy.path)
+
+
+class Evaluation:
+    """The config's evaluation sets, asked on schedule: before step 0, every eval.every steps, and at the end."""
+
+    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, tokenizer, ends, pad: int, stack: ExitStack):
+        self._config, self._tokenizer, self._ends = config, tokenizer, ends
+        self._sets = {
+            name: stream_and_scorer(config, data, tokenizer, config.eval.prompts, stack)
+            for name, data in (config.eval.sets.items() if config.eval.every else ())
+        }
+        self._generate = on_mesh(eval_rollout(config, model, ends, pad), mesh)
+
+    def at(self, step: int, params: Params) -> dict[str, float]:
+        """{"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""
+        every, last = self._config.eval.every, step == self._config.steps
+        return self.run(step, params) if every and (step % every == 0 or last) else {}
+
+    def run(self, step: int, params: Params) -> dict[str, float]:
+        """Every set, with the samples of this step."""
+        results: dict[str, float] = {}
+        for name, (stream, scorer) in self._sets.items():
+            scores = evaluate(
+                params,
+                self._generate,
+                stream,
+                scorer,
+                num_prompts=self._config.eval.prompts,
+                samples=self._config.eval.samples,
+                key=step_key(self._config.seed, step, EVALUATION),
+                tokenizer=self._tokenizer,
+                eos_ids=self._ends,
+            )
+            results |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
+        return results

@@ -1,0 +1,64 @@
+"""What a training step leaves behind: scalars, histograms and sampled transcripts, written one step late."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dppo_jax.data.examples import Example
+from dppo_jax.metrics import PROB_DIFF_EDGES, RATIO_EDGES
+from dppo_jax.run_log import RunLog, Transcript, make_folder, transcript_table
+
+
+class Report:
+    """Holds one step's results until `flush`, which the loop calls while the devices are busy.
+
+    `cadence` is the config's log section: steps between histograms and between samples, and how many transcripts.
+    Samples go to TensorBoard and to WORKDIR/samples/step_NNNNNN.jsonl.
+    """
+
+    def __init__(self, log: RunLog, workdir: Path, cadence: ConfigDict):
+        self._log, self._folder, self._cadence = log, workdir / "samples", cadence
+        self._kept: tuple[int, Mapping[str, float], Mapping[str, np.ndarray], list[Transcript]] | None = None
+
+    def keep(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        histograms: Mapping[str, Any],
+        examples: Sequence[Example],
+        replies: Sequence[str],
+        rewards: np.ndarray,
+    ) -> None:
+        """Takes a step's results; the one before must have been flushed."""
+        assert self._kept is None
+        shown = list(zip(examples, replies, rewards, strict=True))[: self._cadence.transcripts]
+        transcripts = [Transcript(_text(e.prompt), reply, float(reward), e.answer) for e, reply, reward in shown]
+        self._kept = (step, scalars, histograms, transcripts)
+
+    def flush(self) -> None:
+        """Writes what is kept, if anything."""
+        if self._kept is None:
+            return
+        (step, scalars, histograms, transcripts), self._kept = self._kept, None
+        if _due(step, self._cadence.histograms):
+            self._log.histogram(step, "ratio", histograms["ratio"], RATIO_EDGES)
+            self._log.histogram(step, "policy/prob_diff", histograms["prob_diff"], PROB_DIFF_EDGES)
+        if _due(step, self._cadence.samples):
+            self._log.text(step, "samples", transcript_table(transcripts))
+            make_folder(self._folder)
+            lines = [json.dumps(transcript._asdict(), ensure_ascii=False) for transcript in transcripts]
+            (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._log.scalars(step, scalars)
+        self._log.progress(step, scalars)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -1,0 +1,65 @@
+"""Traces a config's rollout and update to shapes: no weights, no data, no compilation."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dppo_jax.errors import UserError
+from dppo_jax.models import ModelConfig
+from dppo_jax.models.config import config_from_hf
+from dppo_jax.models.decoder import abstract_params
+from dppo_jax.models.hf import load_config
+from dppo_jax.train_step import assemble, init_state, take_rows
+from dppo_jax.types import PromptBatch
+from experiments import build
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The model of policy.path or, where that directory is not here, of policy.shape (a config.json)."""
+    if Path(config.policy.path).is_dir() and config.policy.path:
+        return load_config(config.policy.path)
+    if not config.policy.shape:
+        raise UserError(f"there is no directory {config.policy.path!r}, and policy.shape names no config.json instead")
+    shape = Path(config.policy.shape)
+    if not shape.is_file():
+        raise UserError(f"policy.shape names {str(shape)!r}, which does not exist")
+    return config_from_hf(json.loads(shape.read_text()), str(shape))
+
+
+def trace(config: ConfigDict) -> str:
+    """Checks the config and traces one step abstractly, as on one device. Returns what it found, in words."""
+    build.check(config)
+    model = model_config(config)
+    params = abstract_params(model)
+    n, length = config.rollout.prompts, config.data.max_prompt_len
+    prompts = PromptBatch(
+        tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),
+        mask=jax.ShapeDtypeStruct((n, length), jnp.bool_),
+        group=jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rollout = jax.eval_shape(build.rollout(config, model, (0,), 0), params, prompts, key)
+    batch = jax.eval_shape(assemble, prompts, rollout)
+    scores = jax.eval_shape(build.score(config, model), params, batch)
+    if "proximal_logp" in build.required_fields(build.loss(config)):
+        batch = batch.replace(proximal_logp=scores.logp, topk_proximal_logp=scores.ids_logp)
+    state = jax.eval_shape(lambda p: init_state(p, build.optimizer(config)), params)
+    index = next(build.minibatches(config, 0))
+    part = jax.eval_shape(take_rows, batch, jax.ShapeDtypeStruct(index.shape, jnp.int32))
+    after, metrics = jax.eval_shape(build.update(config, model), state, part)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+    count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    lines = [
+        f"model        {model.model_type}, {count / 1e6:,.1f} million parameters, {model.num_layers} layers",
+        f"rollout      {n} prompts x {config.rollout.group_size} = {rollout.tokens.shape[0]} rows of "
+        f"{length} + {rollout.tokens.shape[1]} tokens, in {config.rollout.dtype}",
+        f"update       {config.train.epochs * config.train.minibatches} minibatches of {len(index)} rows a step, "
+        f"in {config.policy.dtype}",
+        f"loss         {config.loss.name} with {dict(build.loss(config).keywords)}",
+        f"metrics      {len(metrics.sums) + len(metrics.maxima)} a minibatch",
+    ]
+    return "\n".join(lines)
