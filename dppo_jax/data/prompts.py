@@ -1,0 +1,191 @@
+"""From examples to token batches, and from tokens back to text."""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from dppo_jax.data.examples import Example, Task, first_line
+from dppo_jax.errors import UserError
+from dppo_jax.types import PromptBatch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOO_LONG = ("error", "skip")
+
+
+def load_tokenizer(directory: str):
+    """The tokenizer of a local Hugging Face directory. Nothing is downloaded and no code in it is run."""
+    if not Path(directory).is_dir():
+        raise UserError(f"tokenizer: there is no directory {str(directory)!r}")
+    if not any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"tokenizer: {str(directory)!r} holds none of {', '.join(TOKENIZER_FILES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"tokenizer: {str(directory)!r} cannot be read: {first_line(error)}") from error
+
+
+def eos_ids(tokenizer, model_dir: str | None = None, extra: Iterable[int | str] = ()) -> tuple[int, ...]:
+    """All tokens that end a response, sorted: the tokenizer's, those that generation_config.json and config.json of
+    the model directory name, and `extra` (ids, or tokens as text)."""
+    found = {tokenizer.eos_token_id} - {None}
+    files = [] if model_dir is None else [Path(model_dir) / name for name in ("generation_config.json", "config.json")]
+    for file in files:
+        if file.is_file():
+            try:
+                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except ValueError as error:
+                raise UserError(f"{file}: broken JSON: {error}") from error
+            found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+    vocabulary = tokenizer.get_vocab() if any(isinstance(token, str) for token in extra) else {}
+    for token in extra:
+        if isinstance(token, str) and token not in vocabulary:
+            raise UserError(f"end-of-sequence token {token!r} is not in the tokenizer's vocabulary")
+        found.add(vocabulary[token] if isinstance(token, str) else token)
+    if not found:
+        raise UserError(f"no end-of-sequence token: neither the tokenizer nor {model_dir!r} names one")
+    return tuple(sorted(found))
+
+
+def encode_prompt(
+    tokenizer, prompt: str | Sequence[dict[str, str]], *, chat: bool, template: str = "{prompt}"
+) -> list[int]:
+    """Token ids of one prompt, special tokens at its start included once.
+
+    template: text around "{prompt}", applied to a text prompt or to the last user message.
+    chat: whether the tokenizer's chat template goes around it, open for the assistant's reply. A chat template writes
+    its own special tokens, so its text is tokenized without adding any.
+    """
+    if "{prompt}" not in template:
+        raise UserError(f"data.template must hold '{{prompt}}', but is {template!r}")
+    if not chat:
+        if not isinstance(prompt, str):
+            raise UserError("the data holds chat messages; set data.chat=True")
+        text = template.replace("{prompt}", prompt)
+        ids = list(tokenizer(text)["input_ids"])
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bare and ids[-len(bare) :] != bare and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()  # this tokenizer ends what it encodes; a prompt stays open
+        return ids
+
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; set data.chat=False")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if asked:
+        messages[asked[-1]]["content"] = template.replace("{prompt}", messages[asked[-1]]["content"])
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses the messages: {first_line(error)}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def decode_replies(
+    tokenizer, tokens: Int32[np.ndarray, "B R"], response_mask: Bool[np.ndarray, "B R"], eos_ids: Iterable[int]
+) -> list[str]:
+    """The text of each response: the end-of-sequence token dropped, every other token kept, special ones too.
+
+    What the model wrote is what gets scored: no clean-up of spaces, and only the mask tells where a response ends.
+    """
+    tokens, response_mask, ends = np.asarray(tokens), np.asarray(response_mask), frozenset(eos_ids)
+    replies = []
+    for row, mask in zip(tokens, response_mask, strict=True):
+        ids = row[mask].tolist()
+        if ids and ids[-1] in ends:
+            ids.pop()
+        replies.append(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return replies
+
+
+class PromptStream:
+    """The prompts of every step, as a function of (seed, step) alone: there is no state to save.
+
+    Each epoch is one permutation of the examples, drawn from (seed, epoch); batches follow one another through the
+    epochs, so a batch may span two. Every prompt is encoded at construction.
+
+    num_prompts: N, prompts per step. max_prompt_len: P, in tokens, special tokens and chat template included.
+    chat, template: see `encode_prompt`.
+    too_long: what becomes of a prompt of more than P tokens: "error", or "skip" (counted in `.skipped`).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        *,
+        num_prompts: int,
+        max_prompt_len: int,
+        seed: int,
+        chat: bool = False,
+        template: str = "{prompt}",
+        too_long: str = "error",
+    ):
+        if num_prompts < 1:
+            raise UserError(f"the number of prompts per step must be at least 1, not {num_prompts}")
+        if max_prompt_len < 1:
+            raise UserError(f"data.max_prompt_len must be at least 1, not {max_prompt_len}")
+        if too_long not in TOO_LONG:
+            raise UserError(f"data.too_long must be one of {TOO_LONG}, not {too_long!r}")
+        self.num_prompts, self.max_prompt_len, self.seed = num_prompts, max_prompt_len, seed
+        self.examples: list[Example] = []
+        self.skipped = 0
+        self._ids: list[list[int]] = []
+        # The padding id is never looked at: masks say what is padding.
+        self._pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for number, example in enumerate(task.examples, start=1):
+            ids = encode_prompt(tokenizer, example.prompt, chat=chat, template=template)
+            if not ids:
+                raise UserError(f"{task.name}: prompt {number} of {len(task.examples)} has no tokens")
+            if len(ids) > max_prompt_len:
+                if too_long == "error":
+                    raise UserError(
+                        f"{task.name}: prompt {number} of {len(task.examples)} ({example.prompt!r:.60}) has {len(ids)} "
+                        f"tokens, more than data.max_prompt_len={max_prompt_len}; raise it, or set data.too_long='skip'"
+                    )
+                self.skipped += 1
+                continue
+            self.examples.append(example)
+            self._ids.append(ids)
+        if not self.examples:
+            raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens")
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+        return len(self.examples)
+
+    def batch(self, step: int) -> tuple[PromptBatch, list[Example]]:
+        """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order."""
+        positions = range(step * self.num_prompts, (step + 1) * self.num_prompts)
+        n = len(self.examples)
+        return self._pad([int(self._permutation(position // n)[position % n]) for position in positions])
+
+    def eval_batches(self, num_prompts: int) -> Iterator[tuple[PromptBatch, list[Example]]]:
+        """Every example once, in file order. All batches have num_prompts rows; the last is filled up with rows of
+        its first example, for which the list of examples has no entry."""
+        for start in range(0, len(self.examples), num_prompts):
+            rows = list(range(start, min(start + num_prompts, len(self.examples))))
+            batch, examples = self._pad(rows + [rows[0]] * (num_prompts - len(rows)))
+            yield batch, examples[: len(rows)]
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+
+    def _pad(self, rows: list[int]) -> tuple[PromptBatch, list[Example]]:
+        tokens: np.ndarray = np.full((len(rows), self.max_prompt_len), self._pad_id, np.int32)
+        mask: np.ndarray = np.zeros(tokens.shape, bool)
+        for row, index in enumerate(rows):
+            ids = self._ids[index]
+            tokens[row, -len(ids) :] = ids
+            mask[row, -len(ids) :] = True
+        batch = PromptBatch(tokens=tokens, mask=mask, group=np.arange(len(rows), dtype=np.int32))
+        return batch, [self.examples[index] for index in rows]

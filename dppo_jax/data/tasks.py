@@ -1,0 +1,40 @@
+"""Tasks by kind: where the examples come from and how replies are scored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dppo_jax.data.examples import Example, Task
+from dppo_jax.data.gym import load_reasoning_gym
+from dppo_jax.data.rows import load_jsonl, load_parquet
+from dppo_jax.errors import UserError, lookup
+from dppo_jax.rewards.verifiers import VERIFIERS
+
+__all__ = ["TASKS", "Example", "Task", "load_task"]
+
+TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet}
+
+
+def load_task(
+    kind: str,
+    *,
+    name: str | None = None,
+    path: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    verifier: str = "task",
+) -> Task:
+    """Loads a task and checks every label.
+
+    kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default 500) and seed;
+    "jsonl" and "parquet" read path and size (at most so many rows, default all).
+    verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
+    """
+    if size is not None and size < 1:
+        raise UserError(f"data.size must be at least 1, not {size}")
+    load = lookup(TASKS, kind, "data.kind")
+    if verifier != "task":
+        lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
+    return load(
+        name=name, path=path, settings=dict(settings) if settings else {}, size=size, seed=seed, verifier=verifier
+    )

@@ -1,0 +1,1 @@
+"""Rewards: verifiers, and the workers that run them. Nothing here imports jax."""

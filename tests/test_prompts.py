@@ -1,0 +1,195 @@
+"""Prompt batches with a small real tokenizer, built here: one token a character."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+
+from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.prompts import PromptStream, decode_replies, encode_prompt, eos_ids, load_tokenizer
+from dppo_jax.errors import UserError
+from dppo_jax.types import PromptBatch
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|reply|>"]
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|user|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|reply|>{% endif %}"
+)
+PAD, BOS, EOS, USER, REPLY = range(5)
+
+
+def write_tokenizer(directory, *, post="<s> $A", chat=CHAT, **special):
+    letters = [chr(i) for i in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.add_special_tokens(SPECIAL)
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=chat,
+        **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special},
+    )
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
+
+
+def sums(n):
+    return answer_task("sums", [Example(f"{i}+{i}=", str(2 * i)) for i in range(n)], "last_number")
+
+
+def stream(tokenizer, task, **kwargs):
+    return PromptStream(task, tokenizer, **{"num_prompts": 4, "max_prompt_len": 12, "seed": 3, **kwargs})
+
+
+def test_a_batch_is_padded_on_the_left(tokenizer):
+    batch, examples = stream(tokenizer, sums(11)).batch(0)
+    assert isinstance(batch, PromptBatch)
+    assert batch.tokens.shape == batch.mask.shape == (4, 12)
+    assert (batch.tokens.dtype, batch.mask.dtype, batch.group.dtype) == (np.int32, np.bool_, np.int32)
+    assert batch.group.tolist() == [0, 1, 2, 3]
+    for tokens, mask, example in zip(batch.tokens, batch.mask, examples, strict=True):
+        length = 1 + len(example.prompt)
+        assert mask.tolist() == [False] * (12 - length) + [True] * length
+        assert tokenizer.decode(tokens[mask]) == "<s>" + example.prompt
+
+
+def test_padding_that_is_the_end_of_sequence_token(tmp_path):
+    """pad = eos is common; a prompt that holds the token keeps it, because only the mask says what is padding."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", pad_token="</s>"))
+    task = answer_task("t", [Example("a</s>b", "1")], "last_number")
+    batch, _ = stream(tokenizer, task, num_prompts=1).batch(0)
+    assert batch.tokens[0, batch.mask[0]].tolist()[:3:2] == [BOS, EOS]
+    assert batch.mask.sum() == 4
+
+
+def test_a_step_depends_on_seed_and_step_alone(tokenizer):
+    a, b = stream(tokenizer, sums(11)), stream(tokenizer, sums(11))
+    later = b.batch(7)[1]  # asked for first
+    assert [a.batch(step)[1] for step in range(8)][7] == later
+    jax.tree.map(np.testing.assert_array_equal, a.batch(5)[0], b.batch(5)[0])
+    other = stream(tokenizer, sums(11), seed=4)
+    assert [a.batch(i)[1] for i in range(3)] != [other.batch(i)[1] for i in range(3)]
+
+
+def test_every_epoch_is_another_permutation(tokenizer):
+    prompts = stream(tokenizer, sums(10))  # batches of 4 span epochs of 10
+    seen = [example.answer for step in range(5) for example in prompts.batch(step)[1]]
+    first, second = seen[:10], seen[10:]
+    assert sorted(first, key=int) == sorted(second, key=int) == [str(2 * i) for i in range(10)]
+    assert first != second
+
+
+def test_evaluation_in_fixed_order(tokenizer):
+    prompts = stream(tokenizer, sums(10))
+    batches = list(prompts.eval_batches(4))
+    assert [len(examples) for _, examples in batches] == [4, 4, 2]
+    assert [batch.tokens.shape for batch, _ in batches] == [(4, 12)] * 3
+    assert [e.answer for _, examples in batches for e in examples] == [str(2 * i) for i in range(10)]
+    last = batches[-1][0]
+    assert (last.tokens[2] == last.tokens[0]).all() and last.mask.any(axis=1).all()
+
+
+def test_a_prompt_over_the_limit(tokenizer):
+    task = answer_task("sums", [Example("1+1=", "2"), Example("100+100=", "200")], "last_number")
+    assert len(stream(tokenizer, task, max_prompt_len=9)) == 2
+    with pytest.raises(UserError) as error:
+        stream(tokenizer, task, max_prompt_len=8)
+    assert "sums: prompt 2 of 2 ('100+100=') has 9 tokens, more than data.max_prompt_len=8" in str(error.value)
+    shorter = stream(tokenizer, task, max_prompt_len=8, too_long="skip")
+    assert (len(shorter), shorter.skipped) == (1, 1)
+    with pytest.raises(UserError, match="no prompt fits into data.max_prompt_len=4"):
+        stream(tokenizer, task, max_prompt_len=4, too_long="skip")
+
+
+def test_the_chat_template_is_tokenized_once(tokenizer):
+    """Its text begins with <s>, which the tokenizer would add again."""
+    ids = encode_prompt(tokenizer, "hi", chat=True, template="{prompt}!")
+    assert ids == [BOS, USER, *tokenizer.convert_tokens_to_ids(["h", "i", "!"]), REPLY]
+    messages = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    )
+    ids = encode_prompt(tokenizer, messages, chat=True, template="<{prompt}>")
+    assert tokenizer.decode(ids) == "<s><|user|>a<|user|>b<|user|><c><|reply|>"
+    assert messages[2]["content"] == "c"
+
+
+def test_plain_prompts(tokenizer, tmp_path):
+    ids = encode_prompt(tokenizer, "{x}", chat=False, template="Q: {prompt} {A}")
+    assert tokenizer.decode(ids) == "<s>Q: {x} {A}"
+    closing = load_tokenizer(write_tokenizer(tmp_path / "closing", post="<s> $A </s>"))
+    assert encode_prompt(closing, "hi", chat=False) == encode_prompt(tokenizer, "hi", chat=False)
+    assert encode_prompt(closing, "hi</s>", chat=False)[-1] == EOS  # written by the prompt's author: it stays
+
+
+def test_prompts_that_cannot_be_encoded(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="data.template must hold '{prompt}', but is 'Solve.'"):
+        encode_prompt(tokenizer, "a", chat=False, template="Solve.")
+    with pytest.raises(UserError, match="set data.chat=True"):
+        encode_prompt(tokenizer, ({"role": "user", "content": "a"},), chat=False)
+    with pytest.raises(UserError, match="chat template refuses the messages: no system role"):
+        encode_prompt(tokenizer, ({"role": "system", "content": "a"},), chat=True)
+    bare = load_tokenizer(write_tokenizer(tmp_path / "bare", post="$A", chat=None))
+    with pytest.raises(UserError, match="has no chat template; set data.chat=False"):
+        encode_prompt(bare, "a", chat=True)
+    with pytest.raises(UserError, match="t: prompt 1 of 1 has no tokens"):
+        stream(bare, answer_task("t", [Example("", "1")], "last_number"))
+    for bad in ({"num_prompts": 0}, {"max_prompt_len": 0}, {"too_long": "crop"}):
+        with pytest.raises(UserError, match="must be"):
+            stream(tokenizer, sums(3), **bad)
+
+
+def test_decode_drops_the_end_of_sequence_and_nothing_else(tokenizer):
+    a, b = tokenizer.convert_tokens_to_ids(["a", " "])
+    rows = [
+        ([a, b, EOS, a], [1, 1, 1, 0], "a "),
+        ([a, b, a, b], [1, 1, 1, 1], "a a "),  # truncated: nothing to drop
+        ([a, PAD, USER, EOS], [1, 1, 1, 1], "a<pad><|user|>"),  # a sampled pad token is part of the reply
+        ([a, REPLY, PAD, PAD], [1, 1, 0, 0], "a"),  # another token that ends a response
+        ([EOS, PAD, PAD, PAD], [1, 0, 0, 0], ""),
+        ([PAD, PAD, PAD, PAD], [0, 0, 0, 0], ""),
+    ]
+    tokens = np.array([row[0] for row in rows], np.int32)
+    mask = np.array([row[1] for row in rows], bool)
+    assert decode_replies(tokenizer, tokens, mask, (EOS, REPLY)) == [row[2] for row in rows]
+    assert decode_replies(tokenizer, jax.numpy.asarray(tokens[:1]), jax.numpy.asarray(mask[:1]), (EOS,)) == ["a "]
+
+
+def test_eos_ids_from_every_source(tokenizer, tmp_path):
+    assert eos_ids(tokenizer) == (EOS,)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, EOS]}))
+    assert eos_ids(tokenizer, str(tmp_path)) == (EOS, 7, 9)
+    assert eos_ids(tokenizer, str(tmp_path), [4, "<|user|>"]) == (EOS, USER, 4, 7, 9)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert eos_ids(tokenizer, str(tmp_path)) == (EOS, 7)
+    with pytest.raises(UserError, match=r"token '<\|end\|>' is not in the tokenizer's vocabulary"):
+        eos_ids(tokenizer, None, ["<|end|>"])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: broken JSON"):
+        eos_ids(tokenizer, str(tmp_path))
+    endless = load_tokenizer(write_tokenizer(tmp_path / "endless", eos_token=None))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        eos_ids(endless)
+
+
+def test_load_tokenizer_errors(tmp_path):
+    with pytest.raises(UserError, match="there is no directory '.*none'"):
+        load_tokenizer(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="holds none of tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
