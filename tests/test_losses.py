@@ -297,6 +297,14 @@ def test_finite_at_probabilities_zero_and_one(run):
         assert np.asarray(out.keep)[~away].all(), name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_flows_through_a_coefficient(name):
+    inputs = one(np.log(0.5), np.log(0.52), 1.0, np.log(0.51))
+    grads = jax.grad(lambda x: LOSSES[name](x, **FIRST[name][0]).coef.sum(), allow_int=True)(inputs)
+    for field in ("logp", "behavior_logp", "advantages", "proximal_logp", "topk"):
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(getattr(grads, field)) if leaf.dtype == jnp.float32)
+
+
 @pytest.mark.parametrize("run", RUN)
 def test_the_objective_has_minus_weight_times_coef_as_gradient(run):
     mask = jnp.array([[True, True, False], [False, True, False]])
