@@ -1,7 +1,7 @@
 """The embedded tiny model learns to add under DPPO, on a laptop.
 
-    make quickstart
-    python -m experiments.train --config configs/quickstart.py --workdir runs/quickstart
+make quickstart
+python -m experiments.train --config configs/quickstart.py --workdir runs/quickstart
 """
 
 from configs import base

@@ -239,7 +239,7 @@ class Evaluation:
         self._config, self._tokenizer, self._ends = config, tokenizer, ends
         self._sets = {
             name: stream_and_scorer(config, data, tokenizer, config.eval.prompts, stack)
-            for name, data in (config.eval.sets.items() if config.eval.every else ())
+            for name, data in config.eval.sets.items()
         }
         self._generate = on_mesh(eval_rollout(config, model, ends, pad), mesh)
 

@@ -6,13 +6,12 @@ One panel per quantity that any run logged, one line per run, labelled with its 
 differs in the seed only are one method: their mean, in a band from the lowest to the highest.
 """
 
-import argparse
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import matplotlib
 
@@ -25,6 +24,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from dppo_jax.errors import UserError, nearest, run_main  # noqa: E402
 from dppo_jax.run_log import EVENTS, Scalars, make_folder, read_config, read_scalars  # noqa: E402
+from experiments.cli import Parser  # noqa: E402
 
 PANELS = {  # tag -> title; the evaluations found in the logs come after the reward
     "reward/mean": "Reward",
@@ -46,13 +46,6 @@ class Method(NamedTuple):
 
     label: str
     runs: list[Scalars]
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments are a UserError like any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

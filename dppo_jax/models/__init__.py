@@ -1,5 +1,6 @@
 """Policies: Hugging Face directories in and out, one decoder between."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -28,8 +29,13 @@ class Policy:
     def logits(self, params: Params, tokens: Int32[Array, "B T"], mask: Array | None = None) -> Float32[Array, "B T V"]:
         """Teacher-forced logits at temperature 1, in the policy's dtype up to the head and float32 from there."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        hidden = forward(self.config, params, tokens, mask, dtype=DTYPES[self.dtype])
-        return token_head.logits(hidden, head_weight(params), temperature=1.0, softcap=self.config.logit_softcap)
+        return _logits(self.config, self.dtype, params, tokens, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(config: ModelConfig, dtype: str, params: Params, tokens: Array, mask: Array) -> Array:
+    hidden = forward(config, params, tokens, mask, dtype=DTYPES[dtype])
+    return token_head.logits(hidden, head_weight(params), temperature=1.0, softcap=config.logit_softcap)
 
 
 def load_policy(directory: str, dtype: str = "float32") -> Policy:

@@ -1,0 +1,38 @@
+"""The paper's Dense Base run (2602.04879, section 7 and appendix E): Qwen3-8B-Base, responses of 8,000 tokens.
+
+    python -m experiments.train --config configs/paper/dense_base.py --workdir runs/dense_base
+    ... --config.loss.name=clip_higher, or any other row of LOSSES, for the paper's comparison
+
+Needs a pod, the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them,
+--trace checks the config and traces its shapes. Not run at this scale by us.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.policy.path = "models/Qwen3-8B-Base"
+    c.policy.shape = "configs/paper/qwen3_8b_base.json"
+    c.policy.dtype = "bfloat16"
+    c.policy.remat = "full"
+    c.data.kind = "jsonl"
+    c.data.path = "data/dense_base.jsonl"
+    c.data.size = 100_000
+    c.data.verifier = "math_verify"
+    c.data.max_prompt_len = 1024
+    c.data.too_long = "skip"
+    c.rollout.prompts = 128
+    c.rollout.group_size = 8
+    c.rollout.max_new_tokens = 8000
+    c.rollout.dtype = "bfloat16"
+    c.train.minibatches = 4  # of 32 prompts
+    c.train.micro_batches = 4  # ours
+    c.steps = 300  # ours
+    c.eval.every = 10
+    c.eval.sets.aime24 = base.data_section(
+        kind="jsonl", path="data/aime24.jsonl", size=30, verifier="math_verify", max_prompt_len=1024
+    )
+    c.eval.samples = 32
+    c.checkpoint.every = 10  # ours
+    return c

@@ -1,0 +1,51 @@
+"""Evaluates a policy on a config's evaluation sets: avg@n and pass@k.
+
+python -m experiments.eval --config configs/quickstart.py --checkpoint runs/quickstart
+"""
+
+import contextlib
+from pathlib import Path
+
+import jax
+
+from dppo_jax.checkpoint import abstract_state, restore_params
+from dppo_jax.data.prompts import eos_ids, load_tokenizer
+from dppo_jax.errors import UserError, run_main
+from dppo_jax.models.decoder import abstract_params, param_axes
+from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.sharding import make_mesh, named
+from experiments import build, cli
+
+
+def evaluate(config, checkpoint: Path) -> dict[str, float]:
+    """{"eval/<set>/<metric>": value} of a run's newest checkpoint, one step's folder, or a Hugging Face directory."""
+    if not config.eval.sets:
+        raise UserError("the config has no evaluation set: eval.sets is empty")
+    build.check(config)
+    is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
+    directory = checkpoint if is_hf else build.model_directory(config)
+    model = load_config(directory)
+    mesh = make_mesh(config.mesh)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        tokenizer = load_tokenizer(str(directory))
+        ends = eos_ids(tokenizer, str(directory))
+        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        shardings = named(mesh, param_axes(model))
+        if is_hf:
+            params = jax.device_put(load_params(directory)[1], shardings)
+        else:
+            params = restore_params(checkpoint, abstract_state(abstract_params(model), shardings))
+        return build.Evaluation(config, model, mesh, tokenizer, ends, pad, stack).run(0, params)
+
+
+def main() -> None:
+    checkpoint = dict(required=True, type=Path, metavar="DIR", help="a run, its checkpoints/STEP, or a model directory")
+    config, arguments = cli.parse(__doc__.split("\n")[0], {"--checkpoint": checkpoint})
+    results = evaluate(config, arguments.checkpoint)
+    width = max(map(len, results))
+    print("\n".join(f"{name:{width}}  {value:.4g}" for name, value in results.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)
