@@ -16,10 +16,11 @@ EPSILON = 1e-6  # beside a standard deviation, in units of reward
 
 
 def _group_mean(values: Array, group: Array, num_groups: int) -> Array:
-    """The mean of each row's group, [B]."""
-    total = jax.ops.segment_sum(values, group, num_groups)
+    """The mean of each row's group, [B]; exact where the group's values are equal, so that they differ from it by 0."""
+    least = jax.ops.segment_min(values, group, num_groups)[group]
+    total = jax.ops.segment_sum(values - least, group, num_groups)
     count = jax.ops.segment_sum(jnp.ones_like(values), group, num_groups)
-    return (total / jnp.maximum(count, 1.0))[group]
+    return least + (total / jnp.maximum(count, 1.0))[group]
 
 
 def group_mean(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:

@@ -25,7 +25,12 @@ def _held(logp: Array) -> Array:
 def log1mexp(logp: Array) -> Array:
     """log(1 - exp(logp)) for logp < 0, without cancellation at either end (Maechler, 2012)."""
     near = logp > -0.6931472
-    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0))), jnp.log1p(-jnp.exp(logp)))
+    # Each branch sees only its own inputs: the gradient of the one not taken would be NaN at the other's end.
+    return jnp.where(
+        near,
+        jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0))),
+        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp))),
+    )
 
 
 def prob_diff(logp: Float32[Array, "*n"], anchor_logp: Float32[Array, "*n"]) -> Float32[Array, "*n"]:

@@ -251,10 +251,11 @@ def required_fields(loss: Callable[[LossInputs], LossOutput]) -> frozenset[str]:
     def needs(field: str) -> bool:
         try:
             jax.eval_shape(loss, dataclasses.replace(full, **{field: None}))
-        except MissingField:
+        except (MissingField, TypeError, AttributeError):  # asked with `require`, or used as if it were there
             return True
         return False
 
+    jax.eval_shape(loss, full)
     return frozenset(field for field in ("proximal_logp", "topk", "exact") if needs(field))
 
 
