@@ -13,6 +13,7 @@ The product with W takes the dtype of the hidden states and accumulates in float
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -51,11 +52,12 @@ def token_head(
 ) -> HeadOutput:
     """logp of `targets`, entropy in nats and, if `ids` are given, their logp; differentiable in `hidden` and `weight`.
 
-    `chunk_tokens` is how many positions have logits at one time, over all rows: the memory is that times V floats,
-    a few times over.
+    `chunk_tokens` is how many positions have logits at one time, over all rows (at least one per row): the memory is
+    that times V floats, twice over in the backward pass.
     """
     batch, length, _ = hidden.shape
     columns = min(length, max(1, chunk_tokens // batch))
+    columns = math.ceil(length / math.ceil(length / columns))  # as many chunks, evenly filled
     padding = -length % columns
     if padding:
         hidden, targets = (jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets))
@@ -95,7 +97,8 @@ def _head_forward(static, hidden, weight, targets, ids):
         h, target, at = chunk
         z = _chunk_logits(static, h, weight)
         lse = log_normaliser(z)
-        entropy = lse - jnp.sum(jnp.exp(z - lse[..., None]) * z, axis=-1)
+        log_p = z - lse[..., None]
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)  # lse - sum p z would cancel, and fall below 0
         logp = jnp.take_along_axis(z, target[..., None], axis=-1)[..., 0] - lse
         at_logp = None if at is None else jnp.take_along_axis(z, at, axis=-1) - lse[..., None]
         return None, (logp, entropy, at_logp, lse)
@@ -128,13 +131,14 @@ def _head_backward(static, residuals, cotangents):
             d_z = d_z * (1 - jnp.square(z * temperature / softcap))
         d_z = d_z.astype(h.dtype)
         d_h = jnp.einsum("brv,ve->bre", d_z, cast_weight, preferred_element_type=jnp.float32)
-        d_weight = d_weight + jnp.einsum("brv,bre->ve", d_z, h, preferred_element_type=jnp.float32)
+        # As [E, V]: XLA then needs no second copy of d_z, transposed.
+        d_weight = d_weight + jnp.einsum("bre,brv->ev", h, d_z, preferred_element_type=jnp.float32)
         return d_weight, d_h.astype(h.dtype)
 
     chunks: Any = tuple(_chunks(x, columns) for x in (hidden, targets, ids, lse, entropy, d_logp, d_entropy, d_ids))
-    d_weight, d_hidden = jax.lax.scan(one, jnp.zeros(weight.shape, jnp.float32), chunks)
+    d_weight, d_hidden = jax.lax.scan(one, jnp.zeros(weight.shape[::-1], jnp.float32), chunks)
     none = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (targets, ids)]
-    return _whole(d_hidden), d_weight.astype(weight.dtype), *none
+    return _whole(d_hidden), d_weight.T.astype(weight.dtype), *none
 
 
 _head.defvjp(_head_forward, _head_backward)
