@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda make test: on the accelerator
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # unless the environment names another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our worker processes do not mix
 
