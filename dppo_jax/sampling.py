@@ -20,8 +20,11 @@ def row_keys(key: Key[Array, ""], row: Int32[Array, "B"]) -> Key[Array, "B"]:
 
 
 def uniforms(keys: Key[Array, "B"], position: Int32[Array, ""]) -> Float32[Array, "B 2"]:
-    """Two numbers in [0, 1) for each row's token number `position`."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys)
+    """Two numbers in (0, 1), odd multiples of 2^-24, for each row's token number `position`.
+
+    A uniform of exactly 0 would draw a token however improbable, once in 8 million draws.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys) + 2.0**-24
 
 
 def _invert(weight: Float32[Array, "B n"], u: Float32[Array, "B"]) -> Int32[Array, "B"]:
@@ -35,8 +38,8 @@ def _invert(weight: Float32[Array, "B n"], u: Float32[Array, "B"]) -> Int32[Arra
 def draw(log_p: Float32[Array, "B V"], u: Float32[Array, "B 2"]) -> Int32[Array, "B"]:
     """One token per row, distributed as exp(log_p), which need not be normalised.
 
-    In two levels, a block of tokens and then a token in it, each with a uniform of its own: the draw resolves
-    probabilities far below one float32 uniform's 1e-7, and costs one pass over the vocabulary.
+    In two levels, a block of tokens and then a token in it, each with a uniform of its own: one pass over the
+    vocabulary, blocks resolved to 1e-7 and tokens to 1e-7 of their block's mass.
     """
     batch, vocabulary = log_p.shape
     width = 2 ** math.ceil(math.log2(vocabulary) / 2)
