@@ -21,6 +21,6 @@ def get_config():
     c.rollout.group_size = 8
     c.rollout.max_new_tokens = 24
     c.train.minibatches = 2
-    c.optimizer.learning_rate = 1e-5
+    c.optimizer.learning_rate = 2e-5
     c.log.samples = 5
     return c

@@ -4,8 +4,8 @@
     python -m experiments.train --config configs/paper/sanity_test.py --workdir runs/sanity_pg --config.loss.name=pg_is
 
 Needs the model at policy.path and the problems at data.path, as JSON lines of {prompt, answer}; without them, --trace
-checks the config and traces its shapes. Expected there: both DPPO forms near a reward of 1, PG-IS and CISPO falling after a rise (Figure 3).
-Not run at this scale by us.
+checks the config and traces its shapes. Expected in the paper: both DPPO forms near a reward of 1, PG-IS and CISPO
+falling after a rise (Figure 3). Not run at this scale by us.
 """
 
 from configs import base

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def load_tokenizer(directory: str):
         raise UserError(f"tokenizer: there is no directory {str(directory)!r}")
     if not any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"tokenizer: {str(directory)!r} holds none of {', '.join(TOKENIZER_FILES)}")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
     from transformers import AutoTokenizer
 
     try:
