@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     c.policy.path = ""  # Hugging Face directory: config.json, *.safetensors, tokenizer
     c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
     c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5) | float16; master weights are float32
+    c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
     c.policy.remat = "none"  # what the backward pass recomputes: none | dots | full
     c.policy.head_chunk = 512  # positions per device whose logits exist at one time
 

@@ -27,9 +27,12 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs an entry point; a `UserError` becomes one line on stderr and exit status 2."""
+    """Runs an entry point; a `UserError` becomes one line on stderr and exit status 2, an interruption status 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

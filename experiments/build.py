@@ -25,12 +25,15 @@ from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rollout import make_rollout
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import batch_shards, check_divisible, rows
+from dppo_jax.sharding import batch_shards, check_divisible, make_mesh, rows
 from dppo_jax.train_step import Score, Update, make_score, make_update
 from dppo_jax.weights import WEIGHTS
 
 # Purposes of randomness, folded into the seed's key beside the step.
 ROLLOUT, EVALUATION = 0, 1
+
+# Names of jax.default_matmul_precision.
+MATMUL = {name: name for name in ("default", "high", "highest")}
 
 # Keys that must be at least 1.
 COUNTS = (
@@ -64,6 +67,7 @@ def check(config: ConfigDict) -> None:
     for key in ("policy.dtype", "rollout.dtype"):
         lookup(DTYPES, value(config, key), key)
     lookup(REMAT, c.policy.remat, "policy.remat")
+    lookup(MATMUL, c.policy.matmul, "policy.matmul")
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
     if c.rollout.prompts % c.train.minibatches:
         raise UserError(
@@ -211,6 +215,14 @@ def stream_and_scorer(
     )
     scorer = Scorer(task, workers=config.reward.workers, time_limit_s=config.reward.time_limit_s)
     return stream, stack.enter_context(scorer)
+
+
+def on_devices(config: ConfigDict, stack: ExitStack) -> Mesh:
+    """The mesh, in force together with the precision of matrix products until `stack` closes."""
+    mesh = make_mesh(config.mesh)
+    stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
+    stack.enter_context(jax.set_mesh(mesh))
+    return mesh
 
 
 def minibatches(config: ConfigDict, step: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from dppo_jax.data.prompts import eos_ids, load_tokenizer
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config, load_params
-from dppo_jax.sharding import make_mesh, named
+from dppo_jax.sharding import named
 from experiments import build, cli
 
 
@@ -25,9 +25,8 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
     directory = checkpoint if is_hf else build.model_directory(config)
     model = load_config(directory)
-    mesh = make_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
+        mesh = build.on_devices(config, stack)
         tokenizer = load_tokenizer(str(directory))
         ends = eos_ids(tokenizer, str(directory))
         pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id

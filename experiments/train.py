@@ -28,7 +28,7 @@ from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import make_mesh, rows
+from dppo_jax.sharding import rows
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings, take_rows
 from experiments import build, cli
 from experiments.report import Report
@@ -42,8 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # Mesh, policy, optimizer.
         directory = build.model_directory(config)
         model = load_config(directory)
-        mesh = make_mesh(config.mesh)
-        stack.enter_context(jax.set_mesh(mesh))
+        mesh = build.on_devices(config, stack)
         build.check_mesh(config, mesh, model)
         tokenizer = load_tokenizer(str(directory))
         ends = eos_ids(tokenizer, str(directory))
