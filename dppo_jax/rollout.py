@@ -49,7 +49,7 @@ def make_rollout(
 ) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
-    Row n * group_size + j is response j to prompt n, and draws from fold_in(key, group[n] * group_size + j).
+    Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy. `dtype` is what parameters and cache are cast to. `tracked` is K; 0 leaves top-K out.
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
@@ -70,8 +70,8 @@ def make_rollout(
     def rollout(params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
         prompt_count, prompt_length = prompts.tokens.shape
         batch = prompt_count * group_size
-        row = (prompts.group[:, None] * group_size + jnp.arange(group_size)).reshape(-1)
-        keys = sampling.row_keys(key, row)
+        members = jnp.arange(group_size)
+        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group)).reshape(-1)
         listed = unstack(params, dtype)
         decoder, weight = bind(config, listed, stacked=False), head_weight(listed)
 
