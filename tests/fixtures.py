@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from configs import base
 from dppo_jax.models import save_hf
 from dppo_jax.models.config import ModelConfig, RopeConfig
-from dppo_jax.models.decoder import init_params
+from dppo_jax.models.decoder import abstract_params, init_params
 
 # Few digits among few characters: a model that knows nothing is right now and then.
 CHARACTERS = "012+-= ?abcdef"
@@ -36,6 +37,18 @@ TINY = ModelConfig(
     o_bias=False,
     qk_norm=True,
 )
+
+# XLA's switches that make a compilation for the CPU several times shorter, and what it gives slower. For jax.jit:
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+if jax.default_backend() != "cpu":
+    COMPILER_OPTIONS = {}
+
+
+def random_params(seed: int = 0):
+    """Parameters of TINY in NumPy, large enough that the policy is far from uniform."""
+    draw = np.random.default_rng(seed).normal
+    params = jax.tree.map(lambda s: (0.2 * draw(size=s.shape)).astype(np.float32), abstract_params(TINY))
+    return params | {"final_norm": 5 * params["final_norm"]}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -9,12 +9,12 @@ import pytest
 
 from dppo_jax.losses import LossInputs, bind
 from dppo_jax.metrics import summary
-from dppo_jax.models.decoder import abstract_params, forward
+from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
 from dppo_jax.train_step import assemble, init_state, loss_inputs, make_score, make_update, take_rows
 from dppo_jax.types import HeadOutput, PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
-from tests.fixtures import TINY
+from tests.fixtures import COMPILER_OPTIONS, TINY, random_params
 
 B, P, R, K = 8, 5, 6, 3
 TEMPERATURE, CONSTANT = 0.7, 11.0
@@ -22,16 +22,11 @@ NAMES = sorted(WEIGHTS)
 LOSS = dict(delta_low=0.01, delta_high=0.02, ratio_cap=1.1)
 ADAMW = dict(b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.1, clip_norm=0.05)
 RATES = (0.01, 0.02)  # of the first two updates
-QUICK = {} if jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 0}  # half the compile time
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Numbers large enough that the policy is far from uniform."""
-    numbers = np.random.default_rng(0)
-    draw = lambda s: (0.2 * numbers.normal(size=s.shape)).astype(np.float32)  # noqa: E731
-    drawn = jax.tree.map(draw, abstract_params(TINY))
-    return drawn | {"final_norm": 5 * drawn["final_norm"]}
+    return random_params()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,7 @@ def of_tokens(log_p, tokens):
     return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 def plain(params, batch, scale):
     """-sum(scale * log_softmax), its gradient, logp and log_softmax."""
 
@@ -125,7 +120,7 @@ def compiled(micro_batches):
         loss = bind("dppo_binary_tv", LOSS)
         return make_update(SCORE, loss, weigh, OPTIMIZER, micro_batches=micro_batches)(state, batch)
 
-    return jax.jit(update, compiler_options=QUICK)
+    return jax.jit(update, compiler_options=COMPILER_OPTIONS)
 
 
 @functools.cache
@@ -254,7 +249,7 @@ def test_nan_outside_the_mask_reaches_no_gradient():
     def hide(x, mask, outside):
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, outside)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def update(state, batch, outside):
         def score(params, batch):
             log_p = jax.nn.log_softmax(params["w"] + jnp.zeros((*batch.mask.shape, 1)))

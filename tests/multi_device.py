@@ -1,0 +1,121 @@
+"""One rollout and two updates on several meshes of eight devices, against one device.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.multi_device OUT.json
+
+Run in its own process, since the number of devices is fixed when jax starts. tests/test_sharding.py starts it and reads
+OUT.json: {mesh: what was found}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.metrics import summary
+from dppo_jax.models.decoder import abstract_params
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import make_mesh, rows
+from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings, take_rows
+from dppo_jax.types import PromptBatch
+from experiments import build
+from tests.fixtures import EOS, PAD, TINY, random_params, small_config
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # data, fsdp, tensor
+
+
+def config_of(sizes):
+    """Top-K, so that tracked ids meet a sharded vocabulary; two micro-batches of 8 rows."""
+    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, train__micro_batches=2, optimizer__eps=1e-4)
+    places = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes, strict=True))
+    return small_config(Path("unused"), **numbers, **places)
+
+
+def prompt_batch(config) -> PromptBatch:
+    numbers = np.random.default_rng(1)
+    n, length = config.rollout.prompts, config.data.max_prompt_len
+    return PromptBatch(
+        tokens=numbers.integers(2, TINY.vocab_size, size=(n, length)).astype(np.int32),
+        mask=np.arange(length) >= numbers.integers(0, length, size=(n, 1)),
+        group=np.arange(n, dtype=np.int32),
+    )
+
+
+def parts(array) -> int:
+    """How many different pieces of an array the devices hold."""
+    return len({str(index) for index in array.sharding.devices_indices_map(array.shape).values()})
+
+
+def run(sizes, devices):
+    """What the training loop does in a step, on a mesh of these sizes."""
+    config = config_of(sizes)
+    mesh = make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        build.check(config)
+        build.check_mesh(config, mesh, TINY)
+        optimizer = build.optimizer(config)
+        shardings = state_shardings(TINY, optimizer, abstract_params(TINY), mesh)
+        state = init_state(random_params(), optimizer, shardings)
+        start = jax.tree.map(np.asarray, state.params)
+        generate = build.on_mesh(build.rollout(config, TINY, (EOS,), PAD), mesh)
+        update = jit_update(build.update(config, TINY, mesh), shardings, mesh)
+        minibatch = jax.jit(take_rows, out_shardings=rows(mesh))
+        prompts = prompt_batch(config)
+        rollout = generate(state.params, prompts, step_key(0, 0, build.ROLLOUT))
+        batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
+        rewards = np.random.default_rng(2).integers(0, 2, size=batch.tokens.shape[0]).astype(np.float32)
+        advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
+        batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
+        summaries = []
+        for index in build.minibatches(config, 0):
+            state, metrics = update(state, minibatch(batch, index))
+            summaries.append(summary(jax.device_get(metrics)))
+        pieces = {}
+        for what, tree in (
+            ("params", state.params),
+            ("mu", state.opt_state[1][0].mu),
+            ("nu", state.opt_state[1][0].nu),
+        ):
+            flat = {name: leaf for name, leaf in tree.items() if name != "layers"} | tree["layers"]
+            pieces[what] = {name: parts(leaf) for name, leaf in flat.items()}
+        return {
+            "rollout": jax.tree.map(np.asarray, rollout),
+            "summaries": summaries,
+            "params": jax.tree.map(np.asarray, state.params),
+            "start": start,
+            "pieces": pieces,
+            "row_pieces": [parts(rollout.tokens), parts(batch.behavior_logp), parts(batch.advantages)],
+            "compiled": [generate._cache_size(), update._cache_size(), minibatch._cache_size()],
+        }
+
+
+def largest_difference(tree, other) -> float:
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), tree, other)))
+
+
+def compare(found, single) -> dict:
+    report = {name: found[name] for name in ("pieces", "row_pieces", "compiled")}
+    for name in ("tokens", "response_mask", "topk_ids"):
+        report[f"same_{name}"] = bool(np.array_equal(getattr(found["rollout"], name), getattr(single["rollout"], name)))
+    for name in ("behavior_logp", "topk_logp"):
+        report[name] = largest_difference(getattr(found["rollout"], name), getattr(single["rollout"], name))
+    report["summaries"] = found["summaries"]
+    report["params"] = largest_difference(found["params"], single["params"])
+    return report
+
+
+def main(out: str) -> None:
+    devices = jax.devices()
+    assert len(devices) == 8, devices
+    single = run((1, 1, 1), devices[:1])
+    report = {"x".join(map(str, sizes)): compare(run(sizes, devices), single) for sizes in MESHES}
+    report["1x1x1"] = compare(single, single)
+    report["1x1x1"]["moved"] = largest_difference(single["params"], single["start"])
+    report["1x1x1"]["lengths"] = single["rollout"].response_mask.sum(axis=1).tolist()
+    Path(out).write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,159 @@
+"""The table of axes, meshes that do not fit, and eight fake devices against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dppo_jax.errors import UserError
+from dppo_jax.models.decoder import abstract_params, param_axes
+from dppo_jax.sharding import MESH_AXES, RULES, batch_shards, check_divisible, constrain, make_mesh, named, rows, spec
+from tests.fixtures import TINY
+
+ROOT = Path(__file__).parent.parent
+MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}  # data, fsdp, tensor
+
+
+def sizes(data=1, fsdp=1, tensor=1):
+    return dict(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def fake_mesh(*shape) -> AbstractMesh:
+    return AbstractMesh(shape, MESH_AXES)
+
+
+def test_every_parameter_axis_is_in_the_table():
+    for axes in jax.tree.leaves(param_axes(TINY), is_leaf=lambda x: isinstance(x, tuple)):
+        assert set(axes) <= set(RULES)
+
+
+def test_spec_follows_the_table():
+    assert spec("batch", "length", "vocab") == P(("data", "fsdp"), None, "tensor")
+    assert spec("layers", "embed", "heads") == P(None, "fsdp", "tensor")
+    assert spec("batch", None) == P(("data", "fsdp"), None)
+
+
+def test_spec_refuses_to_use_a_mesh_axis_twice():
+    with pytest.raises(ValueError, match="twice"):
+        spec("heads", "mlp")
+    with pytest.raises(ValueError, match="twice"):
+        spec("batch", "embed")  # both over fsdp
+
+
+def test_named_and_rows_place_by_the_table():
+    mesh = fake_mesh(2, 2, 2)
+    placed = named(mesh, {"a": ("vocab", "embed"), "b": {"c": ("norm",)}})
+    assert placed == {"a": NamedSharding(mesh, P("tensor", "fsdp")), "b": {"c": NamedSharding(mesh, P(None))}}
+    assert rows(mesh) == NamedSharding(mesh, P(("data", "fsdp")))
+    assert batch_shards(mesh) == 4
+
+
+def test_constrain_does_nothing_outside_a_mesh():
+    x = jnp.ones((3, 5))
+    assert constrain(x, "batch", "vocab") is x
+
+
+def test_a_free_axis_takes_what_the_others_leave():
+    mesh = make_mesh(sizes(fsdp=-1), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "sentence"),
+    [
+        (sizes(data=2), 8, "does not use exactly the 8 devices there are"),
+        (sizes(data=3, fsdp=-1), 8, "does not use exactly the 8 devices there are"),
+        (sizes(data=4, fsdp=4), 8, "does not use exactly the 8 devices there are"),
+        (sizes(data=-1, fsdp=-1), 8, "at most one of them -1"),
+        (sizes(data=0), 1, "must be positive"),
+        (sizes(tensor=-2), 1, "must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(given, count, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_mesh(given, jax.devices()[:1] * count)
+
+
+@pytest.mark.parametrize("shape", MESHES.values())
+def test_the_tiny_model_divides_over_every_mesh_tested_here(shape):
+    check_divisible(fake_mesh(*shape), {"rollout.prompts": 8}, abstract_params(TINY), param_axes(TINY))
+
+
+def test_rows_that_do_not_divide_are_named_with_the_nearest_that_do():
+    def refusal(count):
+        with pytest.raises(UserError) as caught:
+            check_divisible(fake_mesh(2, 4, 1), {"rollout.prompts": count}, {}, {})
+        return str(caught.value)
+
+    assert refusal(12) == (
+        "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp = 8 does not divide; the nearest that fits is 16"
+    )
+    assert refusal(3).endswith("the nearest that fits is 8")
+    assert refusal(17).endswith("the nearest that fits is 16")
+
+
+def test_parameters_that_do_not_divide_are_named():
+    with pytest.raises(UserError, match=r"parameter embed has vocab = 16, which mesh.tensor = 3 does not divide"):
+        check_divisible(fake_mesh(1, 1, 3), {}, abstract_params(TINY), param_axes(TINY))
+    with pytest.raises(UserError, match=r"parameter layers/down has embed = 32, which mesh.fsdp = 5 does not divide"):
+        tree = {"layers": {"down": abstract_params(TINY)["layers"]["down"]}}
+        check_divisible(fake_mesh(1, 5, 1), {}, tree, {"layers": {"down": param_axes(TINY)["layers"]["down"]}})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What tests/multi_device.py says of every mesh. Its compilations are hurried: results stay, speed does not."""
+    out = tmp_path_factory.mktemp("devices") / "out.json"
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "tests.multi_device", str(out)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_the_single_device_run_is_worth_comparing_with(found):
+    single = found["1x1x1"]
+    assert single["moved"] > 0.01
+    assert 1 < len(set(single["lengths"]))
+    first, second = single["summaries"]
+    assert 0.5 < first["policy/entropy"] < 2.6  # of at most log(16) = 2.77
+    assert second["trust_region/masked"] > 0 and first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_draw_the_same_tokens(found, mesh):
+    for name in ("same_tokens", "same_response_mask", "same_topk_ids"):
+        assert found[mesh][name], name
+    assert found[mesh]["behavior_logp"] < 1e-5
+    assert found[mesh]["topk_logp"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_make_the_same_updates(found, mesh):
+    for got, want in zip(found[mesh]["summaries"], found["1x1x1"]["summaries"], strict=True):
+        assert got.keys() == want.keys()
+        for tag in want:
+            assert got[tag] == pytest.approx(want[tag], rel=1e-4, abs=1e-6), tag
+    assert found[mesh]["params"] < 2e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_moments_and_rows_are_sharded(found, mesh):
+    data, fsdp, tensor = MESHES[mesh]
+    for what in ("params", "mu", "nu"):
+        for name, pieces in found[mesh]["pieces"][what].items():
+            assert pieces == (1 if name.endswith("norm") else fsdp * tensor), (what, name)
+    assert found[mesh]["row_pieces"] == [data * fsdp] * 3
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_function_is_compiled_once_on_a_mesh(found, mesh):
+    assert found[mesh]["compiled"] == [1, 1, 1]
