@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     c.policy = ConfigDict()
     c.policy.path = ""  # Hugging Face directory: config.json, *.safetensors, tokenizer
     c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
-    c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5) | float16; master weights are float32
+    c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5); master weights are float32
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
     c.policy.remat = "none"  # what the backward pass recomputes: none | dots | full
     c.policy.head_chunk = 512  # positions per device whose logits exist at one time
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     c.rollout.max_new_tokens = 64  # response length, R
     c.rollout.temperature = 1.0  # divides the logits of both policies (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
-    c.rollout.dtype = "float32"  # parameters and cache of the behavior policy; differing from policy.dtype is mismatch
+    c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
     c.rollout.tracked = 20  # K: tracked tokens, recorded when the loss needs them (§4: 20)
 
     c.reward = ConfigDict()

@@ -66,6 +66,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{key} must be at least 1, not {value(config, key)}")
     for key in ("policy.dtype", "rollout.dtype"):
         lookup(DTYPES, value(config, key), key)
+    if c.policy.dtype == "float16":
+        raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
     lookup(REMAT, c.policy.remat, "policy.remat")
     lookup(MATMUL, c.policy.matmul, "policy.matmul")
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
