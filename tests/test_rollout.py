@@ -49,8 +49,10 @@ def prompts(lengths=LENGTHS, order=None) -> PromptBatch:
 def compiled(temperature: float, group_size: int = G, length: int = R, **options):
     """(params, prompts, key, eos_ids, pad_id) -> rollout."""
     config, _ = policy(FAMILY[options.pop("like", temperature)])
+    usual = (group_size, length, options) == (G, R, {})
+    quickly = None if usual else {"xla_backend_optimization_level": 0}  # these compile longer than they run
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=quickly)
     def run(params, prompts, key, eos_ids, pad_id):
         return make_rollout(
             config, group_size=group_size, max_new_tokens=length, temperature=temperature,
