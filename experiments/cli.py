@@ -1,6 +1,7 @@
 """The command line of the entry points: one config file, overrides by key, and clear refusals."""
 
 import argparse
+import re
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every value and section."""
+def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every key, sections included."""
     for name, value in config.items():
-        yield prefix + name
+        yield prefix + name, value
         if isinstance(value, ConfigDict):
             yield from keys(value, f"{prefix}{name}.")
+
+
+def said(error: Exception) -> str:
+    """An error's first line; of ml_collections' refusals, without the list of every other key."""
+    text = str(error.args[0] if error.args else error).strip()
+    hint = re.search(r"Did you mean .*\?$", text)
+    first = text.split(". Other fields present")[0].split("\n")[0]
+    return f"{first}; {hint[0][0].lower()}{hint[0][1:]}" if hint and hint[0] not in first else first
 
 
 def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -32,30 +41,33 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; the project's are in configs/")
     try:
-        known = set(keys(runpy.run_path(path)["get_config"]()))
+        written = runpy.run_path(path)
+        config = written["get_config"]() if "get_config" in written else None
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"config file {path} has no {error.args[0]}") from error
     except Exception as error:
-        raise UserError(f"config file {path} does not load: {type(error).__name__}: {error}") from error
+        raise UserError(f"config file {path} does not load: {type(error).__name__}: {said(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path} has no get_config() that returns a ConfigDict")
+    known = dict(keys(config))
     for override in overrides:
-        name = override.removeprefix("--").split("=")[0].removeprefix("config.")
         if not override.startswith("--config."):
             raise UserError(f"unknown argument {override!r}; overrides are --config.KEY=VALUE")
-        inside = name.rpartition(".")[0]
-        free = inside.startswith("eval.sets.") or inside.endswith("settings")
-        if name not in known and not free:
+        name, equals, value = override.removeprefix("--config.").partition("=")
+        if name not in known:
             raise UserError(f"unknown config key {name!r}{nearest(name, known)}")
-        if "=" not in override:
+        if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+        whole = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings
+        if isinstance(known[name], ConfigDict) and not whole:
+            raise UserError(f"config key {name!r} is a section; override one of its keys: {', '.join(known[name])}")
+    values, arguments = flags.FlagValues(), ["", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
-        values(["", f"--config={path}", *overrides])
+        values(arguments)
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"bad override: {error}") from error
+        raise UserError(f"bad override: {said(error)}") from error
 
 
 def parse(description: str, arguments: dict[str, dict[str, Any]], argv: Sequence[str] | None = None):
