@@ -35,20 +35,31 @@ ROLLOUT, EVALUATION = 0, 1
 # Names of jax.default_matmul_precision.
 MATMUL = {name: name for name in ("default", "high", "highest")}
 
-# Keys that must be at least 1.
-COUNTS = (
-    "steps",
-    "rollout.prompts",
-    "rollout.group_size",
-    "rollout.max_new_tokens",
-    "train.minibatches",
-    "train.epochs",
-    "train.micro_batches",
-    "policy.head_chunk",
-    "eval.samples",
-    "eval.prompts",
-    "checkpoint.keep",
-)
+# The least that a number may be.
+LEAST = {
+    "seed": 0,
+    "steps": 1,
+    "policy.head_chunk": 1,
+    "rollout.prompts": 1,
+    "rollout.group_size": 1,
+    "rollout.max_new_tokens": 1,
+    "train.minibatches": 1,
+    "train.epochs": 1,
+    "train.micro_batches": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "eval.every": 0,
+    "eval.samples": 1,
+    "eval.prompts": 1,
+    "eval.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "log.histograms": 0,
+    "log.samples": 0,
+    "log.transcripts": 0,
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -59,11 +70,17 @@ def check(config: ConfigDict) -> None:
             f"rollout.top_p = {c.rollout.top_p}: nucleus sampling changes the behavior policy, so training "
             "refuses it; set rollout.top_p=1.0 (evaluation has eval.top_p)"
         )
-    if c.rollout.temperature <= 0:
+    if not 0 < c.rollout.temperature < float("inf"):
         raise UserError(f"rollout.temperature = {c.rollout.temperature}: training samples, so it must be above 0")
-    for key in COUNTS:
-        if value(config, key) < 1:
-            raise UserError(f"{key} must be at least 1, not {value(config, key)}")
+    for key, least in LEAST.items():
+        if not value(config, key) >= least:
+            raise UserError(f"{key} must be at least {least}, not {value(config, key)}")
+    if not 0 < c.eval.top_p <= 1:
+        raise UserError(f"eval.top_p must be above 0 and at most 1, not {c.eval.top_p}")
+    if not c.aggregation.constant > 0:
+        raise UserError(f"aggregation.constant must be above 0, not {c.aggregation.constant}")
+    if c.eval.every and not c.eval.sets:
+        raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
     for key in ("policy.dtype", "rollout.dtype"):
         lookup(DTYPES, value(config, key), key)
     if c.policy.dtype == "float16":
@@ -160,6 +177,9 @@ def update(config: ConfigDict, model: ModelConfig, mesh: Mesh | None = None) -> 
 def rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int):
     """The behavior policy, for training."""
     c = config
+    tracked = c.rollout.tracked if "topk" in required_fields(loss(c)) else 0
+    if tracked > model.vocab_size:
+        raise UserError(f"rollout.tracked = {tracked} is more than the model's vocabulary of {model.vocab_size}")
     return make_rollout(
         model,
         group_size=c.rollout.group_size,
@@ -168,7 +188,7 @@ def rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pa
         eos_ids=eos_ids,
         pad_id=pad_id,
         dtype=DTYPES[c.rollout.dtype],
-        tracked=c.rollout.tracked if "topk" in required_fields(loss(c)) else 0,
+        tracked=tracked,
     )
 
 
