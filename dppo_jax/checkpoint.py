@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dppo_jax.errors import UserError
+from dppo_jax.run_log import make_folder
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:
@@ -16,11 +17,16 @@ def abstract_state(state: Any, shardings: Any) -> Any:
 
 
 class Checkpoints:
-    """The folder WORKDIR/checkpoints. Close it, or use it in a `with`: saving goes on in the background."""
+    """The folder WORKDIR/checkpoints. Close it, or use it in a `with`: saving goes on in the background.
+
+    UserError where the folder cannot be made.
+    """
 
     def __init__(self, workdir: str | Path, *, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
+        folder = (Path(workdir) / "checkpoints").absolute()
+        make_folder(folder)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest(self) -> int | None:
         """The newest step saved whole, or None."""

@@ -67,14 +67,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # A fresh state, or the last checkpoint's.
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
         start = checkpoints.latest()
-        changes = write_config(workdir, config.to_dict(), resuming=start is not None)
         if start is None:
             start, state = 0, init_state(load_params(directory)[1], optimizer, shardings)
+            changes = write_config(workdir, config.to_dict(), resuming=False)
         else:
+            changes = write_config(workdir, config.to_dict(), resuming=True)
             changes.insert(0, f"going on from the checkpoint at step {start}")
             fresh = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(model))
             state = checkpoints.restore(start, abstract_state(fresh, shardings))
-        if start >= config.steps:
+        # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
+        outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
+        if start >= config.steps and not outstanding:
             print(f"nothing to do: {workdir} has {start} of {config.steps} steps\n{summary_table(workdir)}")
             return
         log = stack.enter_context(
@@ -138,10 +141,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 "throughput/tokens_per_s": float(mask.sum()) / (trained - began),
             }
             if not math.isfinite(scalars["grad_norm"]):
-                raise UserError(
-                    f"step {step}: the gradient norm is {scalars['grad_norm']}, so training stops; "
-                    f"the last checkpoint is that of step {checkpoints.latest()}"
-                )
+                latest = checkpoints.latest()
+                kept = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
+                raise UserError(f"step {step}: the gradient norm is {scalars['grad_norm']}, so training stops; {kept}")
             report.keep(step, scalars, total.histograms, examples, replies, rewards)
 
             done = step + 1
