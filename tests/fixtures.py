@@ -1,11 +1,19 @@
 """What several tests train on: a tiny random model directory, a few questions, a config that uses them."""
 
+import contextlib
 import functools
+import io
 import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +22,7 @@ from configs import base
 from dppo_jax.models import save_hf
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params, init_params
+from experiments.train import train
 
 # Few digits among few characters: a model that knows nothing is right now and then.
 CHARACTERS = "012+-= ?abcdef"
@@ -37,6 +46,21 @@ TINY = ModelConfig(
     o_bias=False,
     qk_norm=True,
 )
+
+
+def once_a_session(make):
+    """Calls make(tmp_path_factory) once: modules share what it made."""
+    made: dict[Path, Any] = {}
+
+    @functools.wraps(make)
+    def get(tmp_path_factory):
+        folder = tmp_path_factory.getbasetemp()
+        if folder not in made:
+            made[folder] = make(tmp_path_factory)
+        return made[folder]
+
+    return get
+
 
 # XLA's switches that make a compilation for the CPU several times shorter, and what it gives slower. For jax.jit:
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -67,7 +91,7 @@ def write_questions(path: Path) -> Path:
     return path
 
 
-@functools.cache
+@once_a_session
 def tiny(tmp_path_factory) -> Path:
     """A folder with model/ (Hugging Face) and questions.jsonl, made once a session; copy it before you break it."""
     folder = tmp_path_factory.mktemp("tiny")
@@ -91,8 +115,8 @@ def small_config(folder: Path, **changes) -> ConfigDict:
         "rollout.max_new_tokens": 6,
         "train.minibatches": 2,
         "optimizer.learning_rate": 0.02,  # large, so that four updates on one rollout move the policy
-        "loss.delta_low": 0.01,
-        "loss.delta_high": 0.01,
+        "loss_defaults.dppo_binary_tv.delta_low": 0.01,
+        "loss_defaults.dppo_binary_tv.delta_high": 0.01,
         "checkpoint.every": 2,
         "checkpoint.keep": 10,
         "log.histograms": 2,
@@ -105,10 +129,103 @@ def small_config(folder: Path, **changes) -> ConfigDict:
     return c
 
 
-def config_file(path: Path, folder: Path, **changes) -> Path:
-    """A config file whose get_config() is `small_config(folder, **changes)`."""
+def config_file(path: Path, folder: Path, function: str = "small_config", **changes) -> Path:
+    """A config file whose get_config() is `small_config(folder, **changes)`, or another function of this file."""
     path.write_text(
-        "from pathlib import Path\n\nfrom tests.fixtures import small_config\n\n\n"
-        f"def get_config():\n    return small_config(Path({str(folder)!r}), **{changes!r})\n"
+        f"from pathlib import Path\n\nfrom tests.fixtures import {function}\n\n\n"
+        f"def get_config():\n    return {function}(Path({str(folder)!r}), **{changes!r})\n"
     )
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Runs of the loop. Their compilations are hurried, and equal programs are compiled once a session.
+
+
+@once_a_session
+def _cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+def hurried_environment(tmp_path_factory) -> dict[str, str]:
+    """For a process of its own; it shares what `hurried` compiled."""
+    return os.environ | {
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(_cache_folder(tmp_path_factory)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@contextlib.contextmanager
+def hurried(tmp_path_factory) -> Iterator[None]:
+    """In this process, until the `with` ends."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(_cache_folder(tmp_path_factory)),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, what it printed, and its compilations: (function, step, or None before the first)."""
+
+    folder: Path
+    config: ConfigDict
+    printed: str
+    compilations: tuple[tuple[str, int | None], ...]
+
+
+def run_config(folder: Path, **changes) -> ConfigDict:
+    """`small_config` with an evaluation set and the trained policy exported."""
+    numbers = dict(eval__every=2, eval__samples=2, eval__prompts=8, checkpoint__export=True)
+    c = small_config(folder, **(numbers | changes))
+    c.eval.sets.sums = base.data_section(
+        kind="jsonl", path=c.data.path, verifier="last_number", max_prompt_len=c.data.max_prompt_len
+    )
+    return c
+
+
+def run(config: ConfigDict, folder: Path) -> Run:
+    """experiments.train in this process."""
+    compilations: list[tuple[str, int | None]] = []
+
+    def listen(event: str, _: float, **about) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            frame, step = sys._getframe(), None
+            while frame is not None:
+                if frame.f_code is train.__code__:
+                    step = frame.f_locals.get("step")
+                frame = frame.f_back
+            compilations.append((about["fun_name"], step))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            train(config, folder)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return Run(folder, config, printed.getvalue(), tuple(compilations))
+
+
+@once_a_session
+def finished_run(tmp_path_factory) -> Run:
+    """`run_config`, run once a session; copy its folder before you touch it. Call it inside `hurried`."""
+    return run(run_config(tiny(tmp_path_factory)), tmp_path_factory.mktemp("finished") / "run")
