@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dppo_jax.errors import UserError
@@ -57,8 +58,18 @@ class Checkpoints:
         self.close()
 
 
+def _place(leaf: Any) -> ocp.RestoreArgs:
+    """Where a leaf goes, whatever devices it was saved from."""
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+
+
 def restore_params(directory: str | Path, abstract_params: Any) -> Any:
-    """The parameters alone of the newest checkpoint of a run, or of one step's folder WORKDIR/checkpoints/STEP."""
+    """The parameters alone of the newest checkpoint of a run, or of one step's folder WORKDIR/checkpoints/STEP.
+
+    A leaf of `abstract_params` that names a sharding is laid out so; others come as NumPy arrays.
+    """
     directory = Path(directory).absolute()
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
         folder, step = directory.parent, int(directory.name)
@@ -66,12 +77,14 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
         folder, step = directory / "checkpoints", None
     if not folder.is_dir():
         raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    reading = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    with ocp.CheckpointManager(folder, options=reading) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(
                 f"{folder} has no whole checkpoint{'' if step is None else f' {step}'}; steps: {sorted(steps)}"
             )
         step = max(steps) if step is None else step
-        restore = ocp.args.PyTreeRestore({"params": abstract_params}, partial_restore=True)
+        wanted = {"params": abstract_params}
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(_place, wanted), partial_restore=True)
         return manager.restore(step, args=restore)["params"]
