@@ -1,9 +1,9 @@
 """One rollout and two updates on several meshes of eight devices, against one device.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.multi_device OUT.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.multi_device FOLDER
 
 Run in its own process, since the number of devices is fixed when jax starts. tests/test_sharding.py starts it and reads
-OUT.json: {mesh: what was found}.
+FOLDER/found.json, {mesh: what was found}, and FOLDER/<mesh>/checkpoints.
 """
 
 import json
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.sampling import step_key
@@ -48,8 +49,8 @@ def parts(array) -> int:
     return len({str(index) for index in array.sharding.devices_indices_map(array.shape).values()})
 
 
-def run(sizes, devices):
-    """What the training loop does in a step, on a mesh of these sizes."""
+def run(sizes, devices, folder):
+    """What the training loop does in a step, on a mesh of these sizes, and its checkpoint in `folder`."""
     config = config_of(sizes)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
@@ -72,6 +73,8 @@ def run(sizes, devices):
         for index in build.minibatches(config, 0):
             state, metrics = update(state, minibatch(batch, index))
             summaries.append(summary(jax.device_get(metrics)))
+        with Checkpoints(folder, keep=1) as checkpoints:
+            checkpoints.save(1, state)
         pieces = {}
         for what, tree in (
             ("params", state.params),
@@ -106,16 +109,18 @@ def compare(found, single) -> dict:
     return report
 
 
-def main(out: str) -> None:
+def main(folder: Path) -> None:
     devices = jax.devices()
     assert len(devices) == 8, devices
-    single = run((1, 1, 1), devices[:1])
-    report = {"x".join(map(str, sizes)): compare(run(sizes, devices), single) for sizes in MESHES}
-    report["1x1x1"] = compare(single, single)
+    single = run((1, 1, 1), devices[:1], folder / "1x1x1")
+    report = {"1x1x1": compare(single, single)}
     report["1x1x1"]["moved"] = largest_difference(single["params"], single["start"])
     report["1x1x1"]["lengths"] = single["rollout"].response_mask.sum(axis=1).tolist()
-    Path(out).write_text(json.dumps(report, indent=1))
+    for sizes in MESHES:
+        name = "x".join(map(str, sizes))
+        report[name] = compare(run(sizes, devices, folder / name), single)
+    (folder / "found.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

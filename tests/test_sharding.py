@@ -8,14 +8,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dppo_jax.checkpoint import Checkpoints, abstract_state, restore_params
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.sharding import MESH_AXES, RULES, batch_shards, check_divisible, constrain, make_mesh, named, rows, spec
-from tests.fixtures import TINY
+from dppo_jax.train_step import init_state, state_shardings
+from experiments import build
+from tests.fixtures import TINY, small_config
 
 ROOT = Path(__file__).parent.parent
 MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}  # data, fsdp, tensor
@@ -108,15 +112,20 @@ def test_parameters_that_do_not_divide_are_named():
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    """What tests/multi_device.py says of every mesh. Its compilations are hurried: results stay, speed does not."""
-    out = tmp_path_factory.mktemp("devices") / "out.json"
+def folder(tmp_path_factory) -> Path:
+    """What tests/multi_device.py leaves. Its compilations are hurried: results stay, speed does not."""
+    folder = tmp_path_factory.mktemp("devices")
     flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-m", "tests.multi_device", str(out)]
+    command = [sys.executable, "-m", "tests.multi_device", str(folder)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict:
+    return json.loads((folder / "found.json").read_text())
 
 
 def test_the_single_device_run_is_worth_comparing_with(found):
@@ -157,3 +166,46 @@ def test_parameters_moments_and_rows_are_sharded(found, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_each_function_is_compiled_once_on_a_mesh(found, mesh):
     assert found[mesh]["compiled"] == [1, 1, 1]
+
+
+def on_one_device():
+    """(mesh, where a state lives on it, its shapes)"""
+    mesh = make_mesh(sizes(fsdp=-1), jax.devices()[:1])
+    optimizer = build.optimizer(small_config(Path("unused")))
+    shardings = state_shardings(TINY, optimizer, abstract_params(TINY), mesh)
+    return mesh, shardings, jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(TINY))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_checkpoint_of_eight_devices_is_restored_on_one(folder, name):
+    """The whole state, as a resumed run does it."""
+    mesh, shardings, fresh = on_one_device()
+    states = []
+    for saved in (name, "1x1x1"):
+        with Checkpoints(folder / saved, keep=1) as checkpoints:
+            states.append(checkpoints.restore(checkpoints.latest(), abstract_state(fresh, shardings)))
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(states))
+    assert states[0].updates == 2
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *states)
+
+
+def test_parameters_alone_are_restored_on_other_devices_too(folder):
+    """As the evaluation of a run that trained elsewhere needs them: placed, or in NumPy."""
+    mesh, shardings, _ = on_one_device()
+    plain = restore_params(folder / "2x2x2", abstract_params(TINY))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(plain))
+    placed = restore_params(folder / "2x2x2", abstract_state(abstract_params(TINY), shardings.params))
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(placed))
+    jax.tree.map(np.testing.assert_array_equal, placed, plain)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("", "holds no checkpoints; give a run's folder, or its checkpoints/STEP"),
+        ("2x2x2/checkpoints/7", r"has no whole checkpoint 7; steps: \[1\]"),
+    ],
+)
+def test_a_folder_without_the_checkpoint_is_refused(folder, place, sentence):
+    with pytest.raises(UserError, match=sentence):
+        restore_params(folder / place, abstract_params(TINY))
