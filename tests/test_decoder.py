@@ -29,7 +29,7 @@ TOKENS = np.random.RandomState(0).randint(0, V, (3, T)).astype(np.int32)
 LEFT_PADDED = np.arange(T) >= np.array([0, 3, 9])[:, None]
 
 TINY = ModelConfig(
-    model_type="qwen3", vocab_size=50, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2,
+    model_type="qwen3", vocab_size=50, hidden_size=20, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2,
     head_dim=8, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e4), max_position=64, tie_embeddings=True, qkv_bias=True,
     o_bias=True, qk_norm=True,
 )  # fmt: skip
@@ -181,6 +181,21 @@ def test_shapes_and_axes_are_those_of_the_files(family):
         spec(*names)  # no mesh axis twice
     assert ("head" in params) != config.tie_embeddings
     assert head_weight(params) is params["embed" if config.tie_embeddings else "head"]
+
+
+def test_every_axis_has_the_size_its_name_says():
+    """All sizes of this config differ, so that a transposed weight or swapped names would show."""
+    sizes = {
+        "layers": TINY.num_layers, "vocab": TINY.vocab_size, "embed": TINY.hidden_size, "mlp": TINY.intermediate_size,
+        "heads": TINY.num_heads * TINY.head_dim, "kv_heads": TINY.num_kv_heads * TINY.head_dim,
+    }  # fmt: skip
+    assert len(set(sizes.values())) == len(sizes)
+
+    def check(shape, names):
+        for size, name in zip(shape.shape, names, strict=True):
+            assert name == "norm" or size == sizes[name], (shape, names)
+
+    jax.tree.map(check, abstract_params(TINY), param_axes(TINY))
 
 
 def test_the_two_ways_to_make_parameters_agree():
