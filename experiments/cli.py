@@ -30,7 +30,8 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def said(error: Exception) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
-    text = str(error.args[0] if error.args else error).strip()
+    text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
+    text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
     hint = re.search(r"Did you mean .*\?$", text)
     first = text.split(". Other fields present")[0].split("\n")[0]
     return f"{first}; {hint[0][0].lower()}{hint[0][1:]}" if hint and hint[0] not in first else first
