@@ -9,7 +9,7 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.steps = 40
+    c.steps = 25
     c.policy.path = "models/SmolLM2-135M-Instruct"
     c.data.name = "products"
     c.data.settings = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
