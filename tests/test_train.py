@@ -234,6 +234,20 @@ def test_a_run_is_a_function_of_its_config_and_seed(finished, folder, tmp_path):
     assert first != (tmp_path / "other" / "samples" / "step_000000.jsonl").read_text()
 
 
+def test_every_step_and_row_draws_numbers_of_its_own(folder, tmp_path):
+    """One question over and over: the same numbers would begin most replies with the same character."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "0+1=", "answer": 1}\n')
+    changes = dict(steps=2, log__samples=1, log__transcripts=32, data__path=str(tmp_path / "one.jsonl"))
+    run(run_config(folder, **changes), tmp_path / "run")
+    first, second = (
+        [json.loads(line)["reply"] for line in file.read_text().splitlines()]
+        for file in sorted((tmp_path / "run" / "samples").iterdir())
+    )
+    assert len(first) == len(second) == 32
+    assert sum(a[:1] == b[:1] for a, b in zip(first, second, strict=True)) < 16
+    assert len(set(first)) > 24  # some are short: three in a hundred are empty
+
+
 def test_minibatches_are_whole_groups_and_every_row_once_an_epoch(folder):
     config = small_config(folder, train__epochs=3, train__minibatches=4)
     for step in (0, 5):
