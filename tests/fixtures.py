@@ -62,8 +62,13 @@ def once_a_session(make):
     return get
 
 
-# XLA's switches that make a compilation for the CPU several times shorter, and what it gives slower. For jax.jit:
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# What makes a compilation for the CPU several times shorter, and its result slower: for jax.jit, and for XLA_FLAGS
+# beside JAX_DISABLE_MOST_OPTIMIZATIONS. The second switch is gone from later versions of XLA.
+COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
+HURRIED_FLAGS = ""
+if jax.__version_info__ < (0, 11):
+    COMPILER_OPTIONS |= {"xla_cpu_use_fusion_emitters": False}
+    HURRIED_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 if jax.default_backend() != "cpu":
     COMPILER_OPTIONS = {}
 

@@ -19,7 +19,7 @@ from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.sharding import MESH_AXES, RULES, batch_shards, check_divisible, constrain, make_mesh, named, rows, spec
 from dppo_jax.train_step import init_state, state_shardings
 from experiments import build
-from tests.fixtures import TINY, small_config
+from tests.fixtures import HURRIED_FLAGS, TINY, small_config
 
 ROOT = Path(__file__).parent.parent
 MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}  # data, fsdp, tensor
@@ -115,7 +115,7 @@ def test_parameters_that_do_not_divide_are_named():
 def folder(tmp_path_factory) -> Path:
     """What tests/multi_device.py leaves. Its compilations are hurried: results stay, speed does not."""
     folder = tmp_path_factory.mktemp("devices")
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    flags = f"--xla_force_host_platform_device_count=8 {HURRIED_FLAGS}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-m", "tests.multi_device", str(folder)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
