@@ -50,7 +50,8 @@ def make_rollout(
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
-    `temperature` 0 is greedy. `dtype` is what parameters and cache are cast to. `tracked` is K; 0 leaves top-K out.
+    `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
+    `tracked` is K; 0 leaves top-K out.
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
     if not 0 <= tracked <= config.vocab_size:

@@ -112,6 +112,17 @@ def value(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
+def check_length(config: ConfigDict, model: ModelConfig) -> None:
+    """Refuses prompts and responses that together are longer than the model's positions."""
+    sections = {"data": config.data, **{f"eval.sets.{name}": data for name, data in config.eval.sets.items()}}
+    for name, data in sections.items():
+        if data.max_prompt_len + config.rollout.max_new_tokens > model.max_position:
+            raise UserError(
+                f"{name}.max_prompt_len + rollout.max_new_tokens = {data.max_prompt_len} + "
+                f"{config.rollout.max_new_tokens} exceeds the model's {model.max_position} positions"
+            )
+
+
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
     """Refuses rows and parameters that do not divide over the mesh."""
     c = config

@@ -25,6 +25,7 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
     directory = checkpoint if is_hf else build.model_directory(config)
     model = load_config(directory)
+    build.check_length(config, model)
     with contextlib.ExitStack() as stack:
         mesh = build.on_devices(config, stack)
         tokenizer = load_tokenizer(str(directory))

@@ -34,6 +34,7 @@ def trace(config: ConfigDict) -> str:
     """Checks the config and traces one step abstractly, as on one device. Returns what it found, in words."""
     build.check(config)
     model = model_config(config)
+    build.check_length(config, model)
     params = abstract_params(model)
     n, length = config.rollout.prompts, config.data.max_prompt_len
     prompts = PromptBatch(

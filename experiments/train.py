@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # Mesh, policy, optimizer.
         directory = build.model_directory(config)
         model = load_config(directory)
+        build.check_length(config, model)
         mesh = build.on_devices(config, stack)
         build.check_mesh(config, mesh, model)
         tokenizer = load_tokenizer(str(directory))

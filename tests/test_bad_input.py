@@ -113,6 +113,7 @@ OVERRIDES = {
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
+    "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     # files
     "--config.policy.path=/no/model": "model directory /no/model does not exist",

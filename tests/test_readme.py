@@ -19,9 +19,9 @@ def test_the_readmes_own_loss_trains(tmp_path, monkeypatch):
     assert len(overrides) == 2
     file = tmp_path / "mine.py"
     file.write_text(code)
-    small = [f"--config.{key}" for key in ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "data.size=8")]
+    small = ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "train.minibatches=2", "data.size=8", "eval.every=0")
     try:
-        config = load_config(str(file), [*overrides, *small, "--config.log.samples=0", "--config.log.histograms=0"])
+        config = load_config(str(file), [*overrides, *(f"--config.{key}" for key in small)])
         train(config, tmp_path / "run")
     finally:
         LOSSES.pop("sign_free_tv", None)
