@@ -17,6 +17,11 @@ def abstract_state(state: Any, shardings: Any) -> Any:
     return jax.tree.map(place, state, shardings)
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
+
+
 class Checkpoints:
     """The folder WORKDIR/checkpoints. Close it, or use it in a `with`: saving goes on in the background.
 
@@ -27,7 +32,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         folder = (Path(workdir) / "checkpoints").absolute()
         make_folder(folder)
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def latest(self) -> int | None:
         """The newest step saved whole, or None."""
@@ -40,11 +45,15 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape."""
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"checkpoint {step} of this run does not fit the config's model: {reason}") from error
+        saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(abstract)
+        for name in sorted(saved.keys() | wanted.keys()):
+            there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+            if there != here:
+                raise UserError(
+                    f"checkpoint {step} of this run does not fit the config's model: {name} is {there} there and "
+                    f"{here} here"
+                )
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
         """Waits until all is on disk."""
