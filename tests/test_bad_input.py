@@ -113,7 +113,6 @@ OVERRIDES = {
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
-    "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     # files
     "--config.policy.path=/no/model": "model directory /no/model does not exist",
@@ -293,6 +292,19 @@ def test_resuming_with_another_config(refusal, workdir):
     )
 
 
+def test_resuming_with_a_model_of_another_shape(refusal, model, finished, tmp_path):
+    """The same config, but what stands at policy.path has changed. Found before orbax reads an array."""
+    own = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    stored = json.loads((own / "config.json").read_text())
+    stored["policy"]["path"] = str(model)
+    (own / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    edit(model / "config.json", intermediate_size=48)
+    assert refusal(f"--config.policy.path={model}", workdir=own) == (
+        "checkpoint 4 of this run does not fit the config's model: "
+        "opt_state/1/0/mu/layers/down is (2, 64, 32) there and (2, 48, 32) here"
+    )
+
+
 def test_a_workdir_that_cannot_be(refusal, tmp_path):
     (tmp_path / "file").write_text("precious")
     assert refusal(workdir=tmp_path / "file").startswith("cannot make the folder ")
@@ -324,7 +336,7 @@ def test_a_batch_that_the_mesh_does_not_divide(folder):
 
 @pytest.fixture
 def command(config, workdir, tmp_path_factory):
-    def ask(*arguments, workdir=workdir, **environment) -> str:
+    def ask(*arguments, **environment) -> str:
         before = contents(workdir)
         line = [sys.executable, "-m", "experiments.train", f"--config={config}", f"--workdir={workdir}", *arguments]
         env = hurried_environment(tmp_path_factory) | environment
@@ -346,14 +358,3 @@ def test_the_command_refuses_rows_that_eight_devices_do_not_divide(command):
     assert command("--config.rollout.prompts=4", XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == (
         "error: rollout.prompts is 4 rows, which mesh.data x mesh.fsdp = 8 does not divide; the nearest that fits is 8"
     )
-
-
-def test_the_command_refuses_to_resume_with_a_model_of_another_shape(command, model, finished, tmp_path):
-    """The same config, but what stands at policy.path has changed."""
-    own = Path(shutil.copytree(finished.folder, tmp_path / "run"))
-    stored = json.loads((own / "config.json").read_text())
-    stored["policy"]["path"] = str(model)
-    (own / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-    edit(model / "config.json", intermediate_size=48)
-    said = command(f"--config.policy.path={model}", workdir=own)
-    assert said.startswith("error: checkpoint 4 of this run does not fit the config's model: ")
