@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dppo_jax.advantages import ADVANTAGES
-from dppo_jax.data.prompts import PromptStream
+from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import evaluate
@@ -121,6 +121,26 @@ def check_length(config: ConfigDict, model: ModelConfig) -> None:
                 f"{name}.max_prompt_len + rollout.max_new_tokens = {data.max_prompt_len} + "
                 f"{config.rollout.max_new_tokens} exceeds the model's {model.max_position} positions"
             )
+
+
+class Text(NamedTuple):
+    """A model directory's tokenizer, the tokens that end a response, and the one that pads."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+def text(directory: Path, model: ModelConfig) -> Text:
+    """UserError for a tokenizer that is not there, or knows tokens that the model has no row for."""
+    tokenizer = load_tokenizer(str(directory))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has a token {largest}, beyond the model's vocab_size of {model.vocab_size}"
+        )
+    ends = eos_ids(tokenizer, str(directory))
+    return Text(tokenizer, ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
@@ -280,13 +300,13 @@ def model_directory(config: ConfigDict) -> Path:
 class Evaluation:
     """The config's evaluation sets, asked on schedule: before step 0, every eval.every steps, and at the end."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, tokenizer, ends, pad: int, stack: ExitStack):
-        self._config, self._tokenizer, self._ends = config, tokenizer, ends
+    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, text: Text, stack: ExitStack):
+        self._config, self._text = config, text
         self._sets = {
-            name: stream_and_scorer(config, data, tokenizer, config.eval.prompts, stack)
+            name: stream_and_scorer(config, data, text.tokenizer, config.eval.prompts, stack)
             for name, data in config.eval.sets.items()
         }
-        self._generate = on_mesh(eval_rollout(config, model, ends, pad), mesh)
+        self._generate = on_mesh(eval_rollout(config, model, text.eos_ids, text.pad_id), mesh)
 
     def at(self, step: int, params: Params) -> dict[str, float]:
         """{"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""
@@ -305,8 +325,8 @@ class Evaluation:
                 num_prompts=self._config.eval.prompts,
                 samples=self._config.eval.samples,
                 key=step_key(self._config.seed, step, EVALUATION),
-                tokenizer=self._tokenizer,
-                eos_ids=self._ends,
+                tokenizer=self._text.tokenizer,
+                eos_ids=self._text.eos_ids,
             )
             results |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
         return results

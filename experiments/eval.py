@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from dppo_jax.checkpoint import abstract_state, restore_params
-from dppo_jax.data.prompts import eos_ids, load_tokenizer
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config, load_params
@@ -28,15 +27,13 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     build.check_length(config, model)
     with contextlib.ExitStack() as stack:
         mesh = build.on_devices(config, stack)
-        tokenizer = load_tokenizer(str(directory))
-        ends = eos_ids(tokenizer, str(directory))
-        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        text = build.text(directory, model)
         shardings = named(mesh, param_axes(model))
         if is_hf:
             params = jax.device_put(load_params(directory)[1], shardings)
         else:
             params = restore_params(checkpoint, abstract_state(abstract_params(model), shardings))
-        return build.Evaluation(config, model, mesh, tokenizer, ends, pad, stack).run(0, params)
+        return build.Evaluation(config, model, mesh, text, stack).run(0, params)
 
 
 def main() -> None:

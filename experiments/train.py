@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax.checkpoint import Checkpoints, abstract_state
-from dppo_jax.data.prompts import decode_replies, eos_ids, load_tokenizer
+from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.losses import required_fields
 from dppo_jax.models import save_hf
@@ -45,19 +45,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
         build.check_length(config, model)
         mesh = build.on_devices(config, stack)
         build.check_mesh(config, mesh, model)
-        tokenizer = load_tokenizer(str(directory))
-        ends = eos_ids(tokenizer, str(directory))
-        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        text = build.text(directory, model)
         optimizer = build.optimizer(config)
         learning_rate = build.schedule(config)
         shardings = state_shardings(model, optimizer, abstract_params(model), mesh)
 
         # Data and rewards.
-        stream, scorer = build.stream_and_scorer(config, config.data, tokenizer, config.rollout.prompts, stack)
-        evaluation = build.Evaluation(config, model, mesh, tokenizer, ends, pad, stack)
+        stream, scorer = build.stream_and_scorer(config, config.data, text.tokenizer, config.rollout.prompts, stack)
+        evaluation = build.Evaluation(config, model, mesh, text, stack)
 
         # What runs on the devices, each compiled once.
-        generate = build.on_mesh(build.rollout(config, model, ends, pad), mesh)
+        generate = build.on_mesh(build.rollout(config, model, text.eos_ids, text.pad_id), mesh)
         score = jax.jit(build.score(config, model, mesh), out_shardings=rows(mesh))
         update = jit_update(build.update(config, model, mesh), shardings, mesh)
         advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
@@ -103,7 +101,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             rollout = generate(state.params, prompts, step_key(config.seed, step, build.ROLLOUT))
             report.flush()
             mask = np.asarray(rollout.response_mask)
-            replies = decode_replies(tokenizer, np.asarray(rollout.tokens), mask, ends)
+            replies = decode_replies(text.tokenizer, np.asarray(rollout.tokens), mask, text.eos_ids)
             rolled = time.perf_counter()
 
             # Rewards, on the host. Meanwhile the devices recompute the proximal policy, if the loss asks for it.
@@ -155,7 +153,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)
         if config.checkpoint.export:
-            save_hf(workdir / "policy", model, jax.device_get(state.params), tokenizer)
+            save_hf(workdir / "policy", model, jax.device_get(state.params), text.tokenizer)
     print(summary_table(workdir))
 
 
@@ -171,6 +169,8 @@ def main() -> None:
     )
     if arguments.trace:
         print(trace(config))
+    elif arguments.workdir is None:
+        raise UserError("--workdir DIR is required, for logs and checkpoints")
     else:
         train(config, arguments.workdir)
 

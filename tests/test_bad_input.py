@@ -358,3 +358,10 @@ def test_the_command_refuses_rows_that_eight_devices_do_not_divide(command):
     assert command("--config.rollout.prompts=4", XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == (
         "error: rollout.prompts is 4 rows, which mesh.data x mesh.fsdp = 8 does not divide; the nearest that fits is 8"
     )
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(refusal, model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["beyond"] = 999
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has a token 999, beyond the model's vocab_size of" in refusal(f"--config.policy.path={model}")

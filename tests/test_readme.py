@@ -19,7 +19,7 @@ def test_the_readmes_own_loss_trains(tmp_path, monkeypatch):
     assert len(overrides) == 2
     file = tmp_path / "mine.py"
     file.write_text(code)
-    small = ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "train.minibatches=2", "data.size=8", "eval.every=0")
+    small = ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "train.minibatches=2", "eval.every=0")
     try:
         config = load_config(str(file), [*overrides, *(f"--config.{key}" for key in small)])
         train(config, tmp_path / "run")
