@@ -161,9 +161,7 @@ def main() -> None:
     config, arguments = cli.parse(
         __doc__.split("\n")[0],
         {
-            "--workdir": dict(
-                required=True, type=Path, metavar="DIR", help="logs and checkpoints; resumes what is there"
-            ),
+            "--workdir": dict(type=Path, metavar="DIR", help="logs and checkpoints; resumes what is there"),
             "--trace": dict(action="store_true", help="check the config and trace its shapes, without weights or data"),
         },
     )

@@ -146,13 +146,13 @@ def test_evaluation_without_a_set(refusal, folder, tmp_path):
 # --- the command line and the config file ---
 
 
-def test_arguments_that_are_missing(refusal, tmp_path, monkeypatch, capsys):
+def test_arguments_that_are_missing(refusal, config, monkeypatch, capsys):
     assert refusal(config=None) == "the following arguments are required: --config"
-    monkeypatch.setattr(sys, "argv", ["train", f"--config={tmp_path / 'config.py'}"])
+    monkeypatch.setattr(sys, "argv", ["train", f"--config={config}"])
     with pytest.raises(SystemExit) as stop:
         run_main(train.main)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: the following arguments are required: --workdir\n"
+    assert capsys.readouterr().err == "error: --workdir DIR is required, for logs and checkpoints\n"
 
 
 FILES = {
