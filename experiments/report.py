@@ -35,7 +35,8 @@ class Report:
     ) -> None:
         """Takes a step's results; the one before must have been flushed."""
         assert self._kept is None
-        shown = list(zip(examples, replies, rewards, strict=True))[: self._cadence.transcripts]
+        stride = max(1, len(replies) // max(1, self._cadence.transcripts))  # from as many prompts as it can
+        shown = list(zip(examples, replies, rewards, strict=True))[::stride][: self._cadence.transcripts]
         transcripts = [Transcript(_text(e.prompt), reply, float(reward), e.answer) for e, reply, reward in shown]
         self._kept = (step, scalars, histograms, transcripts)
 
