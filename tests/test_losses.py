@@ -365,7 +365,8 @@ def test_a_loss_of_ones_own_is_one_function_and_one_entry(monkeypatch):
         """Binary TV that never masks tokens rarer than `floor`."""
         mu, pi = jnp.exp(inputs.behavior_logp), jnp.exp(inputs.logp)
         keep = inputs.mask & ((mu < floor) | (jnp.abs(pi - mu) <= 0.2))
-        coef = jnp.where(keep, jnp.minimum(pi / mu, ratio_cap) * inputs.advantages, 0.0)
+        ratio = jnp.exp(inputs.logp - inputs.behavior_logp)  # pi / mu would be 0 / 0 for the rarest tokens
+        coef = jnp.where(keep, jnp.minimum(ratio, ratio_cap) * inputs.advantages, 0.0)
         return LossOutput(coef=coef, keep=keep, metrics={"tv_floor/rare": ((mu < floor).astype(jnp.float32), keep)})
 
     monkeypatch.setitem(LOSSES, "tv_floor", tv_floor)
@@ -373,6 +374,7 @@ def test_a_loss_of_ones_own_is_one_function_and_one_entry(monkeypatch):
     assert required_fields(loss) == frozenset()
     z = arrays("k3")
     out, value, grad = jax.jit(partial(value_and_grad, loss))(only(inputs_of(z), frozenset()), np.ones(z["mask"].shape))
+    assert np.isfinite(out.coef).all()
     np.testing.assert_allclose(grad, -out.coef)  # policy_objective holds the gradient that the function forgot to stop
     assert np.isfinite(value) and 0 < out.keep.sum() < z["mask"].sum()
     with pytest.raises(UserError, match="floor"):
