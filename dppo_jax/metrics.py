@@ -89,14 +89,14 @@ def trust_region_metrics(
 
 
 def summary(metrics: Metrics) -> dict[str, float]:
-    """Plain numbers for the log; a mean over nothing is left out.
+    """Plain numbers for the log; a mean over nothing is 0 (no token had A != 0: none was masked).
 
     `ratio/ess` is the effective share of the samples, (mean r)^2 / mean r^2, in (0, 1].
     """
-    means = {name: float(total) / float(count) for name, (total, count) in metrics.sums.items() if float(count) > 0}
+    means = {name: float(total) / max(float(count), 1.0) for name, (total, count) in metrics.sums.items()}
     if "ratio/square" in means:
         square = means.pop("ratio/square")
-        means["ratio/ess"] = means["ratio/mean"] ** 2 / square
+        means["ratio/ess"] = means["ratio/mean"] ** 2 / square if square else 0.0
     return means | {name: float(value) for name, value in metrics.maxima.items()}
 
 

@@ -33,7 +33,7 @@ from dppo_jax.weights import WEIGHTS
 ROLLOUT, EVALUATION = 0, 1
 
 # Names of jax.default_matmul_precision.
-MATMUL = {name: name for name in ("default", "high", "highest")}
+MATMUL = dict.fromkeys(("default", "high", "highest"))
 
 # The least that a number may be.
 LEAST = {
