@@ -13,7 +13,7 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.policy.path = "models/Qwen3-8B-Base"
-    c.policy.shape = "configs/paper/qwen3_8b_base.json"
+    c.policy.shape = "configs/paper/qwen3_8b_base.json"  # typed by hand; policy.path wins
     c.policy.dtype = "bfloat16"
     c.policy.remat = "full"
     c.data.kind = "jsonl"

@@ -16,7 +16,7 @@ INF = float("inf")
 def get_config():
     c = base.get_config()
     c.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"
-    c.policy.shape = "configs/paper/deepseek_r1_distill_qwen_1_5b.json"
+    c.policy.shape = "configs/paper/deepseek_r1_distill_qwen_1_5b.json"  # typed by hand; policy.path wins
     c.policy.dtype = "bfloat16"
     c.policy.remat = "full"
     c.data.kind = "jsonl"
