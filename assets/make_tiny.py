@@ -112,7 +112,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, questions: list[str], replies: li
 
 def pretrain(config: ModelConfig, corpus: TrainBatch, updates: int, *, learning_rate: float, seed: int) -> Params:
     """Imitation of the replies, one pass over the corpus: mean -logp of its response tokens."""
-    score = make_score(config, temperature=1.0, dtype=jnp.float32, remat="full", chunk_tokens=BATCH * NEW_TOKENS)
+    score = make_score(config, temperature=1.0, dtype=jnp.float32, remat="full", pieces=1)
     schedule = make_schedule(learning_rate=learning_rate, warmup=updates // 20, schedule="cosine", updates=updates)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
 

@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
     c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5); master weights are float32
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
     c.policy.remat = "none"  # what the backward pass recomputes: none | dots | full
-    c.policy.head_chunk = 512  # positions per device whose logits exist at one time
+    c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
+    c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
 
     c.data = data_section()
 
@@ -56,6 +57,7 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0  # divides the logits of both policies (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
+    c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them
     c.rollout.tracked = 20  # K: tracked tokens, recorded when the loss needs them (§4: 20)
 
     c.reward = ConfigDict()
@@ -96,7 +98,9 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.minibatches = 4  # optimizer minibatches per rollout batch (4 in §5, 8 or 4 in appendix E)
     c.train.epochs = 1  # passes over a rollout batch
-    c.train.micro_batches = 1  # pieces of a minibatch whose gradients are added; memory only
+    c.train.pack = True  # several samples in a row, no padding between; False: one sample a row. Time only
+    c.train.micro_rows = 8  # rows of prompt + response length per device that exist at one time; time and memory only
+    c.train.staleness = 0  # 1: the next batch is drawn before this one's updates, while the host scores; 0: after them
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6  # §5, appendix E
@@ -125,6 +129,8 @@ def get_config() -> ConfigDict:
     c.log.histograms = 10  # steps between histograms; 0: never
     c.log.samples = 10  # steps between sampled transcripts; 0: never
     c.log.transcripts = 8  # transcripts shown
+
+    c.compile_cache = "~/.cache/dppo_jax"  # what was compiled is kept here for later runs; "": nowhere
 
     c.mesh = ConfigDict()  # sizes; their product is the number of devices; -1: what the others leave
     c.mesh.data = 1

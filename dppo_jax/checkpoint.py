@@ -43,6 +43,10 @@ class Checkpoints:
         if step != self.latest():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a step's state has something of this name."""
+        return name in dict(self._manager.item_metadata(step))
+
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape."""
         saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(abstract)

@@ -1,9 +1,15 @@
-"""Rollout: the behavior policy draws G responses to every prompt.
+"""Rollout: the behavior policy draws G responses to every prompt, by continuous batching.
 
-One prefill per prompt serves its group; then one jitted loop decodes all rows until each has ended. The cache is one
-pair of buffers per layer, carried through the loop and written in place.
+One prefill per prompt serves its group, and gives the first token of every response. The others are decoded in slots:
+a slot whose response has ended takes the next one waiting, so that nobody waits for the longest. All of it is one
+jitted function, scheduling included: whatever runs it, on however many hosts, takes the same decisions. What is drawn
+depends on the row alone, never on its slot or its neighbours.
+
+The cache is one pair of buffers per layer, carried through the loop and written in place. A slot holds its prompt in
+columns 0 .. P-1 and its response from column P on.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,26 +19,40 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from dppo_jax import sampling, token_head
-from dppo_jax.models.attention import attention, causal, positions
+from dppo_jax.models import cache as kv_cache
+from dppo_jax.models.attention import self_attention
+from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, bind, head_weight, unstack
+from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import constrain
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
 @struct.dataclass
-class _Loop:
-    """What the decode loop carries. `hidden` predicts the token of column t."""
+class _Drawn:
+    """Tokens with what is recorded of them."""
 
-    t: Int32[Array, ""]
-    hidden: Array  # [B, E]
-    cache: list[tuple[Array, Array]]  # per layer: keys and values [B, P+R, KV, D]
-    ended: Bool[Array, "B"]
-    tokens: Int32[Array, "B R"]
-    mask: Bool[Array, "B R"]
-    logp: Float32[Array, "B R"]
-    topk_ids: Int32[Array, "B R K"]
-    topk_logp: Float32[Array, "B R K"]
+    token: Int32[Array, "*n"]
+    logp: Float32[Array, "*n"]
+    topk_ids: Int32[Array, "*n K"]
+    topk_logp: Float32[Array, "*n K"]
+
+
+@struct.dataclass
+class _Slots:
+    """The loop's state. An idle slot has row B; D shards of the batch hand out their own rows to their own slots."""
+
+    row: Int32[Array, "S"]
+    drawn: Int32[Array, "S"]  # response tokens so far
+    token: Int32[Array, "S"]  # the last of them
+    key: Key[Array, "S"]
+    prompt_mask: Bool[Array, "S P"]
+    cache: list[Cache]  # per layer; P + R - 1 columns, since no response is attended to by what follows it
+    handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
+    length: Int32[Array, "B"]  # tokens of each response
+    ended: Bool[Array, "B"]  # by an end-of-sequence token
+    out: _Drawn  # [B, R]
 
 
 def make_rollout(
@@ -46,103 +66,185 @@ def make_rollout(
     dtype: Any = jnp.float32,
     tracked: int = 0,
     top_p: float = 1.0,
+    slots: int | None = None,
+    shards: int = 1,
+    attention: str = "xla",
 ) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
-    `tracked` is K; 0 leaves top-K out.
+    `tracked` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
+    `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
     if not 0 <= tracked <= config.vocab_size:
         raise ValueError(f"tracked = {tracked} tokens of a vocabulary of {config.vocab_size}")
 
-    def pick(hidden: Array, weight: Array, keys: Array, t: Array):
+    def distribution(hidden: Array, weight: Array) -> tuple[Array, Array]:
+        """What is drawn from, up to a constant, and the constant."""
         z = token_head.logits(hidden, weight, temperature=temperature or 1.0, softcap=config.logit_softcap)
         z = constrain(z, "batch", "vocab")
-        if top_p < 1.0:
-            z = sampling.nucleus(z, top_p)
-        lse = token_head.log_normaliser(z)
-        token = jnp.argmax(z, axis=-1) if temperature == 0 else sampling.draw(z, sampling.uniforms(keys, t))
-        logp = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse
+        z = sampling.nucleus(z, top_p) if top_p < 1.0 else z
+        return z, token_head.log_normaliser(z)
+
+    def draw(z: Array, lse: Array, keys: Array, position: Array) -> tuple[Array, Array]:
+        token = jnp.argmax(z, axis=-1) if temperature == 0 else sampling.draw(z, sampling.uniforms(keys, position))
+        token = token.astype(jnp.int32)
+        return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse
+
+    def track(z: Array, lse: Array) -> tuple[Array, Array]:
         top, ids = jax.lax.top_k(z, tracked)
-        return token.astype(jnp.int32), logp, ids.astype(jnp.int32), top - lse[:, None]
+        return ids.astype(jnp.int32), top - lse[:, None]
+
+    def is_end(token: Array) -> Array:
+        return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
     def rollout(params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
         prompt_count, prompt_length = prompts.tokens.shape
         batch = prompt_count * group_size
+        slot_count = batch if slots is None else slots
+        prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
         members = jnp.arange(group_size)
-        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group)).reshape(-1)
+        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group))  # [N, G]
+        limit = jnp.full(batch, max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
         listed = unstack(params, dtype)
         decoder, weight = bind(config, listed, stacked=False), head_weight(listed)
 
-        visible = causal(jnp.arange(prompt_length), prompts.mask)
+        # Shard d owns rows d * B/D .. and slots d * S/D ..: rows and prompts are moved within a shard only.
+        def local(x: Array) -> Array:
+            return x.reshape(shards, len(x) // shards, *x.shape[1:])
+
+        def within(row: Array) -> Array:
+            """A slot's row, counted from its shard's first; B/D where the slot is idle."""
+            first = jnp.arange(shards)[:, None] * (batch // shards)
+            return jnp.where(local(row) < batch, local(row) - first, batch // shards)
+
+        def look_up(table: Array, index: Array) -> Array:
+            taken = jax.vmap(lambda table, index: table[index])(local(table), index)
+            return taken.reshape(index.size, *table.shape[1:])
+
+        def put(table: Array, row: Array, value: Array, column: Array | None = None) -> Array:
+            def one(table, row, value, column=None):
+                at = row if column is None else (row, column)
+                return table.at[at].set(value, mode="drop")
+
+            where = (within(row), local(value)) if column is None else (within(row), local(value), local(column))
+            return jax.vmap(one)(local(table), *where).reshape(table.shape)
+
+        # Prefill, and the first token of every row.
+        segments = prompts.mask.astype(jnp.int32)
 
         def prefill(q, k, v, _):
-            return attention(q, k, v, visible), (k, v)
+            pair = kv_cache.place(jnp.einsum("btkd->bkdt", k)), kv_cache.place(jnp.einsum("btkd->bktd", v))
+            return self_attention(q, k, v, segments, implementation=attention), pair
 
         hidden, filled = decoder(prompts.tokens, positions(prompts.mask), prefill, [None] * config.num_layers)
+        z, lse = distribution(hidden[:, -1], weight)
+        zeros = jnp.zeros(prompt_count, jnp.int32)
+        token, logp = jax.lax.map(lambda keys: draw(z, lse, keys, zeros), keys.T)
+        first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *(jnp.repeat(x, group_size, 0) for x in track(z, lse)))
+        ended = is_end(first.token)
+        keys = keys.reshape(-1)
 
-        def widen(x: Array) -> Array:
-            x = jnp.repeat(x, group_size, axis=0)
-            return constrain(jnp.pad(x, [(0, 0), (0, max_new_tokens), (0, 0), (0, 0)]), "batch", None, "kv_heads", None)
+        # Rows that need more than their first token wait, shard by shard, in order.
+        waits = local(~ended & (limit > 1))
+        queue = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(shards)[:, None] * (batch // shards)
+        waiting = jnp.sum(waits, axis=1, dtype=jnp.int32)
 
-        prompt_tokens = jnp.repeat(prompts.mask.sum(axis=1, dtype=jnp.int32), group_size)
-        key_mask = jnp.pad(
-            jnp.repeat(prompts.mask, group_size, axis=0), [(0, 0), (0, max_new_tokens)], constant_values=True
-        )
+        def admit(state: _Slots) -> _Slots:
+            idle = local(state.row == batch)
+            index = state.handed[:, None] + jnp.cumsum(idle, axis=1) - 1
+            taken = idle & (index < waiting[:, None])
+            next_row = jnp.take_along_axis(queue, jnp.clip(index, 0, queue.shape[1] - 1), axis=1)
+            fresh, row = taken.reshape(-1), jnp.where(taken, next_row, local(state.row)).reshape(-1)
+            index = jnp.minimum(within(row), batch // shards - 1)
 
-        def decode(token: Array, t: Array, cache):
-            column = prompt_length + t
-            visible = causal(column[None], key_mask)
+            def choose(new: Array, old: Array) -> Array:
+                return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-            def attend(q, k, v, cache):
-                keys = jax.lax.dynamic_update_slice(cache[0], k, (0, column, 0, 0))
-                values = jax.lax.dynamic_update_slice(cache[1], v, (0, column, 0, 0))
-                return attention(q, keys, values, visible), (keys, values)
+            def filled_anew(cache: Cache, prompt: tuple[Array, Array]) -> Cache:
+                return kv_cache.fill(cache, fresh, *(look_up(x, index // group_size) for x in prompt))
 
-            hidden, cache = decoder(token[:, None], (prompt_tokens + t)[:, None], attend, cache)
-            return hidden[:, 0], cache
-
-        def step(loop: _Loop) -> _Loop:
-            t, live = loop.t, ~loop.ended
-            token, logp, ids, topk_logp = pick(loop.hidden, weight, keys, t)
-            token = jnp.where(live, token, pad_id)
-            ended = loop.ended | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-            hidden, cache = decode(token, t, loop.cache)
-            return _Loop(
-                t=t + 1,
-                hidden=hidden,
-                cache=cache,
-                ended=ended,
-                tokens=loop.tokens.at[:, t].set(token),
-                mask=loop.mask.at[:, t].set(live),
-                logp=loop.logp.at[:, t].set(jnp.where(live, logp, 0.0)),
-                topk_ids=loop.topk_ids.at[:, t].set(ids),
-                topk_logp=loop.topk_logp.at[:, t].set(topk_logp),
+            return dataclasses.replace(
+                state,
+                row=row,
+                drawn=choose(jnp.ones_like(row), state.drawn),
+                token=choose(look_up(first.token, index), state.token),
+                key=jnp.where(fresh, look_up(keys, index), state.key),
+                prompt_mask=choose(look_up(prompts.mask, index // group_size), state.prompt_mask),
+                cache=[filled_anew(*pair) for pair in zip(state.cache, filled, strict=True)],
+                handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
             )
 
-        shape = (batch, max_new_tokens)
-        start = _Loop(
-            t=jnp.int32(0),
-            hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
-            cache=[(widen(k), widen(v)) for k, v in filled],
-            ended=jnp.zeros(batch, bool),
-            tokens=jnp.full(shape, pad_id, jnp.int32),
-            mask=jnp.zeros(shape, bool),
-            logp=jnp.zeros(shape, jnp.float32),
-            topk_ids=jnp.zeros((*shape, tracked), jnp.int32),
-            topk_logp=jnp.zeros((*shape, tracked), jnp.float32),
+        def step(state: _Slots) -> _Slots:
+            live = state.row < batch
+            column = prompt_length + state.drawn - 1
+            responses = jnp.arange(max_new_tokens - 1) < state.drawn[:, None]
+            visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
+            used = jnp.max(jnp.where(live, column, 0)) + 1
+
+            def attend(q, k, v, cache):
+                cache = kv_cache.write(cache, column, k[:, 0], v[:, 0])
+                return kv_cache.attend(q[:, 0], cache, visible, used)[:, None], cache
+
+            position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
+            hidden, cache = decoder(state.token[:, None], position[:, None], attend, state.cache)
+            z, lse = distribution(hidden[:, 0], weight)
+            new = _Drawn(*draw(z, lse, state.key, state.drawn), *track(z, lse))
+            end, drawn = is_end(new.token), state.drawn + live
+            last = live & (end | (drawn >= look_up(limit, jnp.minimum(within(state.row), batch // shards - 1))))
+            return dataclasses.replace(
+                state,
+                row=jnp.where(last, batch, state.row),
+                drawn=drawn,
+                token=new.token,
+                cache=cache,
+                length=put(state.length, state.row, drawn),
+                ended=put(state.ended, state.row, end),
+                out=jax.tree.map(lambda out, x: put(out, state.row, x, state.drawn), state.out, new),
+            )
+
+        def refillable(state: _Slots) -> Array:
+            idle = jnp.sum(local(state.row == batch), axis=1)
+            return jnp.sum(jnp.minimum(idle, waiting - state.handed))
+
+        def decoding(state: _Slots) -> Array:
+            """Until a sixteenth of the slots can be filled anew, or all that wait can be."""
+            remaining = jnp.sum(waiting - state.handed)
+            enough = jnp.clip(remaining, 1, max(1, slot_count // 16))
+            return jnp.any(state.row < batch) & (refillable(state) < enough)
+
+        def buffer(x: Array, fill: int = 0) -> Array:
+            return jnp.full((batch, max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
+
+        columns = prompt_length + max_new_tokens - 1
+        cache = kv_cache.empty(slot_count, config.num_kv_heads, config.head_dim, columns, dtype)
+        state = _Slots(
+            row=jnp.full(slot_count, batch, jnp.int32),
+            drawn=jnp.ones(slot_count, jnp.int32),
+            token=jnp.zeros(slot_count, jnp.int32),
+            key=keys[:slot_count],
+            prompt_mask=jnp.zeros((slot_count, prompt_length), bool),
+            cache=[cache] * config.num_layers,
+            handed=jnp.zeros(shards, jnp.int32),
+            length=jnp.ones(batch, jnp.int32),
+            ended=ended,
+            out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, pad_id)),
         )
-        end = jax.lax.while_loop(lambda loop: (loop.t < max_new_tokens) & ~jnp.all(loop.ended), step, start)
+        state = jax.lax.while_loop(
+            lambda state: jnp.any(state.row < batch) | jnp.any(state.handed < waiting),
+            lambda state: jax.lax.while_loop(decoding, step, admit(state)),
+            state,
+        )
         return RolloutBatch(
-            tokens=end.tokens,
-            response_mask=end.mask,
-            behavior_logp=end.logp,
-            truncated=~end.ended,
+            tokens=state.out.token,
+            response_mask=jnp.arange(max_new_tokens) < state.length[:, None],
+            behavior_logp=state.out.logp,
+            truncated=~state.ended,
             group=jnp.repeat(prompts.group, group_size),
-            topk_ids=end.topk_ids if tracked else None,
-            topk_logp=end.topk_logp if tracked else None,
+            topk_ids=state.out.topk_ids if tracked else None,
+            topk_logp=state.out.topk_logp if tracked else None,
         )
 
     return rollout

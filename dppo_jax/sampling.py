@@ -19,12 +19,13 @@ def row_keys(key: Key[Array, ""], row: Int32[Array, "B"]) -> Key[Array, "B"]:
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(row)
 
 
-def uniforms(keys: Key[Array, "B"], position: Int32[Array, ""]) -> Float32[Array, "B 2"]:
-    """Two numbers in (0, 1), odd multiples of 2^-24, for each row's token number `position`.
+def uniforms(keys: Key[Array, "B"], position: Int32[Array, "B"]) -> Float32[Array, "B 2"]:
+    """Two numbers in (0, 1), odd multiples of 2^-24, for token number `position` of each row.
 
     A uniform of exactly 0 would draw a token however improbable, once in 8 million draws.
     """
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position), (2,)))(keys) + 2.0**-24
+    draw = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at), (2,)))
+    return draw(keys, position) + 2.0**-24
 
 
 def _invert(weight: Float32[Array, "B n"], u: Float32[Array, "B"]) -> Int32[Array, "B"]:

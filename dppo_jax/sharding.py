@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -78,6 +79,13 @@ def batch_shards(mesh: Mesh) -> int:
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of an array [B, ...] by rows."""
     return NamedSharding(mesh, spec("batch"))
+
+
+def to_host(tree):
+    """The arrays of a tree in NumPy, whole, on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tree) -> None:

@@ -1,7 +1,7 @@
 """The token head: hidden states to log-probabilities. The only log-softmax.
 
-It works through the positions in chunks and never holds logits of [B, R, V]; the backward pass computes each chunk's
-logits once more. With z = softcap(h W^T) / temperature, per position,
+It takes the vocabulary in pieces and never holds logits of [B, R, V]; the backward pass computes each piece's logits
+once more. With z = softcap(h W^T) / temperature, per position,
 
     logp = z[target] - lse(z),      entropy = lse(z) - sum_v p_v z_v,      ids_logp = z[ids] - lse(z)
 
@@ -9,20 +9,24 @@ and, for incoming gradients a, b, c_k of these three,
 
     dL/dz_v = a (1[v = target] - p_v) - b p_v (log p_v + entropy) + sum_k c_k (1[v = ids_k] - p_v).
 
+Pieces of the vocabulary, not of the positions: each piece of the weight's gradient is then written once, where pieces
+of the positions would read and write all of it again and again. Where one piece is enough, its logits are kept.
+
 The product with W takes the dtype of the hidden states and accumulates in float32; everything after it is float32.
 """
 
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from dppo_jax.sharding import constrain
 from dppo_jax.types import HeadOutput
+
+LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0
 
 
 def logits(
@@ -40,6 +44,21 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
     return jax.nn.logsumexp(z, axis=-1)
 
 
+def piece_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
+    """In how many pieces the vocabulary passes through the head, for `tokens` positions of one device.
+
+    One, if all logits fit into 1/64 of the device's `memory` in bytes (None: not known; into 64 MiB). Else 16, or more
+    if a piece still would not fit. From there up to twice as many, if such a number divides the vocabulary.
+    """
+    budget = 2**26 if memory is None else memory // 64
+    whole = 4 * tokens * vocabulary
+    if whole <= budget:
+        return 1
+    least = 16 if memory is None else max(16, math.ceil(whole / budget))
+    least = min(least, vocabulary)
+    return next((count for count in range(least, min(2 * least, vocabulary) + 1) if vocabulary % count == 0), least)
+
+
 def token_head(
     hidden: Float[Array, "B R E"],
     weight: Float[Array, "V E"],
@@ -48,97 +67,136 @@ def token_head(
     temperature: float = 1.0,
     softcap: float | None = None,
     ids: Int32[Array, "B R K"] | None = None,
-    chunk_tokens: int = 512,
+    pieces: int | None = None,
 ) -> HeadOutput:
     """logp of `targets`, entropy in nats and, if `ids` are given, their logp; differentiable in `hidden` and `weight`.
 
-    `chunk_tokens` is how many positions have logits at one time, over all rows (at least one per row): the memory is
-    that times V floats, twice over in the backward pass.
+    `pieces`: the vocabulary passes through in so many parts; None: `piece_count` of these shapes.
     """
-    batch, length, _ = hidden.shape
-    columns = min(length, max(1, chunk_tokens // batch))
-    columns = math.ceil(length / math.ceil(length / columns))  # as many chunks, evenly filled
-    padding = -length % columns
-    if padding:
-        hidden, targets = (jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets))
-        ids = None if ids is None else jnp.pad(ids, [(0, 0), (0, padding), (0, 0)])
-    static = (float(temperature), None if softcap is None else float(softcap), columns)
+    if pieces is None:
+        pieces = piece_count(math.prod(targets.shape), len(weight))
+    static = (float(temperature), None if softcap is None else float(softcap), min(pieces, len(weight)))
     logp, entropy, ids_logp = _head(static, hidden, weight, targets, ids)
-    ids_logp = None if ids_logp is None else ids_logp[:, :length]
-    return HeadOutput(logp=logp[:, :length], entropy=entropy[:, :length], ids_logp=ids_logp)
+    return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp)
 
 
-def _chunks(x: Array | None, columns: int) -> Array | None:
-    """[B, R, ...] -> [R / columns, B, columns, ...]"""
-    if x is None:
-        return None
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, columns, *x.shape[2:]), 1, 0)
+# Piece j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of
+# every piece.
 
 
-def _whole(x: Array) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _cut(weight: Array, pieces: int) -> Array:
+    """[V, E] -> [V / pieces, pieces, E], zeros at the end where it does not divide."""
+    padded = jnp.pad(weight, [(0, -len(weight) % pieces), (0, 0)])
+    return constrain(padded.reshape(-1, pieces, weight.shape[1]), "vocab", None, None)
 
 
-def _chunk_logits(static, hidden: Array, weight: Array) -> Array:
-    z = logits(hidden, weight, temperature=static[0], softcap=static[1])
+def _piece_logits(static, hidden: Array, cut: Array, number: Array | int, vocabulary: int) -> Array:
+    temperature, softcap, pieces = static
+    part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False)
+    z = logits(hidden, part, temperature=temperature, softcap=softcap)
+    if len(part) * pieces > vocabulary:
+        z = jnp.where(jnp.arange(len(part)) * pieces + number < vocabulary, z, -jnp.inf)
     return constrain(z, "batch", None, "vocab")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(static, hidden, weight, targets, ids):
-    return _head_forward(static, hidden, weight, targets, ids)[0]
+def _pick(z: Array, token: Array, number: Array | int, pieces: int) -> Array:
+    """z of the tokens [B, R, K] that are in this piece, 0 for the others."""
+    found = jnp.take_along_axis(z, token // pieces, axis=-1)
+    return jnp.where(token % pieces == number, found, 0.0)
+
+
+def _head_of(static, hidden, weight, targets, ids):
+    return _values(static, hidden, weight, targets, ids)[0]
+
+
+def _values(static, hidden, weight, targets, ids):
+    """((logp, entropy, ids_logp), lse, the logits if there is one piece)"""
+    pieces, vocabulary = static[2], len(weight)
+    tokens = targets[..., None] if ids is None else jnp.concatenate([targets[..., None], ids], axis=-1)
+    cut = _cut(weight, pieces)
+
+    def one(number, state):
+        z = _piece_logits(static, hidden, cut, number, vocabulary)
+        return z, _merge(state, z, _pick(z, tokens, number, pieces))
+
+    # With m the largest logit so far: m, sum exp(z - m), sum exp(z - m) (z - m), and the logits asked for.
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    state = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(tokens.shape, jnp.float32))
+    if pieces == 1:
+        kept, state = one(0, state)
+    else:
+        kept, state = None, jax.lax.fori_loop(0, pieces, lambda number, state: one(number, state)[1], state)
+    largest, total, moment, found = state
+    lse = largest + jnp.log(total)
+    logp = found - lse[..., None]
+    # Both terms are at least 0: nothing cancels, however peaked the distribution.
+    entropy = jnp.log(total) - moment / total
+    return (logp[..., 0], entropy, None if ids is None else logp[..., 1:]), lse, kept
+
+
+def _merge(state, z, found):
+    """The state with one more piece of logits."""
+    old, total, moment, so_far = state
+    new = jnp.maximum(old, jnp.max(z, axis=-1))
+    shift = jnp.where(old == -jnp.inf, 0.0, old - new)
+    scale = jnp.where(old == -jnp.inf, 0.0, jnp.exp(shift))
+    gap = jnp.maximum(z - new[..., None], LOWEST)
+    p = jnp.exp(gap)
+    moment = scale * (moment + total * shift) + jnp.sum(p * gap, axis=-1)
+    return new, scale * total + jnp.sum(p, axis=-1), moment, so_far + found
 
 
 def _head_forward(static, hidden, weight, targets, ids):
-    columns = static[2]
-
-    def one(_, chunk):
-        h, target, at = chunk
-        z = _chunk_logits(static, h, weight)
-        lse = log_normaliser(z)
-        log_p = z - lse[..., None]
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)  # lse - sum p z would cancel, and fall below 0
-        logp = jnp.take_along_axis(z, target[..., None], axis=-1)[..., 0] - lse
-        at_logp = None if at is None else jnp.take_along_axis(z, at, axis=-1) - lse[..., None]
-        return None, (logp, entropy, at_logp, lse)
-
-    chunks = (_chunks(hidden, columns), _chunks(targets, columns), _chunks(ids, columns))
-    _, outputs = jax.lax.scan(one, None, chunks)
-    logp, entropy, ids_logp, lse = jax.tree.map(_whole, outputs)
-    return (logp, entropy, ids_logp), (hidden, weight, targets, ids, lse, entropy)
+    hidden, weight, targets, ids = (None if x is None else x.value for x in (hidden, weight, targets, ids))
+    outputs, lse, kept = _values(static, hidden, weight, targets, ids)
+    return outputs, (hidden, weight, targets, ids, lse, outputs[1], kept)
 
 
 def _head_backward(static, residuals, cotangents):
-    temperature, softcap, columns = static
-    hidden, weight, targets, ids, lse, entropy = residuals
-    d_logp, d_entropy, d_ids = cotangents
-    cast_weight = weight.astype(hidden.dtype)
+    temperature, softcap, pieces = static
+    hidden, weight, targets, ids, lse, entropy, kept = residuals
+    # A loss through logp alone, as every policy loss is, pays nothing for the other two.
+    d_logp, d_entropy, d_ids = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    d_logp = jnp.zeros(lse.shape, jnp.float32) if d_logp is None else d_logp
+    total = (d_logp if d_ids is None else d_logp + jnp.sum(d_ids, axis=-1))[..., None]
+    cut = _cut(weight, pieces)
 
-    def one(d_weight, chunk):
-        h, target, at, lse, entropy, d_logp, d_entropy, d_at = chunk
-        z = _chunk_logits(static, h, weight)
+    def one(number, z):
+        z = _piece_logits(static, hidden, cut, number, len(weight)) if z is None else z
         log_p = z - lse[..., None]
-        p = jnp.exp(log_p)
-        total = d_logp if d_at is None else d_logp + jnp.sum(d_at, axis=-1)
-        d_z = -p * (total[..., None] + d_entropy[..., None] * (log_p + entropy[..., None]))
-        d_z = d_z + jnp.where(jnp.arange(z.shape[-1]) == target[..., None], d_logp[..., None], 0.0)
-        if d_at is not None:
-            row, column = jnp.indices(target.shape)
-            d_z = d_z.at[row[..., None], column[..., None], at].add(d_at)
+        through = total
+        if d_entropy is not None:
+            log_p = jnp.maximum(log_p, LOWEST)
+            through = total + d_entropy[..., None] * (log_p + entropy[..., None])
+        here = jnp.arange(z.shape[-1]) * pieces + number == targets[..., None]
+        d_z = jnp.where(here, d_logp[..., None], 0.0) - jnp.exp(log_p) * through
+        if d_ids is not None:
+            row, column = jnp.indices(targets.shape)
+            share = jnp.where(ids % pieces == number, d_ids, 0.0)
+            d_z = d_z.at[row[..., None], column[..., None], ids // pieces].add(share)
         d_z = d_z / temperature
         if softcap is not None:
-            d_z = d_z * (1 - jnp.square(z * temperature / softcap))
-        d_z = d_z.astype(h.dtype)
-        d_h = jnp.einsum("brv,ve->bre", d_z, cast_weight, preferred_element_type=jnp.float32)
-        # As [E, V]: XLA then needs no second copy of d_z, transposed.
-        d_weight = d_weight + jnp.einsum("bre,brv->ev", h, d_z, preferred_element_type=jnp.float32)
-        return d_weight, d_h.astype(h.dtype)
+            d_z = d_z * (1 - jnp.square(jnp.where(jnp.isfinite(z), z, 0.0) * temperature / softcap))
+        d_z = d_z.astype(hidden.dtype)
+        part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
+        d_hidden = jnp.einsum("brv,ve->bre", d_z, part, preferred_element_type=jnp.float32)
+        return d_hidden, jnp.einsum("brv,bre->ve", d_z, hidden, preferred_element_type=jnp.float32)
 
-    chunks: Any = tuple(_chunks(x, columns) for x in (hidden, targets, ids, lse, entropy, d_logp, d_entropy, d_ids))
-    d_weight, d_hidden = jax.lax.scan(one, jnp.zeros(weight.shape[::-1], jnp.float32), chunks)
+    if pieces == 1:
+        d_hidden, d_weight = one(0, kept)
+    else:
+
+        def add(number, carry):
+            d_hidden, d_part = one(number, None)
+            d_weight = jax.lax.dynamic_update_index_in_dim(carry[1], d_part.astype(weight.dtype), number, axis=1)
+            return carry[0] + d_hidden, constrain(d_weight, "vocab", None, None)
+
+        zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(cut.shape, weight.dtype)
+        d_hidden, d_weight = jax.lax.fori_loop(0, pieces, add, zeros)
+        d_weight = d_weight.reshape(-1, weight.shape[1])[: len(weight)]
     none = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (targets, ids)]
-    return _whole(d_hidden), d_weight.T.astype(weight.dtype), *none
+    return d_hidden.astype(hidden.dtype), d_weight.astype(weight.dtype), *none
 
 
-_head.defvjp(_head_forward, _head_backward)
+_head = jax.custom_vjp(_head_of, nondiff_argnums=(0,))
+_head.defvjp(_head_forward, _head_backward, symbolic_zeros=True)

@@ -1,5 +1,6 @@
 """The update: score tokens under the policy, ask the loss for coefficients, take one optimizer step per minibatch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,25 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
 from dppo_jax import metrics as metrics_lib
+from dppo_jax import packing
 from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.losses import policy_objective
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, forward, head_weight, param_axes
-from dppo_jax.sharding import named, rows
+from dppo_jax.packing import Plan
+from dppo_jax.sharding import constrain, named, rows
 from dppo_jax.token_head import token_head
-from dppo_jax.types import HeadOutput, LossInputs, LossOutput, PromptBatch, RolloutBatch, TopKPair, TrainBatch
+from dppo_jax.types import (
+    HeadOutput,
+    LossInputs,
+    LossOutput,
+    PackedBatch,
+    PromptBatch,
+    RolloutBatch,
+    TopKPair,
+    TrainBatch,
+)
 
 
 @struct.dataclass
@@ -30,33 +42,80 @@ class TrainState:
     opt_state: Any
     updates: Int32[Array, ""]
 
+    def with_ahead(self, ahead: RolloutBatch) -> "StaleState":
+        """This state and the next step's rollout, for a checkpoint."""
+        return StaleState(self.params, self.opt_state, self.updates, ahead)
 
-Score = Callable[[Params, TrainBatch], HeadOutput]
-Update = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
+    def without_ahead(self) -> "tuple[TrainState, RolloutBatch | None]":
+        """The state that updates take, and the next step's rollout if there is one."""
+        return self, None
 
 
-def make_score(config: ModelConfig, *, temperature: float, dtype: Any, remat: str, chunk_tokens: int) -> Score:
-    """A pure function (params, batch) -> logp, entropy and tracked logp of every response token, teacher-forced.
+@struct.dataclass
+class StaleState(TrainState):
+    """What a checkpoint holds where the next step's rollout was drawn before this step's updates."""
+
+    ahead: RolloutBatch
+
+    def without_ahead(self) -> tuple[TrainState, RolloutBatch | None]:
+        return TrainState(self.params, self.opt_state, self.updates), self.ahead
+
+
+Score = Callable[[Params, PackedBatch], HeadOutput]
+Update = Callable[[TrainState, TrainBatch, Plan], tuple[TrainState, Metrics]]
+
+
+def make_score(
+    config: ModelConfig, *, temperature: float, dtype: Any, remat: str, pieces: int | None = None, attention: str = "xla"
+) -> Score:
+    """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy.
     """
 
-    def score(params: Params, batch: TrainBatch) -> HeadOutput:
-        tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
-        mask = jnp.concatenate([batch.prompt_mask, batch.mask], axis=1)
-        hidden = forward(config, params, tokens, mask, dtype=dtype, remat=remat)
-        before_response = hidden[:, batch.prompt_tokens.shape[1] - 1 : -1]
+    def score(params: Params, packed: PackedBatch) -> HeadOutput:
+        hidden = forward(
+            config,
+            params,
+            packed.tokens,
+            packed.segments,
+            packed.positions,
+            dtype=dtype,
+            remat=remat,
+            attention=attention,
+        )
+        before = jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
         return token_head(
-            before_response,
+            before,
             head_weight(params),
-            batch.tokens,
+            packed.targets,
             temperature=temperature,
             softcap=config.logit_softcap,
-            ids=batch.topk_ids,
-            chunk_tokens=chunk_tokens,
+            ids=packed.topk_ids,
+            pieces=pieces,
         )
 
     return score
+
+
+def make_proximal(score: Score) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
+    """A pure function (params, batch, plan of all its rows) -> the batch with the proximal policy's logp."""
+
+    def proximal(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
+        ones = jnp.ones((len(plan.rows), batch.tokens.shape[1]), jnp.float32)
+
+        def one(number, found):
+            part = packing.piece(plan, number)
+            head = score(params, packing.pack(batch, ones, part))
+            values = (head.logp, head.ids_logp)[: len(found)]
+            return tuple(packing.unpack(batch, part, x, into) for x, into in zip(values, found, strict=True))
+
+        shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else 2]
+        found = jax.lax.fori_loop(0, plan.count, one, tuple(jnp.zeros_like(x) for x in shapes))
+        batch = dataclasses.replace(batch, proximal_logp=found[0])
+        return batch if batch.topk_ids is None else dataclasses.replace(batch, topk_proximal_logp=found[1])
+
+    return proximal
 
 
 def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
@@ -75,27 +134,22 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
     )
 
 
-def take_rows(batch: TrainBatch, index: Int32[Array, "b"]) -> TrainBatch:
-    """The rows of one minibatch."""
-    return jax.tree.map(lambda x: x[index], batch)
-
-
-def loss_inputs(batch: TrainBatch, head: HeadOutput) -> LossInputs:
+def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
     """What the loss may see, from a batch and the policy's scores of it."""
     topk = None
-    if batch.topk_ids is not None:
+    if packed.topk_ids is not None:
         topk = TopKPair(
             logp=head.ids_logp,
-            behavior_logp=batch.topk_behavior_logp,
-            has_sampled=sampled_in_topk(batch.tokens, batch.topk_ids),
-            proximal_logp=batch.topk_proximal_logp,
+            behavior_logp=packed.topk_behavior_logp,
+            has_sampled=sampled_in_topk(packed.targets, packed.topk_ids),
+            proximal_logp=packed.topk_proximal_logp,
         )
     return LossInputs(
         logp=head.logp,
-        behavior_logp=batch.behavior_logp,
-        advantages=jnp.broadcast_to(batch.advantages[:, None], batch.mask.shape),
-        mask=batch.mask,
-        proximal_logp=batch.proximal_logp,
+        behavior_logp=packed.behavior_logp,
+        advantages=packed.advantages,
+        mask=packed.mask,
+        proximal_logp=packed.proximal_logp,
         topk=topk,
     )
 
@@ -105,41 +159,38 @@ def make_update(
     loss: Callable[[LossInputs], LossOutput],
     weigh: Callable[[Array], Array],
     optimizer: optax.GradientTransformation,
-    *,
-    micro_batches: int = 1,
 ) -> Update:
-    """A pure function (state, minibatch) -> (state, metrics): one optimizer step.
+    """A pure function (state, batch, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
-    Aggregation weights are those of the whole minibatch; `micro_batches` pieces of it are then scanned and their
-    gradients added, which changes the memory and nothing else. Rows must divide by `micro_batches`.
+    Aggregation weights are those of the whole minibatch; the gradients of its pieces are added. How it is cut and
+    packed changes memory and time, and nothing else.
     """
 
-    def objective(params: Params, batch: TrainBatch, weights: Array) -> tuple[Array, Metrics]:
-        head = score(params, batch)
-        inputs = loss_inputs(batch, head)
+    def objective(params: Params, packed: PackedBatch) -> tuple[Array, Metrics]:
+        head = score(params, packed)
+        inputs = loss_inputs(packed, head)
         output = loss(inputs)
-        measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, weights)
-        return policy_objective(output.coef, weights, head.logp, batch.mask), jax.lax.stop_gradient(measured)
+        measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
+        return policy_objective(output.coef, packed.weights, head.logp, packed.mask), jax.lax.stop_gradient(measured)
 
-    def pieces(x: Array) -> Array:
-        # Piece i holds rows i, i + n, ...: when rows are sharded, every piece is spread over all devices.
-        return jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
+    def update(state: TrainState, batch: TrainBatch, plan: Plan) -> tuple[TrainState, Metrics]:
+        weights = weigh(batch.mask[plan.rows])
 
-    def update(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
-        gradient = jax.grad(objective, has_aux=True)
-        whole = (batch, weigh(batch.mask))
-        if micro_batches == 1:
-            grads, measured = gradient(state.params, *whole)
+        def gradient(number):
+            packed = packing.pack(batch, weights, packing.piece(plan, number))
+            packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
+            return jax.grad(objective, has_aux=True)(state.params, packed)
+
+        if plan.sample.shape[0] == 1:
+            grads, measured = gradient(0)
         else:
-            stacked = jax.tree.map(pieces, whole)
-            first = jax.tree.map(lambda x: x[0], stacked)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, state.params, *first))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
 
-            def accumulate(carry, piece):
-                grads, measured = gradient(state.params, *piece)
-                return (jax.tree.map(jnp.add, carry[0], grads), metrics_lib.merge(carry[1], measured)), None
+            def accumulate(number, total):
+                grads, measured = gradient(number)
+                return jax.tree.map(jnp.add, total[0], grads), metrics_lib.merge(total[1], measured)
 
-            (grads, measured), _ = jax.lax.scan(accumulate, zeros, stacked)
+            grads, measured = jax.lax.fori_loop(0, plan.count, accumulate, zeros)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         one = jnp.float32(1.0)
         sums = measured.sums | {
@@ -147,7 +198,7 @@ def make_update(
             "loss/surrogate": (measured.sums["loss/surrogate"][0], one),
         }
         state = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
-        return state, measured.replace(sums=sums)
+        return state, dataclasses.replace(measured, sums=sums)
 
     return update
 
@@ -178,5 +229,6 @@ def init_state(
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh) -> Update:
     """The update compiled for the mesh, with its state donated."""
-    out = (shardings, NamedSharding(mesh, P()))
-    return jax.jit(update, in_shardings=(shardings, rows(mesh)), out_shardings=out, donate_argnums=0)
+    everywhere = NamedSharding(mesh, P())
+    places = (shardings, rows(mesh), everywhere)
+    return jax.jit(update, in_shardings=places, out_shardings=(shardings, everywhere), donate_argnums=0)

@@ -1,8 +1,10 @@
 """What crosses a boundary: frozen pytree dataclasses, with the shape and dtype of every field.
 
 N = prompts, G = responses per prompt, B = N * G rows (row b answers prompt b // G), P = prompt length,
-R = response length, K = tracked tokens. Prompts are padded on the left, responses on the right, so that
-column P is the first response token in every row.
+R = response length, K = tracked tokens. Prompts are padded on the left, responses on the right.
+
+A training pass sees M packed rows of T tokens, several samples (a prompt and its response) in each, and Q of each
+row's columns as response tokens.
 """
 
 from flax import struct
@@ -16,6 +18,7 @@ class PromptBatch:
     tokens: Int32[Array, "N P"]
     mask: Bool[Array, "N P"]  # False on the padding, which is on the left
     group: Int32[Array, "N"]  # which group each prompt's responses form: 0 .. N-1
+    limit: Int32[Array, "N G"] | None = None  # most tokens of each response, from 1 to R; None: R
 
 
 @struct.dataclass
@@ -33,7 +36,7 @@ class RolloutBatch:
 
 @struct.dataclass
 class TrainBatch:
-    """What updates train on: a whole rollout batch, or some rows of it as one optimizer minibatch."""
+    """What a step trains on: every row of its rollout batch."""
 
     prompt_tokens: Int32[Array, "B P"]
     prompt_mask: Bool[Array, "B P"]
@@ -45,6 +48,25 @@ class TrainBatch:
     topk_behavior_logp: Float32[Array, "B R K"] | None = None
     proximal_logp: Float32[Array, "B R"] | None = None
     topk_proximal_logp: Float32[Array, "B R K"] | None = None
+
+
+@struct.dataclass
+class PackedBatch:
+    """Samples one after another in M rows, without padding between them. Made by `packing.pack`."""
+
+    tokens: Int32[Array, "M T"]
+    segments: Int32[Array, "M T"]  # the sample a token belongs to, from 1; 0: no token
+    positions: Int32[Array, "M T"]  # from 0 in each sample
+    columns: Int32[Array, "M Q"]  # where the response tokens stand
+    targets: Int32[Array, "M Q"]  # the response tokens
+    mask: Bool[Array, "M Q"]  # False where a row has fewer response tokens than Q; what follows is 0 there
+    weights: Float32[Array, "M Q"]  # aggregation weights
+    behavior_logp: Float32[Array, "M Q"]
+    advantages: Float32[Array, "M Q"]
+    topk_ids: Int32[Array, "M Q K"] | None = None
+    topk_behavior_logp: Float32[Array, "M Q K"] | None = None
+    proximal_logp: Float32[Array, "M Q"] | None = None
+    topk_proximal_logp: Float32[Array, "M Q K"] | None = None
 
 
 @struct.dataclass

@@ -1,6 +1,7 @@
 """What a config builds. The entry points read configs; the library never does."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,22 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dppo_jax import packing
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.evaluate import evaluate
+from dppo_jax.evaluate import Generate, evaluate
 from dppo_jax.losses import bind, required_fields
 from dppo_jax.models import DTYPES, ModelConfig
+from dppo_jax.models.attention import KERNELS, Choice, choose
 from dppo_jax.models.decoder import REMAT, Params, abstract_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
+from dppo_jax.packing import Layout
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rollout import make_rollout
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import batch_shards, check_divisible, make_mesh, rows
+from dppo_jax.token_head import piece_count
 from dppo_jax.train_step import Score, Update, make_score, make_update
 from dppo_jax.weights import WEIGHTS
 
@@ -39,13 +44,15 @@ MATMUL = dict.fromkeys(("default", "high", "highest"))
 LEAST = {
     "seed": 0,
     "steps": 1,
-    "policy.head_chunk": 1,
+    "policy.head_pieces": 0,
     "rollout.prompts": 1,
     "rollout.group_size": 1,
     "rollout.max_new_tokens": 1,
+    "rollout.slots": 0,
     "train.minibatches": 1,
     "train.epochs": 1,
-    "train.micro_batches": 1,
+    "train.micro_rows": 1,
+    "train.staleness": 0,
     "optimizer.learning_rate": 0,
     "optimizer.warmup": 0,
     "optimizer.weight_decay": 0,
@@ -87,18 +94,21 @@ def check(config: ConfigDict) -> None:
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
     lookup(REMAT, c.policy.remat, "policy.remat")
     lookup(MATMUL, c.policy.matmul, "policy.matmul")
+    lookup({"auto": None, **KERNELS}, c.policy.attention, "policy.attention")
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
     if c.rollout.prompts % c.train.minibatches:
         raise UserError(
             f"rollout.prompts = {c.rollout.prompts} is not divisible by train.minibatches = {c.train.minibatches}"
         )
-    minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
-    if minibatch % c.train.micro_batches:
-        raise UserError(
-            f"a minibatch of {minibatch} rows is not divisible by train.micro_batches = {c.train.micro_batches}"
-        )
+    if c.train.staleness > 1:
+        raise UserError(f"train.staleness = {c.train.staleness}: a rollout may be 1 step old, or 0")
     schedule(config)
     needed = required_fields(loss(config))
+    if c.train.staleness and "proximal_logp" in needed:
+        raise UserError(
+            f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
+            "has; set train.staleness=0"
+        )
     if "exact" in needed:
         raise UserError(f"loss {c.loss.name!r} needs exact divergences, which the training step does not compute")
     if "topk" in needed and c.rollout.tracked < 1:
@@ -146,11 +156,39 @@ def text(directory: Path, model: ModelConfig) -> Text:
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
     """Refuses rows and parameters that do not divide over the mesh."""
     c = config
-    minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
-    counts = {"rollout.prompts": c.rollout.prompts, "a micro-batch": minibatch // c.train.micro_batches}
+    counts = {"rollout.prompts": c.rollout.prompts, "rollout.slots": c.rollout.slots}
     if c.eval.every:
         counts["eval.prompts"] = c.eval.prompts
     check_divisible(mesh, counts, abstract_params(model), param_axes(model))
+
+
+# Row lengths that the attention kernels of a platform work with.
+LENGTH_MULTIPLE = {"tpu": 128, "gpu": 64}
+
+
+def platform(mesh: Mesh | None) -> str:
+    """Of the devices that the mesh is made of: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def attention(config: ConfigDict, model: ModelConfig, mesh: Mesh | None, *, dtype: str, length: int) -> Choice:
+    """policy.attention, or the best for this platform, row length and dtype."""
+    if config.policy.attention != "auto":
+        return Choice(config.policy.attention, "policy.attention")
+    return choose(platform(mesh), dtype=DTYPES[dtype], head_dim=model.head_dim, length=length)
+
+
+def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | None = None) -> Layout:
+    """The shape of one packed piece of a minibatch. `mean_prompt` is the data's, in tokens."""
+    c, shards = config, 1 if mesh is None else batch_shards(mesh)
+    minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
+    return packing.layout(
+        prompt_length=c.data.max_prompt_len,
+        max_new_tokens=c.rollout.max_new_tokens,
+        rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
+        mean_prompt=mean_prompt if c.train.pack else None,
+        multiple=LENGTH_MULTIPLE.get(platform(mesh), 1),
+    )
 
 
 def loss(config: ConfigDict):
@@ -182,30 +220,36 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def score(config: ConfigDict, model: ModelConfig, mesh: Mesh | None = None) -> Score:
+def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Score:
     """The teacher-forced pass."""
+    shards = 1 if mesh is None else batch_shards(mesh)
+    pieces = config.policy.head_pieces
+    if pieces == 0:
+        pieces = piece_count(shape.rows * shape.responses // shards, model.vocab_size, memory_bytes(mesh))
     return make_score(
         model,
         temperature=config.rollout.temperature,
         dtype=DTYPES[config.policy.dtype],
         remat=config.policy.remat,
-        chunk_tokens=config.policy.head_chunk * (1 if mesh is None else batch_shards(mesh)),
+        pieces=pieces,
+        attention=attention(config, model, mesh, dtype=config.policy.dtype, length=shape.length).name,
     )
 
 
-def update(config: ConfigDict, model: ModelConfig, mesh: Mesh | None = None) -> Update:
+def memory_bytes(mesh: Mesh | None) -> int | None:
+    """Of one device, if it says."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def update(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Update:
     """One optimizer step on a minibatch."""
     weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
-    return make_update(
-        score(config, model, mesh),
-        loss(config),
-        weigh,
-        optimizer(config),
-        micro_batches=config.train.micro_batches,
-    )
+    return make_update(score(config, model, shape, mesh), loss(config), weigh, optimizer(config))
 
 
-def rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int):
+def rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None) -> Generate:
     """The behavior policy, for training."""
     c = config
     tracked = c.rollout.tracked if "topk" in required_fields(loss(c)) else 0
@@ -214,33 +258,45 @@ def rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pa
     return make_rollout(
         model,
         group_size=c.rollout.group_size,
-        max_new_tokens=c.rollout.max_new_tokens,
         temperature=c.rollout.temperature,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        dtype=DTYPES[c.rollout.dtype],
         tracked=tracked,
+        **_rollout_settings(config, model, text, mesh, c.rollout.prompts * c.rollout.group_size, [c.data]),
     )
 
 
-def eval_rollout(config: ConfigDict, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int):
+def eval_rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None) -> Generate:
     """The policy as it is evaluated: its own temperature and truncation."""
     c = config
     return make_rollout(
         model,
         group_size=c.eval.samples,
-        max_new_tokens=c.rollout.max_new_tokens,
         temperature=c.eval.temperature,
         top_p=c.eval.top_p,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        dtype=DTYPES[c.rollout.dtype],
+        **_rollout_settings(config, model, text, mesh, c.eval.prompts * c.eval.samples, list(c.eval.sets.values())),
     )
 
 
-def on_mesh(function, mesh: Mesh):
-    """jit of a rollout: parameters where they live, rows over the batch axes."""
-    return jax.jit(function, in_shardings=(None, rows(mesh), None), out_shardings=rows(mesh))
+def _rollout_settings(
+    config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None, rows_count: int, sections: list[ConfigDict]
+) -> dict[str, Any]:
+    """What training and evaluation share. The attention is one that takes the prompts of every data section."""
+    c = config.rollout
+    kernels = {attention(config, model, mesh, dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
+    return dict(
+        max_new_tokens=c.max_new_tokens,
+        eos_ids=text.eos_ids,
+        pad_id=text.pad_id,
+        dtype=DTYPES[c.dtype],
+        slots=min(c.slots, rows_count) if c.slots else None,
+        shards=1 if mesh is None else batch_shards(mesh),
+        attention=kernels.pop() if len(kernels) == 1 else "xla",
+    )
+
+
+def on_mesh(function: Generate, mesh: Mesh) -> Generate:
+    """jit of a rollout: parameters where they live, prompts from every host alike, rows over the batch axes."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(function, in_shardings=(None, everywhere, None), out_shardings=rows(mesh))
 
 
 def stream_and_scorer(
@@ -306,7 +362,7 @@ class Evaluation:
             name: stream_and_scorer(config, data, text.tokenizer, config.eval.prompts, stack)
             for name, data in config.eval.sets.items()
         }
-        self._generate = on_mesh(eval_rollout(config, model, text.eos_ids, text.pad_id), mesh)
+        self._generate = on_mesh(eval_rollout(config, model, text, mesh), mesh)
 
     def at(self, step: int, params: Params) -> dict[str, float]:
         """{"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""

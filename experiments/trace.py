@@ -6,14 +6,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from dppo_jax import packing
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config
-from dppo_jax.train_step import assemble, init_state, take_rows
+from dppo_jax.train_step import assemble, init_state, make_proximal
 from dppo_jax.types import PromptBatch
 from experiments import build
 
@@ -43,15 +45,17 @@ def trace(config: ConfigDict) -> str:
         group=jax.ShapeDtypeStruct((n,), jnp.int32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rollout = jax.eval_shape(build.rollout(config, model, (0,), 0), params, prompts, key)
+    rollout = jax.eval_shape(build.rollout(config, model, build.Text(None, (0,), 0)), params, prompts, key)
     batch = jax.eval_shape(assemble, prompts, rollout)
-    scores = jax.eval_shape(build.score(config, model), params, batch)
-    if "proximal_logp" in build.required_fields(build.loss(config)):
-        batch = batch.replace(proximal_logp=scores.logp, topk_proximal_logp=scores.ids_logp)
-    state = jax.eval_shape(lambda p: init_state(p, build.optimizer(config)), params)
+    # A plan's shapes are those of any lengths: here every prompt and response is as long as it can be.
+    layout = build.layout(config)
+    prompt, response = (np.full(len(rollout.truncated), size) for size in (length, config.rollout.max_new_tokens))
     index = next(build.minibatches(config, 0))
-    part = jax.eval_shape(take_rows, batch, jax.ShapeDtypeStruct(index.shape, jnp.int32))
-    after, metrics = jax.eval_shape(build.update(config, model), state, part)
+    plan = packing.plan(index, prompt, response, layout)
+    if "proximal_logp" in build.required_fields(build.loss(config)):
+        batch = jax.eval_shape(make_proximal(build.score(config, model, layout)), params, batch, plan)
+    state = jax.eval_shape(lambda p: init_state(p, build.optimizer(config)), params)
+    after, metrics = jax.eval_shape(build.update(config, model, layout), state, batch, plan)
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     lines = [
@@ -59,7 +63,7 @@ def trace(config: ConfigDict) -> str:
         f"rollout      {n} prompts x {config.rollout.group_size} = {rollout.tokens.shape[0]} rows of "
         f"{length} + {rollout.tokens.shape[1]} tokens, in {config.rollout.dtype}",
         f"update       {config.train.epochs * config.train.minibatches} minibatches of {len(index)} rows a step, "
-        f"in {config.policy.dtype}",
+        f"in {config.policy.dtype}, in pieces of {layout.rows} rows of {layout.length} tokens",
         f"loss         {config.loss.name} with {dict(build.loss(config).keywords)}",
         f"metrics      {len(metrics.sums) + len(metrics.maxima)} a minibatch",
     ]

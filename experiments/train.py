@@ -4,11 +4,13 @@
 
 One step: the behavior policy answers every prompt G times; the host scores the answers; rewards become advantages
 within each group; the policy takes one optimizer step per minibatch, each token weighed and masked by the loss.
+With train.staleness = 1 the next batch is drawn before the updates, while the host scores this one.
 A run is a function of (config, seed, data): started again in the same workdir, it goes on from its last checkpoint
 as if it had never stopped.
 """
 
 import contextlib
+import functools
 import math
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax import metrics as metrics_lib
+from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, run_main
@@ -28,9 +31,11 @@ from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import rows
-from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings, take_rows
+from dppo_jax.sharding import rows, to_host
+from dppo_jax.train_step import assemble, init_state, jit_update, make_proximal, state_shardings
+from dppo_jax.types import RolloutBatch
 from experiments import build, cli
+from experiments.compilations import Compilations, keep_compiled
 from experiments.report import Report
 from experiments.trace import trace
 
@@ -38,6 +43,7 @@ from experiments.trace import trace
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes a run. UserError, one sentence, for whatever the user can mend."""
     build.check(config)
+    keep_compiled(config.compile_cache)
     with contextlib.ExitStack() as stack:
         # Mesh, policy, optimizer.
         directory = build.model_directory(config)
@@ -50,22 +56,28 @@ def train(config: ConfigDict, workdir: Path) -> None:
         learning_rate = build.schedule(config)
         shardings = state_shardings(model, optimizer, abstract_params(model), mesh)
 
+        compilations = stack.enter_context(Compilations())
+
         # Data and rewards.
         stream, scorer = build.stream_and_scorer(config, config.data, text.tokenizer, config.rollout.prompts, stack)
         evaluation = build.Evaluation(config, model, mesh, text, stack)
 
         # What runs on the devices, each compiled once.
-        generate = build.on_mesh(build.rollout(config, model, text.eos_ids, text.pad_id), mesh)
-        score = jax.jit(build.score(config, model, mesh), out_shardings=rows(mesh))
-        update = jit_update(build.update(config, model, mesh), shardings, mesh)
+        layout = build.layout(config, mesh, stream.mean_prompt_length)
+        generate = build.on_mesh(build.rollout(config, model, text, mesh), mesh)
+        proximal = jax.jit(make_proximal(build.score(config, model, layout, mesh)), out_shardings=rows(mesh))
+        update = jit_update(build.update(config, model, layout, mesh), shardings, mesh)
         advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
         assembled = jax.jit(assemble, out_shardings=rows(mesh))
-        minibatch = jax.jit(take_rows, out_shardings=rows(mesh))
         needs_proximal = "proximal_logp" in required_fields(build.loss(config))
+
+        def draw(step: int) -> RolloutBatch:
+            return generate(state.params, stream.batch(step)[0], step_key(config.seed, step, build.ROLLOUT))
 
         # A fresh state, or the last checkpoint's.
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
         start = checkpoints.latest()
+        ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
             start, state = 0, init_state(load_params(directory)[1], optimizer, shardings)
             changes = write_config(workdir, config.to_dict(), resuming=False)
@@ -73,7 +85,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
             changes = write_config(workdir, config.to_dict(), resuming=True)
             changes.insert(0, f"going on from the checkpoint at step {start}")
             fresh = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(model))
-            state = checkpoints.restore(start, abstract_state(fresh, shardings))
+            state = abstract_state(fresh, shardings)
+            if checkpoints.holds(start, "ahead"):
+                key = step_key(config.seed, start, build.ROLLOUT)
+                shapes = jax.eval_shape(generate, state.params, stream.batch(start)[0], key)
+                state = state.with_ahead(abstract_state(shapes, jax.tree.map(lambda _: rows(mesh), shapes)))
+            state, ahead = checkpoints.restore(start, state).without_ahead()
         # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
         outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
         if start >= config.steps and not outstanding:
@@ -92,33 +109,51 @@ def train(config: ConfigDict, workdir: Path) -> None:
             log.note(sentence)
         report = Report(log, workdir, config.log)
 
+        def report_compilations(step: int) -> float:
+            """Seconds spent compiling since the last step; says so where it should not have happened."""
+            found = compilations.take()
+            if found.functions and step == start:
+                log.note(f"compiled {found.functions} functions in {found.seconds:.1f} s, {found.cached} from the cache")
+            elif found.functions:
+                log.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
+            return found.seconds
+
         for step in range(start, config.steps):
             evaluated = evaluation.at(step, state.params)
 
             # Rollout. Meanwhile the host writes the last step's log.
             began = time.perf_counter()
             prompts, examples = stream.batch(step)
-            rollout = generate(state.params, prompts, step_key(config.seed, step, build.ROLLOUT))
+            rollout, ahead = draw(step) if ahead is None else ahead, None
             report.flush()
-            mask = np.asarray(rollout.response_mask)
-            replies = decode_replies(text.tokenizer, np.asarray(rollout.tokens), mask, text.eos_ids)
+            tokens, mask, truncated = to_host((rollout.tokens, rollout.response_mask, rollout.truncated))
             rolled = time.perf_counter()
 
-            # Rewards, on the host. Meanwhile the devices recompute the proximal policy, if the loss asks for it.
+            # Rewards, on the host. Meanwhile the devices draw the next batch, or recompute the proximal policy.
+            if config.train.staleness and step + 1 < config.steps:
+                ahead = draw(step + 1)
+            replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
             examples = [example for example in examples for _ in range(config.rollout.group_size)]
             pending = scorer.submit(replies, examples)
             batch = assembled(prompts, rollout)
+            place = functools.partial(
+                packing.plan,
+                prompt_lengths=np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size),
+                response_lengths=mask.sum(axis=1),
+                shape=layout,
+                packed=config.train.pack,
+            )
             if needs_proximal:
-                proximal = score(state.params, batch)
-                batch = batch.replace(proximal_logp=proximal.logp, topk_proximal_logp=proximal.ids_logp)
+                batch = proximal(state.params, batch, place(np.arange(len(tokens))))
+            plans = [place(index) for index in build.minibatches(config, step)]
             rewards, verifier = pending.result()
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
             batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
             measured = []
-            for index in build.minibatches(config, step):
-                state, metrics = update(state, minibatch(batch, index))
+            for plan in plans:
+                state, metrics = update(state, batch, plan)
                 measured.append(metrics)
             measured = jax.device_get(measured)
             trained = time.perf_counter()
@@ -132,11 +167,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 **{f"reward/{name}": float(count) for name, count in verifier.items()},
                 **evaluated,
                 "response/length_mean": float(mask.sum(axis=1).mean()),
-                "response/truncated": float(np.asarray(rollout.truncated).mean()),
+                "response/truncated": float(truncated.mean()),
+                "train/occupancy": packing.occupancy(*plans),
                 "learning_rate": float(learning_rate(int(state.updates) - 1)),
                 "time/rollout": rolled - began,
                 "time/reward": rewarded - rolled,
                 "time/train": trained - rewarded,
+                "time/compile": report_compilations(step),
                 "throughput/tokens_per_s": float(mask.sum()) / (trained - began),
             }
             if not math.isfinite(scalars["grad_norm"]):
@@ -148,7 +185,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             done = step + 1
             if done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 report.flush()
-                checkpoints.save(done, state)
+                checkpoints.save(done, state if ahead is None else state.with_ahead(ahead))
 
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)

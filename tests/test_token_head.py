@@ -12,7 +12,7 @@ from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 from dppo_jax.models.decoder import head_weight
-from dppo_jax.token_head import logits, token_head
+from dppo_jax.token_head import logits, piece_count, token_head
 from dppo_jax.types import HeadOutput
 
 B, R, E, V, K = 2, 7, 6, 19, 4
@@ -67,10 +67,10 @@ def named(output: HeadOutput) -> dict:
 CASES = {
     "plain": dict(),
     "cold": dict(temperature=0.5),
-    "hot, two columns at a time": dict(temperature=1.7, chunk_tokens=4),
-    "soft-cap, three columns": dict(softcap=3.0, chunk_tokens=6),
-    "soft-cap, cold": dict(softcap=5.0, temperature=0.5, chunk_tokens=2),
-    "soft-cap, hot, chunks of less than a column": dict(softcap=4.0, temperature=1.7, chunk_tokens=1),
+    "hot, four pieces": dict(temperature=1.7, pieces=4),
+    "soft-cap, six pieces, which do not divide": dict(softcap=3.0, pieces=6),
+    "soft-cap, cold": dict(softcap=5.0, temperature=0.5, pieces=2),
+    "soft-cap, hot, a token a piece": dict(softcap=4.0, temperature=1.7, pieces=V),
     "no ids": dict(temperature=1.7, ids=None),
 }
 
@@ -78,7 +78,7 @@ CASES = {
 @functools.cache
 def expected(case: str):
     """Values and both gradients of a case."""
-    setting = {"ids": IDS} | {k: v for k, v in CASES[case].items() if k != "chunk_tokens"}
+    setting = {"ids": IDS} | {k: v for k, v in CASES[case].items() if k != "pieces"}
     f = functools.partial(reference, targets=TARGETS, **setting)
     gradients = (
         numeric_gradient(lambda h: objective(f(h, WEIGHT)), HIDDEN),
@@ -87,7 +87,7 @@ def expected(case: str):
     return f(HIDDEN, WEIGHT), gradients
 
 
-EAGER = ("plain", "soft-cap, hot, chunks of less than a column")
+EAGER = ("plain", "soft-cap, hot, a token a piece")
 
 
 @pytest.mark.parametrize("case, run", [(case, "jit") for case in CASES] + [(case, "eager") for case in EAGER])
@@ -110,18 +110,18 @@ def test_values_and_gradients_equal_float64(case, run):
 
 
 @functools.cache
-def both_ways(chunk_tokens: int):
+def both_ways(pieces: int):
     def loss(hidden, weight):
-        found = named(token_head(hidden, weight, TARGETS, ids=IDS, chunk_tokens=chunk_tokens))
+        found = named(token_head(hidden, weight, TARGETS, ids=IDS, pieces=pieces))
         return objective(found), found
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(HIDDEN, WEIGHT)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 6, B * R])
-def test_chunks_change_nothing(chunk_tokens):
-    """One column at a time; three, which do not divide the length; exactly all, against more than all."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), both_ways(chunk_tokens), both_ways(512))
+@pytest.mark.parametrize("pieces", [2, 6, V, 512])
+def test_pieces_change_nothing(pieces):
+    """Two and six, which do not divide the vocabulary; a token a piece; more pieces than tokens."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=3e-6), both_ways(pieces), both_ways(1))
 
 
 def test_shapes_are_those_of_the_annotations():
@@ -139,7 +139,7 @@ def test_tied_embeddings_get_both_gradients():
 
     def loss(params):
         table = params["embed"]
-        output = token_head(table[tokens], head_weight(params), TARGETS, ids=IDS, chunk_tokens=4)
+        output = token_head(table[tokens], head_weight(params), TARGETS, ids=IDS, pieces=4)
         return objective(named(output))
 
     tied = {"embed": jnp.asarray(WEIGHT)}
@@ -159,7 +159,7 @@ def test_bfloat16_activations_accumulate_in_float32():
     exact = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float64)
 
     def loss(hidden, weight):
-        output = token_head(hidden, weight, targets, chunk_tokens=64)
+        output = token_head(hidden, weight, targets, pieces=64)
         return jnp.sum(output.logp) + jnp.sum(output.entropy), output
 
     (_, output), (d_hidden, d_weight) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, weight)
@@ -214,8 +214,8 @@ def largest_buffer(program) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def total(hidden, weight, targets, ids):
-    return sum(x.sum() for x in named(token_head(hidden, weight, targets, ids=ids)).values())
+def total(hidden, weight, targets, ids, pieces=None):
+    return sum(x.sum() for x in named(token_head(hidden, weight, targets, ids=ids, pieces=pieces)).values())
 
 
 def values(hidden, weight, targets, ids):
@@ -228,26 +228,41 @@ GRADIENTS = jax.grad(total, argnums=(0, 1))
 @pytest.mark.parametrize(
     "f, dtype, with_ids, share",
     [
-        (values, jnp.float32, True, 0.3),  # one chunk of 512 positions is a quarter of the whole
-        (values, jnp.bfloat16, False, 0.3),
-        (GRADIENTS, jnp.float32, False, 0.55),  # the chunk's logits and their gradient
-        (GRADIENTS, jnp.float32, True, 0.55),
-        (GRADIENTS, jnp.bfloat16, False, 0.55),
+        (values, jnp.float32, True, 0.2),  # a piece is a sixteenth of the whole; three are held
+        (values, jnp.bfloat16, False, 0.2),
+        (GRADIENTS, jnp.float32, False, 0.26),  # one more for the gradient
+        (GRADIENTS, jnp.float32, True, 0.26),
+        (GRADIENTS, jnp.bfloat16, False, 0.26),
     ],
 )
 def test_no_buffer_of_all_logits(f, dtype, with_ids, share):
-    """At 2048 positions with the default chunk; measured 0.25 of the logits for values, 0.51 for gradients."""
+    """At 2048 positions with as many pieces as the head chooses; the share is that of one buffer of all logits."""
     program = compiled(f, LENGTH, dtype, with_ids)
     whole = ROWS * LENGTH * VOCABULARY
-    assert largest_buffer(program) <= whole // 4
+    assert largest_buffer(program) <= whole // 16
     assert program.memory_analysis().temp_size_in_bytes < share * 4 * whole
 
 
 def test_memory_does_not_grow_with_the_number_of_positions():
-    """Four times the positions add their hidden states and outputs, not their logits."""
-    few, many = (compiled(GRADIENTS, length, jnp.float32, True) for length in (LENGTH, 4 * LENGTH))
-    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
-    assert growth < 0.01 * 4 * (3 * ROWS * LENGTH * VOCABULARY)
+    """On a device that says how much memory it has: a piece of four times the positions is a fourth as wide."""
+    memory = 8 * 2**30
+    sizes = []
+    for length in (LENGTH, 4 * LENGTH):
+        pieces = piece_count(ROWS * length, VOCABULARY, memory)
+        gradients = jax.grad(functools.partial(total, pieces=pieces), argnums=(0, 1))
+        sizes.append(compiled(gradients, length, jnp.float32, True).memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_the_number_of_pieces_follows_from_the_memory():
+    assert piece_count(1024, 4096) == 1  # 16 MiB
+    assert piece_count(2048, VOCABULARY) == 16
+    assert piece_count(2048, 19 * 8000) == 16
+    assert piece_count(2048, 19 * 8001) == 19  # the first of 16 to 32 that divides it
+    assert piece_count(2048, 151_969) == 16  # a prime
+    assert piece_count(2048, VOCABULARY, 80 * 2**30) == 1
+    assert piece_count(65_536, VOCABULARY, 80 * 2**30) == 32  # 40 GB against 1.25
+    assert piece_count(10**9, 5) == 5
 
 
 def test_the_memory_analysis_sees_logits_where_there_are_some():

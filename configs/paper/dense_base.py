@@ -27,7 +27,7 @@ def get_config():
     c.rollout.max_new_tokens = 8000
     c.rollout.dtype = "bfloat16"
     c.train.minibatches = 4  # of 32 prompts
-    c.train.micro_batches = 4  # ours
+    c.train.micro_rows = 1  # ours
     c.steps = 300  # ours
     c.eval.every = 10
     c.eval.sets.aime24 = base.data_section(

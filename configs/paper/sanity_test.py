@@ -31,7 +31,7 @@ def get_config():
     c.rollout.max_new_tokens = 8000 - 1024
     c.rollout.dtype = "bfloat16"
     c.train.minibatches = 4
-    c.train.micro_batches = 8  # ours
+    c.train.micro_rows = 2  # ours
     c.steps = 500  # ours: the curves of Figure 3 end within it
     c.checkpoint.every = 50  # ours
 

@@ -165,6 +165,11 @@ class PromptStream:
         """Examples in an epoch."""
         return len(self.examples)
 
+    @property
+    def mean_prompt_length(self) -> float:
+        """Of all examples, in tokens."""
+        return sum(map(len, self._ids)) / len(self._ids)
+
     def batch(self, step: int) -> tuple[PromptBatch, list[Example]]:
         """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order."""
         positions = range(step * self.num_prompts, (step + 1) * self.num_prompts)

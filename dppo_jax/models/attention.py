@@ -1,62 +1,141 @@
-"""The one place for attention, its mask, and rotary positions."""
+"""Self-attention over packed rows, by platform: XLA everywhere, cuDNN on NVIDIA GPUs, splash (Pallas) on TPUs.
 
+    out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]   over s <= t with segments[s] == segments[t]
+
+Segment 0 is padding: it sees itself, so that every softmax has a term and no gradient is NaN.
+"""
+
+import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Array, Float, Int32
 
-if TYPE_CHECKING:
-    from dppo_jax.models.config import RopeConfig
+from dppo_jax.errors import UserError, lookup
+from dppo_jax.sharding import RULES, spec
 
+# kernel(q, k, v, segments) -> mixed values
+Kernel = Callable[[Array, Array, Array, Array], Array]
 
-def positions(mask: Bool[Array, "B T"]) -> Int32[Array, "B T"]:
-    """0 for a row's first real token; padding on the left gets 0 too."""
-    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def causal(query_column: Int32[Array, "T"], key_mask: Bool[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-    """A query sees the real keys in its own column and before."""
-    seen = jnp.arange(key_mask.shape[1])[None, :] <= query_column[:, None]
-    return (seen[None] & key_mask[:, None, :])[:, None]
+LANES = 128  # splash works on blocks whose sides are multiples of this
+LARGEST_BLOCK = 512
 
 
-def attention(
-    q: Float[Array, "B T H D"], k: Float[Array, "B S KV D"], v: Float[Array, "B S KV D"], mask: Bool[Array, "B 1 T S"]
+def self_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T KV D"],
+    v: Float[Array, "B T KV D"],
+    segments: Int32[Array, "B T"],
+    *,
+    implementation: str,
 ) -> Float[Array, "B T H D"]:
-    """Softmax attention with H / KV queries per key head, scaled by 1/sqrt(D); softmax in float32.
+    """Causal attention within equal segment numbers, H / KV queries per key head; softmax in float32.
 
-    A query that sees no key gives finite numbers without meaning.
+    `implementation` is a name in `KERNELS`. Finite and meaningless where segments is 0. UserError for an unknown name,
+    and where the kernel cannot take these shapes; `choose` gives a name that can.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    return lookup(KERNELS, implementation, "attention implementation")(q, k, v, segments)
 
 
-def inverse_frequencies(rope: "RopeConfig", head_dim: int) -> np.ndarray:
-    """Radians per position of each rotated pair, f32[D/2] (RoFormer, 2104.09864; scaling as in Llama 3.1's release)."""
-    frequency = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.kind == "linear":
-        frequency = frequency / rope.factor
-    elif rope.kind == "llama3":
-        # Slow pairs are slowed by `factor`, fast ones are left alone, and those between are blended.
-        turns = rope.original_max_position * frequency / (2 * math.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        frequency = (1 - blend) * frequency / rope.factor + blend * frequency
-    return frequency.astype(np.float32)
+def dot_product(q: Array, k: Array, v: Array, segments: Array, *, implementation: str) -> Array:
+    """JAX's own. XLA holds [B, H, T, T] scores; cuDNN holds the mask, [B, 1, T, T] in q's dtype, and its gradient."""
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    # Told of the causal half, cuDNN leaves the blocks above the diagonal out.
+    return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation=implementation)
 
 
-def rotation(
-    rope: "RopeConfig", head_dim: int, position: Int32[Array, "B T"]
-) -> tuple[Float32[Array, "B T D2"], Float32[Array, "B T D2"]]:
-    """cos and sin of every rotated pair, computed once for all layers."""
-    angle = position[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
-    return jnp.cos(angle), jnp.sin(angle)
+def splash_kernel(q: Array, k: Array, v: Array, segments: Array, *, interpret: bool = False) -> Array:
+    """Blocks above the diagonal are left out; memory linear in T, forward and backward (2205.14135)."""
+    length, heads, head_dim = q.shape[1:]
+    if length % LANES:
+        raise UserError(f"splash attention needs rows whose length is a multiple of {LANES}, not {length}")
+    block = max(size for size in range(LANES, LARGEST_BLOCK + 1, LANES) if length % size == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) / math.sqrt(head_dim)).astype(q.dtype)  # the kernel does not scale
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
 
 
-def rotate(x: Float[Array, "B T H D"], cos: Float32[Array, "B T D2"], sin: Float32[Array, "B T D2"]) -> Array:
-    """Rotates the pairs (x[i], x[i + D/2]), in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel) -> Array:
+    """The kernel on each device's rows and heads of the mesh in force: XLA cannot partition a kernel by itself.
+
+    Where the mesh cuts the heads into more pieces than there are key heads, key heads are repeated to fill them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, segments)
+    axis = RULES["heads"]
+    pieces = mesh.shape[axis] if isinstance(axis, str) else math.prod(mesh.shape[a] for a in axis or ())
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % pieces:
+        raise UserError(
+            f"attention cannot share {heads} heads among mesh.{axis} = {pieces} devices; "
+            f"the nearest size that fits is {math.gcd(heads, pieces)}"
+        )
+    repeats = math.lcm(kv_heads, pieces) // kv_heads
+    if repeats > 1:
+        k, v = (jnp.repeat(a, repeats, axis=2) for a in (k, v))
+    by_head, by_row = spec("batch", None, "heads", None), spec("batch", None)
+    share = jax.shard_map(
+        kernel,
+        in_specs=(by_head, by_head, by_head, by_row),
+        out_specs=by_head,
+        check_vma=False,  # pallas_call does not say over which axes its outputs vary
+    )
+    return share(q, k, v, segments)
+
+
+KERNELS: dict[str, Kernel] = {
+    "xla": functools.partial(dot_product, implementation="xla"),
+    "cudnn": functools.partial(per_device, kernel=functools.partial(dot_product, implementation="cudnn")),
+    "splash": functools.partial(per_device, kernel=splash_kernel),
+}
+
+
+class Choice(NamedTuple):
+    """A name in `KERNELS`, and why it was chosen, for the log."""
+
+    name: str
+    why: str
+
+
+def choose(platform: str, *, dtype: Any, head_dim: int, length: int) -> Choice:
+    """The best implementation that takes these shapes on a device's `platform`, else "xla" and what stood against it.
+
+    cuDNN's limits are those of its flash attention before Hopper, with a mask, in training; splash's are its tiles'.
+    """
+    dtype = jnp.dtype(dtype)
+    if platform in ("gpu", "cuda"):
+        name = "cudnn"
+        against = [
+            (dtype not in (jnp.bfloat16, jnp.float16), f"takes bfloat16 or float16, not {dtype}"),
+            (head_dim > 128 or head_dim % 8, f"needs a head dimension of at most 128 that 8 divides, not {head_dim}"),
+            (length % 2, f"needs an even row length, not {length}"),
+        ]
+    elif platform == "tpu":
+        name = "splash"
+        against = [
+            (dtype not in (jnp.bfloat16, jnp.float32), f"takes bfloat16 or float32, not {dtype}"),
+            (length % LANES, f"needs a row length that {LANES} divides, not {length}"),
+        ]
+    else:
+        return Choice("xla", f"there is no kernel for {platform}")
+    reasons = [reason for true, reason in against if true]
+    return Choice("xla", f"{name} {reasons[0]}") if reasons else Choice(name, f"the kernel for {platform}")

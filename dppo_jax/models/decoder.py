@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
-from dppo_jax.models.attention import attention, causal, positions, rotate, rotation
+from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.rotary import positions, rotate, rotation
 from dppo_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -188,16 +189,22 @@ def forward(
     config: ModelConfig,
     params: Params,
     tokens: Int32[Array, "B T"],
-    mask: Bool[Array, "B T"],
+    segments: Shaped[Array, "B T"],
+    position: Int32[Array, "B T"] | None = None,
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> Float[Array, "B T E"]:
-    """Teacher-forced hidden states after the final norm, causal, blind to where the mask is False."""
-    visible = causal(jnp.arange(tokens.shape[1]), mask)
+    """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
+
+    A mask will do for segments where each row holds one sample; `position` is then counted from its first token.
+    """
+    position = positions(segments > 0) if position is None else position
+    segments = segments.astype(jnp.int32)
 
     def attend(q, k, v, cache):
-        return attention(q, k, v, visible), cache
+        return self_attention(q, k, v, segments, implementation=attention), cache
 
-    hidden, _ = bind(config, params, dtype=dtype)(tokens, positions(mask), attend, None, remat)
+    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat)
     return hidden

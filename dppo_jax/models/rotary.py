@@ -1,0 +1,45 @@
+"""Positions, and the rotation by them."""
+
+import math
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+if TYPE_CHECKING:
+    from dppo_jax.models.config import RopeConfig
+
+
+def positions(mask: Bool[Array, "B T"]) -> Int32[Array, "B T"]:
+    """0 for a row's first real token; padding on the left gets 0 too."""
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def inverse_frequencies(rope: "RopeConfig", head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair, f32[D/2] (RoFormer, 2104.09864; scaling as in Llama 3.1's release)."""
+    frequency = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        frequency = frequency / rope.factor
+    elif rope.kind == "llama3":
+        # Slow pairs are slowed by `factor`, fast ones are left alone, and those between are blended.
+        turns = rope.original_max_position * frequency / (2 * math.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        frequency = (1 - blend) * frequency / rope.factor + blend * frequency
+    return frequency.astype(np.float32)
+
+
+def rotation(
+    rope: "RopeConfig", head_dim: int, position: Int32[Array, "B T"]
+) -> tuple[Float32[Array, "B T D2"], Float32[Array, "B T D2"]]:
+    """cos and sin of every rotated pair, computed once for all layers."""
+    angle = position[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T H D"], cos: Float32[Array, "B T D2"], sin: Float32[Array, "B T D2"]) -> Array:
+    """Rotates the pairs (x[i], x[i + D/2]), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,170 @@
+"""Packed training: samples one after another in rows of fixed length, so that hardly a trained position is padding.
+
+The host decides where each sample goes, from lengths alone (`plan`); the device moves the tokens there (`pack`). Every
+piece has the same shape and a minibatch is as many pieces as its tokens need, so one compiled update serves them all.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float32, Int32
+
+from dppo_jax.types import PackedBatch, TrainBatch
+
+
+class Layout(NamedTuple):
+    """The shape of one piece: `rows` (M) of `length` tokens (T), `responses` of which (Q) may be response tokens."""
+
+    rows: int
+    length: int
+    responses: int
+
+
+@struct.dataclass
+class Plan:
+    """Where the tokens of one minibatch of b samples go: I pieces, of which the first `count` hold any.
+
+    A sample's tokens are numbered from 0, its prompt first.
+    """
+
+    rows: Int32[Array, "b"]  # of the TrainBatch
+    sample: Int32[Array, "I M T"]  # 0 .. b-1; -1: no token
+    offset: Int32[Array, "I M T"]  # the token's number in its sample
+    columns: Int32[Array, "I M Q"]  # of the response tokens, in order; 0 beyond the last
+    used: Int32[Array, "I M"]  # response tokens in the row
+    count: Int32[Array, ""]
+
+
+def layout(
+    *, prompt_length: int, max_new_tokens: int, rows: int, mean_prompt: float | None = None, multiple: int = 1
+) -> Layout:
+    """Rows that hold any sample, their length a multiple of `multiple`.
+
+    The token head works on `responses` columns of each row. With prompts of `mean_prompt` tokens (None: all of
+    `prompt_length`) a full row seldom has more response tokens than that.
+    """
+    length = math.ceil((prompt_length + max_new_tokens) / multiple) * multiple
+    mean = prompt_length if mean_prompt is None else mean_prompt
+    responses = min(math.ceil(length * max_new_tokens / (mean + max_new_tokens)), length - 1)
+    return Layout(rows, length, max(responses, max_new_tokens))
+
+
+def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Layout) -> list[list[int]]:
+    """The samples of every row: first fit, the longest first."""
+    lengths = prompt_lengths + response_lengths
+    tokens: np.ndarray = np.zeros(len(lengths), int)
+    responses: np.ndarray = np.zeros(len(lengths), int)
+    bins: list[list[int]] = []
+    for sample in np.argsort(-lengths, kind="stable"):
+        fits = (tokens + lengths[sample] <= shape.length) & (responses + response_lengths[sample] <= shape.responses)
+        at = int(np.argmax(fits))
+        if not fits[at]:
+            raise ValueError(f"a sample of {lengths[sample]} tokens does not fit into {shape}")
+        if at >= len(bins):
+            at = len(bins)
+            bins.append([])
+        bins[at].append(int(sample))
+        tokens[at] += lengths[sample]
+        responses[at] += response_lengths[sample]
+    return bins
+
+
+def plan(
+    rows: np.ndarray, prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Layout, *, packed: bool = True
+) -> Plan:
+    """The plan of the minibatch of these rows; lengths i[B] are those of the whole batch.
+
+    Not `packed`, every sample has a row of its own.
+    """
+    prompts, responses = np.asarray(prompt_lengths)[rows], np.asarray(response_lengths)[rows]
+    bins = assign(prompts, responses, shape) if packed else [[sample] for sample in range(len(rows))]
+    pieces = math.ceil(len(rows) / shape.rows)
+    sample: np.ndarray = np.full((pieces * shape.rows, shape.length), -1, np.int32)
+    offset: np.ndarray = np.zeros(sample.shape, np.int32)
+    columns: np.ndarray = np.zeros((len(sample), shape.responses), np.int32)
+    used: np.ndarray = np.zeros(len(sample), np.int32)
+    for row, members in enumerate(bins):
+        at = 0
+        for member in members:
+            first, end = at + prompts[member], at + prompts[member] + responses[member]
+            sample[row, at:end] = member
+            offset[row, at:end] = np.arange(end - at)
+            columns[row, used[row] : used[row] + responses[member]] = np.arange(first, end)
+            used[row] += responses[member]
+            at = end
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        # Piece i holds bins i, i + I', ...: the emptiest bins, the last ones, are spread over the pieces in use.
+        return x.reshape(pieces, shape.rows, *x.shape[1:])
+
+    count = math.ceil(len(bins) / shape.rows)
+    return Plan(np.asarray(rows, np.int32), cut(sample), cut(offset), cut(columns), cut(used), np.int32(count))
+
+
+def occupancy(*plans: Plan) -> float:
+    """Real tokens among the positions that these plans make the model compute."""
+    real = sum(int((plan.sample >= 0).sum()) for plan in plans)
+    return real / sum(int(plan.count) * math.prod(plan.sample.shape[1:]) for plan in plans)
+
+
+def piece(plan: Plan, number: Int32[Array, ""]) -> Plan:
+    """The plan with one piece of its arrays."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
+    return Plan(plan.rows, take(plan.sample), take(plan.offset), take(plan.columns), take(plan.used), plan.count)
+
+
+def _sources(batch: TrainBatch, plan: Plan):
+    """Of each response column [M, Q]: its row of the batch, its column among the responses, and whether it is one."""
+    at = jnp.take_along_axis(plan.sample, plan.columns, axis=1)
+    mask = jnp.arange(plan.columns.shape[1]) < plan.used[:, None]
+    row = plan.rows[jnp.maximum(at, 0)]
+    prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
+    column = jnp.take_along_axis(plan.offset, plan.columns, axis=1) - prompt
+    return row, jnp.where(mask, column, 0), mask
+
+
+def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> PackedBatch:
+    """One piece of a minibatch; `plan` comes from `piece`, `weights` are those of the minibatch's samples."""
+    real = plan.sample >= 0
+    sample = jnp.maximum(plan.sample, 0)
+    row = plan.rows[sample]
+    width = batch.prompt_tokens.shape[1]
+    prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
+    # Prompts end in column P - 1, responses start in column P.
+    both = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
+    tokens = both[row, jnp.where(real, width - prompt + plan.offset, 0)]
+
+    source, column, mask = _sources(batch, plan)
+
+    def take(x):
+        if x is None:
+            return None
+        taken = x[source, column]
+        return jnp.where(mask.reshape(mask.shape + (1,) * (taken.ndim - 2)), taken, 0)
+
+    at = jnp.take_along_axis(sample, plan.columns, axis=1)
+    return PackedBatch(
+        tokens=tokens,
+        segments=jnp.where(real, plan.sample + 1, 0),
+        positions=plan.offset,
+        columns=plan.columns,
+        targets=take(batch.tokens),
+        mask=mask,
+        weights=jnp.where(mask, weights[at, column], 0.0),
+        behavior_logp=take(batch.behavior_logp),
+        advantages=jnp.where(mask, batch.advantages[source], 0.0),
+        topk_ids=take(batch.topk_ids),
+        topk_behavior_logp=take(batch.topk_behavior_logp),
+        proximal_logp=take(batch.proximal_logp),
+        topk_proximal_logp=take(batch.topk_proximal_logp),
+    )
+
+
+def unpack(batch: TrainBatch, plan: Plan, values: Array, into: Array) -> Array:
+    """`into` [B, R, ...] with the values [M, Q, ...] of one piece at their rows and columns."""
+    row, column, mask = _sources(batch, plan)
+    return into.at[jnp.where(mask, row, len(into)), column].set(values, mode="drop")

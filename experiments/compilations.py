@@ -1,0 +1,65 @@
+"""What was compiled, how long it took, and where it is kept for the next run."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from dppo_jax.errors import UserError
+
+BACKEND = "/jax/core/compile/backend_compile_duration"
+CACHED = "/jax/compilation_cache/cache_hits"
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps what is compiled in this folder ("": nowhere), unless JAX_COMPILATION_CACHE_DIR has named another."""
+    if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"compile_cache: cannot make the folder {path}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class Found(NamedTuple):
+    """Compilations: how many, their seconds, how many came from the cache, and their functions."""
+
+    functions: int
+    seconds: float
+    cached: int
+    names: str
+
+
+class Compilations:
+    """Counts XLA's compilations in this process while its `with` is open."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._seconds, self._cached = 0.0, 0
+
+    def _duration(self, event: str, seconds: float, **about) -> None:
+        if event == BACKEND:
+            self._names.append(str(about.get("fun_name", "?")))
+            self._seconds += seconds
+
+    def _event(self, event: str, **_) -> None:
+        self._cached += event == CACHED
+
+    def take(self) -> Found:
+        """What was found since the last time."""
+        found = Found(len(self._names), self._seconds, self._cached, ", ".join(sorted(set(self._names))))
+        self._names, self._seconds, self._cached = [], 0.0, 0
+        return found
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        jax.monitoring.register_event_listener(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._duration)
+        jax.monitoring.unregister_event_listener(self._event)
