@@ -47,15 +47,13 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
 def piece_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
     """In how many pieces the vocabulary passes through the head, for `tokens` positions of one device.
 
-    One, if all logits fit into 1/64 of the device's `memory` in bytes (None: not known; into 64 MiB). Else 16, or more
-    if a piece still would not fit. From there up to twice as many, if such a number divides the vocabulary.
+    As many as make one piece's logits 1/64 of the device's `memory` in bytes. Where that is not known: one if all logits
+    are 64 MiB, else 48. From there up to twice as many, if such a number divides the vocabulary.
     """
-    budget = 2**26 if memory is None else memory // 64
     whole = 4 * tokens * vocabulary
-    if whole <= budget:
+    if whole <= (2**26 if memory is None else memory // 64):
         return 1
-    least = 16 if memory is None else max(16, math.ceil(whole / budget))
-    least = min(least, vocabulary)
+    least = min(48 if memory is None else math.ceil(64 * whole / memory), vocabulary)
     return next((count for count in range(least, min(2 * least, vocabulary) + 1) if vocabulary % count == 0), least)
 
 

@@ -66,7 +66,13 @@ Update = Callable[[TrainState, TrainBatch, Plan], tuple[TrainState, Metrics]]
 
 
 def make_score(
-    config: ModelConfig, *, temperature: float, dtype: Any, remat: str, pieces: int | None = None, attention: str = "xla"
+    config: ModelConfig,
+    *,
+    temperature: float,
+    dtype: Any,
+    remat: str,
+    pieces: int | None = None,
+    attention: str = "xla",
 ) -> Score:
     """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 

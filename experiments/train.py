@@ -113,7 +113,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
             """Seconds spent compiling since the last step; says so where it should not have happened."""
             found = compilations.take()
             if found.functions and step == start:
-                log.note(f"compiled {found.functions} functions in {found.seconds:.1f} s, {found.cached} from the cache")
+                cached = f"{found.cached} from the cache"
+                log.note(f"compiled {found.functions} functions in {found.seconds:.1f} s, {cached}")
             elif found.functions:
                 log.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
             return found.seconds
