@@ -22,10 +22,15 @@ def probabilities(z) -> np.ndarray:
     return p / p.sum(axis=-1, keepdims=True)
 
 
+def at_position(keys, position: int) -> jax.Array:
+    """Uniforms of rows that are all at the same position."""
+    return uniforms(keys, jnp.full(keys.shape, position, jnp.int32))
+
+
 @pytest.fixture(scope="module")
 def stream() -> jax.Array:
     """Uniforms as a rollout makes them: a key per row, position 3."""
-    return jax.jit(lambda: uniforms(row_keys(step_key(0, 5, 1), jnp.arange(DRAWS)), jnp.int32(3)))()
+    return jax.jit(lambda: at_position(row_keys(step_key(0, 5, 1), jnp.arange(DRAWS)), 3))()
 
 
 @jax.jit
@@ -109,11 +114,22 @@ def test_a_probability_of_1e_9_is_reachable():
 def test_a_row_has_the_stream_of_its_number():
     """Not of its slot, of the batch, or of its neighbours."""
     key, other = step_key(0, 5, 1), step_key(0, 6, 1)
-    many = uniforms(row_keys(key, jnp.arange(64)), jnp.int32(7))
-    few = uniforms(row_keys(key, jnp.array([40, 3, 63])), jnp.int32(7))
+    many = at_position(row_keys(key, jnp.arange(64)), 7)
+    few = at_position(row_keys(key, jnp.array([40, 3, 63])), 7)
     np.testing.assert_array_equal(few, many[np.array([40, 3, 63])])
     assert many.dtype == jnp.float32 and many.shape == (64, 2)
-    assert not np.isin(many, uniforms(row_keys(other, jnp.arange(64)), jnp.int32(7))).any()
+    assert not np.isin(many, at_position(row_keys(other, jnp.arange(64)), 7)).any()
+
+
+def test_rows_may_be_at_different_positions():
+    """Each draws what it draws at that position beside others; no position gives the numbers of another."""
+    keys, positions = row_keys(step_key(0, 5, 1), jnp.array([40, 3, 40, 63])), jnp.array([2, 0, 9, 2])
+    mixed = np.asarray(uniforms(keys, positions))
+    for at, position in enumerate(positions.tolist()):
+        np.testing.assert_array_equal(mixed[at], at_position(keys, position)[at])
+        by_hand = jax.random.uniform(jax.random.fold_in(keys[at], position), (2,)) + 2.0**-24
+        np.testing.assert_array_equal(mixed[at], by_hand)
+    assert len(np.unique(mixed)) == mixed.size
 
 
 def test_uniforms_are_never_0_or_1(stream):
@@ -134,8 +150,8 @@ def test_keys_differ_by_seed_step_and_purpose():
 def test_uniforms_are_independent_of_row_position_and_each_other(stream):
     """Means, and correlations with the next row, the next position, the next step and the twin, within 4 deviations."""
     u = np.asarray(stream[:20_000])
-    later = np.asarray(uniforms(row_keys(step_key(0, 5, 1), jnp.arange(20_000)), jnp.int32(4)))
-    next_step = np.asarray(uniforms(row_keys(step_key(0, 6, 1), jnp.arange(20_000)), jnp.int32(3)))
+    later = np.asarray(at_position(row_keys(step_key(0, 5, 1), jnp.arange(20_000)), 4))
+    next_step = np.asarray(at_position(row_keys(step_key(0, 6, 1), jnp.arange(20_000)), 3))
     bound = 4 / np.sqrt(20_000)
     assert np.abs((u.mean(axis=0) - 0.5) * np.sqrt(12)).max() < bound
     pairs = [(u[:-1], u[1:]), (u, later), (u, next_step), (u, u[:, ::-1])]
