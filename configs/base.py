@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
     c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5); master weights are float32
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
-    c.policy.remat = "none"  # what the backward pass recomputes: none | dots | full
+    c.policy.remat = "dots"  # the backward pass recomputes: none | dots: all but matrix products | full: every layer
     c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
     c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
 

@@ -103,7 +103,7 @@ def make_rollout(
     def rollout(params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
         prompt_count, prompt_length = prompts.tokens.shape
         batch = prompt_count * group_size
-        slot_count = batch if slots is None else slots
+        slot_count = batch if slots is None else min(slots, batch)
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
         members = jnp.arange(group_size)
         keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group))  # [N, G]

@@ -47,8 +47,8 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
 def piece_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
     """In how many pieces the vocabulary passes through the head, for `tokens` positions of one device.
 
-    As many as make one piece's logits 1/64 of the device's `memory` in bytes. Where that is not known: one if all logits
-    are 64 MiB, else 48. From there up to twice as many, if such a number divides the vocabulary.
+    As many as make one piece's logits 1/64 of the device's `memory` in bytes. Where that is not known: one if all
+    logits are 64 MiB, else 48. From there up to twice as many, if such a number divides the vocabulary.
     """
     whole = 4 * tokens * vocabulary
     if whole <= (2**26 if memory is None else memory // 64):

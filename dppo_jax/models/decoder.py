@@ -36,7 +36,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
 
 
 def _filled(value: float, size: int, axis: str) -> nnx.Param:
-    return nnx.Param(jnp.full((size,), value), axes=(axis,))
+    return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -18,7 +18,7 @@ def _model(workload: Workload) -> Any:
 
     torch.manual_seed(workload.seed)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    if workload.name == "M" and (SMOLLM2 / "model.safetensors").exists():
+    if workload.model_type == "llama" and (SMOLLM2 / "model.safetensors").exists():
         return transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, **options)
     config = transformers.AutoConfig.for_model(**workloads.hf_config(workload))
     return transformers.AutoModelForCausalLM.from_config(config, **options)
@@ -102,6 +102,7 @@ def _on(name: str, setup: Callable[[Workload], worker.Run]) -> Callable[[], work
 
 TABLE: worker.Table = {
     ("M", "rollout"): _on("M", rollout),
+    ("M1", "rollout"): _on("M1", rollout),
     ("M", "train"): _on("M", forward_backward),
     ("S", "train"): _on("S", train),
 }

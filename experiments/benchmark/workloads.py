@@ -56,7 +56,9 @@ _SMOLLM2: dict[str, Any] = {
 
 WORKLOADS = {
     "S": Workload("S", **_SMALL, prompts=8, group_size=4, prompt_length=16, max_new_tokens=64, train_length=80),
-    "M": Workload("M", **_SMOLLM2, prompts=32, group_size=1, prompt_length=50, max_new_tokens=64, train_length=128),
+    "M": Workload("M", **_SMOLLM2, prompts=4, group_size=8, prompt_length=50, max_new_tokens=64, train_length=128),
+    # The same without groups: no two rows share a prompt.
+    "M1": Workload("M1", **_SMOLLM2, prompts=32, group_size=1, prompt_length=50, max_new_tokens=64, train_length=128),
     "L": Workload(
         "L", **_SMALL, prompts=64, group_size=8, prompt_length=16, max_new_tokens=256, train_length=272, long_tail=True
     ),

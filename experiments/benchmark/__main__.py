@@ -1,0 +1,221 @@
+"""Speed and memory as ratios, on fixed workloads, against what people would use instead.
+
+    python -m experiments.benchmark [--json F] [--repeats 5] [--only S,L.rollout] [--tunix PYTHON] [--torch PYTHON]
+
+Each side runs in a process of its own and they take turns: a ratio is the median over pairs of runs next to each
+other. PyTorch with transformers is a peer if this Python has it, or the one that --torch names; google-tunix if --tunix
+names a Python that has it. A ratio above 1 says that ours is better.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dppo_jax.errors import UserError, nearest, run_main
+from experiments.benchmark.worker import Worker
+from experiments.benchmark.workloads import WORKLOADS, Workload
+from experiments.cli import Parser
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table. `ours` and `peer` are in the metric's unit; `ratio` above 1: ours is better."""
+
+    workload: str
+    metric: str
+    ours: float
+    peer: float | None
+    peer_name: str
+    ratio: float | None
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two sides of the same work: (side, metric as the side names it). What is compared is in `measures`."""
+
+    workload: str
+    metric: str
+    peer: str  # "ours", "tunix", "torch"
+    peer_metric: str
+    peer_name: str
+    measures: tuple[str, ...] = ("tokens/s",)
+
+
+PAIRS = (
+    Pair("S", "rollout", "tunix", "rollout", "tunix"),
+    Pair("S", "train", "tunix", "train", "tunix"),
+    Pair("S", "step", "tunix", "step", "tunix", ("tokens/s", "compile s", "peak bytes")),
+    Pair("S", "train", "torch", "train", "PyTorch"),
+    Pair("S", "train dppo_binary_tv", "ours", "train", "ppo_clip"),
+    Pair("S", "train dppo_topk_tv", "ours", "train", "ppo_clip"),
+    Pair("L", "rollout", "tunix", "rollout", "tunix, 64 rows a call"),
+    Pair("L", "rollout", "tunix", "rollout_one_call", "tunix, 512 rows a call"),
+    Pair("L", "rollout", "ours", "static rollout", "ours, static batch"),
+    Pair("L", "train", "ours", "unpacked train", "ours, not packed"),
+    Pair("M", "rollout", "torch", "rollout", "transformers generate"),
+    Pair("M1", "rollout", "torch", "rollout", "transformers generate"),
+    Pair("M", "train", "torch", "train", "PyTorch"),
+)
+
+
+def flops(workload: Workload, train: bool) -> float:
+    """Floating-point operations of a token: 2 for every weight in a product, 6 when trained; attention left out."""
+    w = workload
+    attention = w.hidden_size * w.head_dim * (2 * w.num_heads + 2 * w.num_kv_heads)
+    layer = attention + 3 * w.hidden_size * w.intermediate_size
+    return (6 if train else 2) * (w.num_layers * layer + w.vocab_size * w.hidden_size)
+
+
+class Bench:
+    """Starts the sides and asks them in turns."""
+
+    def __init__(self, commands: dict[str, tuple[list[str], dict[str, str]]], repeats: int):
+        self._commands, self._repeats = commands, repeats
+        self.compilations = 0  # of ours, after the warm-up
+
+    def _side(self, name: str) -> Worker:
+        return Worker(*self._commands[name])
+
+    def pair(self, pair: Pair) -> Iterator[Row]:
+        """Both sides set up, then run in turns."""
+        sides = {"ours": pair.metric, "peer": pair.peer_metric}
+        asked = {side: {"workload": pair.workload, "metric": metric} for side, metric in sides.items()}
+        with contextlib.ExitStack() as stack:
+            workers = {
+                "ours": stack.enter_context(self._side("ours")),
+                "peer": stack.enter_context(self._side(pair.peer)),
+            }
+            ready = {side: worker.ask({"do": "setup", **asked[side]}) for side, worker in workers.items()}
+            seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+            for _ in range(self._repeats):
+                for side, worker in workers.items():
+                    found = worker.ask({"do": "run", **asked[side]})
+                    seconds[side].append(found["seconds"])
+                    self.compilations += found["compilations"] or 0 if side == "ours" else 0
+            peaks = {side: worker.ask({"do": "peak"})["peak_bytes"] for side, worker in workers.items()}
+        ours, peer = (ready[side]["tokens"] / statistics.median(seconds[side]) for side in ("ours", "peer"))
+        tokens = ready["ours"]["tokens"] / ready["peer"]["tokens"]  # the same, but for what is drawn
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["peer"], strict=True)) * tokens
+        for measure in pair.measures:
+            name = f"{pair.metric}, {measure}"
+            if measure == "tokens/s":
+                yield Row(pair.workload, name, ours, peer, pair.peer_name, ratio, self._repeats)
+                continue
+            got = peaks if measure == "peak bytes" else {s: ready[s]["compile_seconds"] for s in ready}
+            yield Row(pair.workload, name, got["ours"], got["peer"], pair.peer_name, got["peer"] / got["ours"], 1)
+
+    def alone(self) -> Iterator[Row]:
+        """What needs no peer: the machine's rates and the shares of them that we reach, memory, occupancy."""
+        with self._side("ours") as worker:
+
+            def ask(workload: str, metric: str) -> dict[str, Any]:
+                request = {"workload": workload, "metric": metric}
+                worker.ask({"do": "setup", **request})
+                found = [worker.ask({"do": "run", **request}) for _ in range(self._repeats)]
+                worker.ask({"do": "drop", **request})
+                return min(found, key=lambda run: run["seconds"])
+
+            def row(workload: str, metric: str, ours: float, peer: float | None, peer_name: str) -> Row:
+                return Row(workload, metric, ours, peer, peer_name, None if peer is None else ours / peer, self._repeats)
+
+            rates = ask("machine", "rates")
+            yield row("machine", "float32 matmul, GFLOP/s", rates["flops_per_second"] / 1e9, None, "")
+            yield row("machine", "memory read, GB/s", rates["bytes_per_second"] / 1e9, None, "")
+            for name in ("S", "M"):
+                w, found = WORKLOADS[name], ask(name, "train")
+                rate = found["tokens"] * flops(w, train=True) / found["seconds"]
+                yield row(name, "train, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
+                found = ask(name, "rollout")
+                rate = found["tokens"] * flops(w, train=False) / found["seconds"]
+                yield row(name, "rollout, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
+                # Every step reads every weight, and each row's cache: on average its prompt and half of its response.
+                cache = 2 * w.num_layers * w.num_kv_heads * w.head_dim * (w.prompt_length + w.max_new_tokens / 2)
+                step = 4 * (flops(w, train=False) / 2 + w.rows * cache)
+                rate = step * w.max_new_tokens / found["seconds"]
+                yield row(name, "rollout, bytes/s", rate, rates["bytes_per_second"], "machine's memory rate")
+            yield row("L", "train, real tokens among positions", ask("L", "train")["occupancy"], None, "")
+            ours, full = ask("head", "memory"), ask("head", "full memory")
+            yield Row(
+                "head", "temp bytes", ours["bytes"], full["bytes"], "full logits", full["bytes"] / ours["bytes"], 1
+            )
+
+
+def shown(rows: list[Row]) -> str:
+    """The table."""
+    head = ("workload", "metric", "ours", "peer", "peer's name", "ratio", "repeats")
+    number = lambda x: "" if x is None else f"{x:.4g}"  # noqa: E731
+    lines = [head] + [
+        (r.workload, r.metric, number(r.ours), number(r.peer), r.peer_name, number(r.ratio), str(r.repeats))
+        for r in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def peers(tunix: str | None, torch: str | None) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """The command of each side that there is."""
+    path = {"PYTHONPATH": str(ROOT)}
+    commands = {"ours": ([sys.executable, "-m", "experiments.benchmark.ours"], path)}
+    if torch is None and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        torch = sys.executable
+    if torch is not None:
+        commands["torch"] = ([torch, "-m", "experiments.benchmark.peer_torch"], path)
+    if tunix is not None:
+        commands["tunix"] = ([tunix, str(ROOT / "experiments/benchmark/peer_tunix.py")], path)
+    return commands
+
+
+def wanted(only: str | None) -> list[str]:
+    """The names that --only asks for; none: everything."""
+    names = {"alone"} | {p.workload for p in PAIRS} | {f"{p.workload}.{p.metric}" for p in PAIRS}
+    asked = [] if only is None else only.split(",")
+    for name in asked:
+        if name not in names:
+            raise UserError(f"--only: there is no {name!r}{nearest(name, names)}")
+    return asked
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--json", type=Path, metavar="F", help="write the rows there too")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs (5)")
+    parser.add_argument("--only", metavar="NAMES", help="workloads or WORKLOAD.METRIC, by commas; alone: without peers")
+    parser.add_argument("--tunix", metavar="PYTHON", help="a Python that has google-tunix")
+    parser.add_argument("--torch", metavar="PYTHON", help="a Python that has torch and transformers, if not this one")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise UserError(f"--json: there is no folder {arguments.json.parent}")
+    only = wanted(arguments.only)
+    commands = peers(arguments.tunix, arguments.torch)
+    bench = Bench(commands, arguments.repeats)
+    rows: list[Row] = []
+
+    def keep(found: Iterator[Row]) -> None:
+        for row in found:
+            rows.append(row)
+            print(shown([row]).split("\n")[1], file=sys.stderr, flush=True)
+
+    for pair in PAIRS:
+        if pair.peer in commands and (not only or {pair.workload, f"{pair.workload}.{pair.metric}"} & set(only)):
+            keep(bench.pair(pair))
+    if not only or "alone" in only:
+        keep(bench.alone())
+    rows.append(Row("all", "our compilations after warm-up", bench.compilations, None, "", None, arguments.repeats))
+    print(shown(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

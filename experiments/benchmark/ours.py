@@ -1,0 +1,307 @@
+"""Our side: `python -m experiments.benchmark.ours`. The functions that experiments.train compiles, from a config."""
+
+import functools
+import math
+from typing import Any
+
+from experiments.benchmark import worker, workloads
+from experiments.benchmark.workloads import WORKLOADS, Workload
+
+LIBRARIES = {"jax": "jax", "experiments.build": "dppo_jax"}
+SLOTS = 64  # of workload L
+TRACKED = 20
+
+
+def config_of(workload: Workload, **changes: Any):
+    """The config of one training step of a workload; `changes` are values by dotted name, dots written as __."""
+    from configs import base
+
+    c = base.get_config()
+    c.rollout.prompts, c.rollout.group_size = workload.prompts, workload.group_size
+    c.rollout.max_new_tokens, c.data.max_prompt_len = workload.max_new_tokens, workload.prompt_length
+    c.rollout.slots = SLOTS if workload.long_tail else 0
+    c.train.minibatches = 4 if workload.long_tail else 1
+    c.loss.name = "ppo_clip"
+    for name, value in changes.items():
+        section, key = name.split("__")
+        c[section][key] = value
+    return c
+
+
+class Pieces:
+    """What a run needs of a workload's config: model, parameters, batch, and compiled functions made on demand."""
+
+    def __init__(self, workload: Workload, **changes: Any):
+        import contextlib
+
+        import jax
+        import numpy as np
+
+        from dppo_jax.models.config import config_from_hf
+        from dppo_jax.models.decoder import init_params
+        from dppo_jax.types import PromptBatch
+        from experiments import build
+
+        self.workload, self.config = workload, config_of(workload, **changes)
+        self.model = config_from_hf(workloads.hf_config(workload), "the benchmark's")
+        self._stack = contextlib.ExitStack()  # never closed: the mesh stays in force while the process lives
+        self.mesh = build.on_devices(self.config, self._stack)
+        self.params = init_params(self.model, jax.random.key(workload.seed))
+        lengths = workloads.lengths(workload)
+        self.prompts = PromptBatch(
+            tokens=workloads.prompt_tokens(workload),
+            mask=np.ones((workload.prompts, workload.prompt_length), bool),
+            group=np.arange(workload.prompts, dtype=np.int32),
+            limit=lengths.reshape(workload.prompts, -1) if workload.long_tail else None,
+        )
+        self.layout = build.layout(self.config, self.mesh, workload.prompt_length)
+
+    @functools.cached_property
+    def generate(self):
+        from experiments import build
+
+        return build.on_mesh(build.rollout(self.config, self.model, build.Text(None, (-1,), 0), self.mesh), self.mesh)
+
+    @functools.cached_property
+    def update(self):
+        """(state shardings, update)"""
+        from dppo_jax.models.decoder import abstract_params
+        from dppo_jax.train_step import jit_update, state_shardings
+        from experiments import build
+
+        shardings = state_shardings(self.model, build.optimizer(self.config), abstract_params(self.model), self.mesh)
+        update = build.update(self.config, self.model, self.layout, self.mesh)
+        return shardings, jit_update(update, shardings, self.mesh)
+
+    def state(self):
+        from dppo_jax.train_step import init_state
+        from experiments import build
+
+        return init_state(self.params, build.optimizer(self.config), self.update[0])
+
+    def plans(self, response_lengths):
+        import numpy as np
+
+        from dppo_jax import packing
+        from experiments import build
+
+        prompt_lengths = np.full(self.workload.rows, self.workload.prompt_length)
+        return [
+            packing.plan(index, prompt_lengths, response_lengths, self.layout, packed=self.config.train.pack)
+            for index in build.minibatches(self.config, 0)
+        ]
+
+
+def rollout(workload: Workload, **changes: Any) -> worker.Run:
+    """Every response drawn, with its log-probabilities."""
+    import jax
+
+    pieces = Pieces(workload, **changes)
+    key = jax.random.key(workload.seed)
+
+    def run() -> worker.Json:
+        mask = jax.block_until_ready(pieces.generate(pieces.params, pieces.prompts, key)).response_mask
+        return {"tokens": int(mask.sum())}
+
+    return run
+
+
+def train(workload: Workload, **changes: Any) -> worker.Run:
+    """Every minibatch of fixed responses: forward, backward, clip, AdamW. `occupancy` is that of its positions."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dppo_jax import packing
+    from dppo_jax.types import TrainBatch
+
+    pieces = Pieces(workload, **changes)
+    lengths, tokens = workloads.lengths(workload), workloads.response_tokens(workload)
+    mask = np.arange(workload.max_new_tokens) < lengths[:, None]
+    rows = workloads.prompt_rows(workload)
+    numbers = np.random.default_rng(workload.seed)
+    ids = numbers.integers(0, workload.vocab_size, (*tokens.shape, TRACKED)).astype(np.int32)
+    topk = pieces.config.loss.name.startswith("dppo_topk")
+    batch = TrainBatch(
+        prompt_tokens=rows,
+        prompt_mask=np.ones(rows.shape, bool),
+        tokens=tokens,
+        mask=mask,
+        behavior_logp=np.where(mask, -math.log(workload.vocab_size), 0.0).astype(np.float32),
+        advantages=workloads.advantages(workload),
+        topk_ids=ids if topk else None,
+        topk_behavior_logp=np.full(ids.shape, -math.log(workload.vocab_size), np.float32) if topk else None,
+    )
+    batch = jax.tree.map(jnp.asarray, batch)
+    plans = pieces.plans(lengths)
+    states = [pieces.state()]
+
+    def run() -> worker.Json:
+        state = states.pop()
+        for plan in plans:
+            state, metrics = pieces.update[1](state, batch, plan)
+        states.append(state)
+        jax.block_until_ready((state, metrics))
+        positions = int(sum(plan.count for plan in plans)) * pieces.layout.rows * pieces.layout.length
+        return {"tokens": workload.train_tokens, "positions": positions, "occupancy": packing.occupancy(*plans)}
+
+    return run
+
+
+def step(workload: Workload, **changes: Any) -> worker.Run:
+    """A rollout, then the update on what it drew."""
+    import jax
+    import jax.numpy as jnp
+
+    from dppo_jax.train_step import assemble
+
+    pieces = Pieces(workload, **changes)
+    key, advantages = jax.random.key(workload.seed), jnp.asarray(workloads.advantages(workload))
+    assembled = jax.jit(lambda prompts, rollout: assemble(prompts, rollout).replace(advantages=advantages))
+    states = [pieces.state()]
+
+    def run() -> worker.Json:
+        state = states.pop()
+        drawn = pieces.generate(state.params, pieces.prompts, key)
+        batch = assembled(pieces.prompts, drawn)
+        lengths = jax.device_get(drawn.response_mask).sum(axis=1)
+        for plan in pieces.plans(lengths):
+            state, metrics = pieces.update[1](state, batch, plan)
+        states.append(state)
+        jax.block_until_ready((state, metrics))
+        return {"tokens": int(lengths.sum())}
+
+    return run
+
+
+def forward_backward(workload: Workload, micro_rows: int = 8) -> worker.Run:
+    """Cross-entropy on every token and its gradients, added over pieces of `micro_rows` rows; no optimizer."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dppo_jax.train_step import make_score
+    from dppo_jax.types import PackedBatch
+
+    pieces = Pieces(workload)
+    tokens, length = workloads.train_tokens(workload), workload.train_length
+    count = workload.rows // micro_rows
+    score = make_score(pieces.model, temperature=1.0, dtype=jnp.float32, remat=pieces.config.policy.remat)
+
+    def cut(x):
+        return jnp.asarray(x).reshape(count, micro_rows, length)
+
+    zeros = np.zeros((workload.rows, length), np.float32)
+    columns = np.broadcast_to(np.arange(length), zeros.shape)
+    batch = PackedBatch(
+        tokens=cut(tokens[:, :-1]),
+        segments=cut(np.ones(zeros.shape, np.int32)),
+        positions=cut(columns.astype(np.int32)),
+        columns=cut(columns.astype(np.int32) + 1),
+        targets=cut(tokens[:, 1:]),
+        mask=cut(zeros == 0),
+        weights=cut(zeros + 1 / zeros.size),
+        behavior_logp=cut(zeros),
+        advantages=cut(zeros),
+    )
+
+    def loss(params, piece):
+        return -jnp.sum(score(params, piece).logp * piece.weights)
+
+    @jax.jit
+    def gradient(params, batch):
+        def add(number, total):
+            piece = jax.tree.map(lambda x: x[number], batch)
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece))
+
+        return jax.lax.fori_loop(0, count, add, (0.0, jax.tree.map(jnp.zeros_like, params)))
+
+    def run() -> worker.Json:
+        jax.block_until_ready(gradient(pieces.params, batch))
+        return {"tokens": workload.train_tokens}
+
+    return run
+
+
+def head_memory(full: bool, vocabulary: int = 151_936, tokens: int = 2048, width: int = 1024) -> worker.Run:
+    """Temporary memory of logp, its gradients and the entropy; compiled, not run."""
+    import jax
+    import jax.numpy as jnp
+
+    from dppo_jax.token_head import token_head
+
+    shape = jax.ShapeDtypeStruct
+    shapes = shape((1, tokens, width), jnp.float32), shape((vocabulary, width), jnp.float32), shape((1, tokens), jnp.int32)
+
+    def ours(hidden, weight, targets):
+        out = token_head(hidden, weight, targets)
+        return jnp.sum(out.logp), jax.lax.stop_gradient(out.entropy)
+
+    def plain(hidden, weight, targets):
+        log_p = jax.nn.log_softmax(hidden @ weight.T)
+        logp = jnp.take_along_axis(log_p, targets[..., None], axis=-1)
+        return jnp.sum(logp), jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
+
+    def run() -> worker.Json:
+        gradient = jax.grad(plain if full else ours, argnums=(0, 1), has_aux=True)
+        memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
+        return {"tokens": tokens, "bytes": memory.temp_size_in_bytes, "logits_bytes": 4 * tokens * vocabulary}
+
+    return run
+
+
+def machine() -> worker.Run:
+    """The rates of this machine: float32 products of 2048 x 2048 matrices, and reading an array of 256 MiB."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048
+    a, big = jnp.ones((size, size)), jnp.ones(2**26)
+    product, read = jax.jit(lambda a: a @ a), jax.jit(lambda x: jnp.max(x.reshape(64, -1), axis=1))
+
+    def seconds(f, x) -> float:
+        jax.block_until_ready(f(x))
+        found = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(f(x))
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    def run() -> worker.Json:
+        return {
+            "tokens": 0,
+            "flops_per_second": 2 * size**3 / seconds(product, a),
+            "bytes_per_second": big.nbytes / seconds(read, big),
+        }
+
+    return run
+
+
+def _on(name: str, setup, **changes: Any):
+    return lambda: setup(WORKLOADS[name], **changes)
+
+
+TABLE: worker.Table = {
+    ("S", "rollout"): _on("S", rollout),
+    ("S", "train"): _on("S", train),
+    ("S", "step"): _on("S", step),
+    ("S", "train dppo_binary_tv"): _on("S", train, loss__name="dppo_binary_tv"),
+    ("S", "train dppo_topk_tv"): _on("S", train, loss__name="dppo_topk_tv"),
+    ("L", "rollout"): _on("L", rollout),
+    ("L", "static rollout"): _on("L", rollout, rollout__slots=0),
+    ("L", "train"): _on("L", train),
+    ("L", "unpacked train"): _on("L", train, train__pack=False),
+    ("M", "rollout"): _on("M", rollout),
+    ("M1", "rollout"): _on("M1", rollout),
+    ("M", "train"): _on("M", forward_backward),
+    ("head", "memory"): lambda: head_memory(full=False),
+    ("head", "full memory"): lambda: head_memory(full=True),
+    ("machine", "rates"): machine,
+}
+
+
+if __name__ == "__main__":
+    worker.serve(TABLE, LIBRARIES, uses_jax=True)
