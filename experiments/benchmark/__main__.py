@@ -125,7 +125,8 @@ class Bench:
                 return min(found, key=lambda run: run["seconds"])
 
             def row(workload: str, metric: str, ours: float, peer: float | None, peer_name: str) -> Row:
-                return Row(workload, metric, ours, peer, peer_name, None if peer is None else ours / peer, self._repeats)
+                ratio = None if peer is None else ours / peer
+                return Row(workload, metric, ours, peer, peer_name, ratio, self._repeats)
 
             rates = ask("machine", "rates")
             yield row("machine", "float32 matmul, GFLOP/s", rates["flops_per_second"] / 1e9, None, "")

@@ -1,5 +1,6 @@
 """Our side: `python -m experiments.benchmark.ours`. The functions that experiments.train compiles, from a config."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -157,7 +158,7 @@ def step(workload: Workload, **changes: Any) -> worker.Run:
 
     pieces = Pieces(workload, **changes)
     key, advantages = jax.random.key(workload.seed), jnp.asarray(workloads.advantages(workload))
-    assembled = jax.jit(lambda prompts, rollout: assemble(prompts, rollout).replace(advantages=advantages))
+    assembled = jax.jit(lambda *drawn: dataclasses.replace(assemble(*drawn), advantages=advantages))
     states = [pieces.state()]
 
     def run() -> worker.Json:
@@ -191,7 +192,7 @@ def forward_backward(workload: Workload, micro_rows: int = 8) -> worker.Run:
     def cut(x):
         return jnp.asarray(x).reshape(count, micro_rows, length)
 
-    zeros = np.zeros((workload.rows, length), np.float32)
+    zeros: np.ndarray = np.zeros((workload.rows, length), np.float32)
     columns = np.broadcast_to(np.arange(length), zeros.shape)
     batch = PackedBatch(
         tokens=cut(tokens[:, :-1]),
@@ -230,8 +231,11 @@ def head_memory(full: bool, vocabulary: int = 151_936, tokens: int = 2048, width
 
     from dppo_jax.token_head import token_head
 
-    shape = jax.ShapeDtypeStruct
-    shapes = shape((1, tokens, width), jnp.float32), shape((vocabulary, width), jnp.float32), shape((1, tokens), jnp.int32)
+    shapes = (
+        jax.ShapeDtypeStruct((1, tokens, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+    )
 
     def ours(hidden, weight, targets):
         out = token_head(hidden, weight, targets)
