@@ -71,8 +71,8 @@ def check_same(out: RolloutBatch, want: RolloutBatch, near: np.ndarray | bool = 
     np.testing.assert_allclose(out.topk_logp[same], want.topk_logp[same], rtol=0, atol=atol)
     apart = -np.diff(want.topk_logp, axis=-1) > 2 * atol  # which of two equally likely tokens comes first is nobody's
     clear = np.pad(apart, [(0, 0), (0, 0), (1, 0)], constant_values=True) & np.pad(apart, [(0, 0), (0, 0), (0, 1)])
-    np.testing.assert_array_equal(out.topk_ids[same & out.response_mask][clear[same & out.response_mask]],
-                                  want.topk_ids[same & out.response_mask][clear[same & out.response_mask]])  # fmt: skip
+    clear &= (same & out.response_mask)[..., None]
+    np.testing.assert_array_equal(out.topk_ids[clear], want.topk_ids[clear])
 
 
 def near_ties(out: RolloutBatch, temperature: float, batch, group_size=G, seed=0) -> np.ndarray:
@@ -80,6 +80,7 @@ def near_ties(out: RolloutBatch, temperature: float, batch, group_size=G, seed=0
     log_p = log_probabilities(out, temperature, temperature, batch)
     tokens, far = redraw(log_p, uniforms_of(out, group_size, seed))
     clear = out.response_mask & (far > NEAR)
+    assert clear.sum() > 0.95 * out.response_mask.sum()
     np.testing.assert_array_equal(out.tokens[clear], tokens[clear])
     gap = np.abs(out.behavior_logp - at_tokens(log_p, out.tokens))[out.response_mask]
     assert gap.max() < TOLERANCE
@@ -181,14 +182,14 @@ def test_rows_longer_than_the_first_block_of_the_cache():
     batch = prompts(np.array([120, 100, 1, 64]), width=120, limit=np.array([[83, 20], [4, 83], [60, 9], [83, 2]]))
     out = rollout(1.0, batch=batch, group_size=2, length=83, slots=3)
     np.testing.assert_array_equal(out.response_mask.sum(axis=1), batch.limit.reshape(-1))
-    assert not near_ties(out, 1.0, batch, 2)[out.response_mask].all()
+    near_ties(out, 1.0, batch, 2)
 
 
 def test_prompts_longer_than_the_first_block_of_the_cache():
     batch = prompts(np.array([190, 129, 2, 128]), width=190, limit=np.array([[6, 1], [3, 9], [9, 2], [5, 5]]))
     out = rollout(1.0, batch=batch, group_size=2, length=9, slots=3)
     np.testing.assert_array_equal(out.response_mask.sum(axis=1), batch.limit.reshape(-1))
-    assert not near_ties(out, 1.0, batch, 2)[out.response_mask].all()
+    near_ties(out, 1.0, batch, 2)
 
 
 # What the loop does, read from its jaxpr.

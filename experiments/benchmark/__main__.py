@@ -114,7 +114,8 @@ class Bench:
             yield Row(pair.workload, name, got["ours"], got["peer"], pair.peer_name, got["peer"] / got["ours"], 1)
 
     def alone(self) -> Iterator[Row]:
-        """What needs no peer: the machine's rates and the shares of them that we reach, memory, occupancy."""
+        """What needs no peer: the machine's rates and the shares of them that we reach (on an accelerator: by workload G, in
+        bfloat16), memory, occupancy."""
         with self._side("ours") as worker:
 
             def ask(workload: str, metric: str) -> dict[str, Any]:
@@ -129,9 +130,9 @@ class Bench:
                 return Row(workload, metric, ours, peer, peer_name, ratio, self._repeats)
 
             rates = ask("machine", "rates")
-            yield row("machine", "float32 matmul, GFLOP/s", rates["flops_per_second"] / 1e9, None, "")
+            yield row("machine", f"{rates['dtype']} matmul, GFLOP/s", rates["flops_per_second"] / 1e9, None, "")
             yield row("machine", "memory read, GB/s", rates["bytes_per_second"] / 1e9, None, "")
-            for name in ("S", "M"):
+            for name in ("S", "M") if rates["platform"] == "cpu" else ("G",):
                 w, found = WORKLOADS[name], ask(name, "train")
                 rate = found["tokens"] * flops(w, train=True) / found["seconds"]
                 yield row(name, "train, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
@@ -140,7 +141,8 @@ class Bench:
                 yield row(name, "rollout, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
                 # Every step reads every weight, and each row's cache: on average its prompt and half of its response.
                 cache = 2 * w.num_layers * w.num_kv_heads * w.head_dim * (w.prompt_length + w.max_new_tokens / 2)
-                step = 4 * (flops(w, train=False) / 2 + w.rows * cache)
+                size = {"float32": 4, "bfloat16": 2}[w.dtype]
+                step = size * (flops(w, train=False) / 2 + w.rows * cache)
                 rate = step * w.max_new_tokens / found["seconds"]
                 yield row(name, "rollout, bytes/s", rate, rates["bytes_per_second"], "machine's memory rate")
             yield row("L", "train, real tokens among positions", ask("L", "train")["occupancy"], None, "")

@@ -23,6 +23,7 @@ def config_of(workload: Workload, **changes: Any):
     c.rollout.slots = SLOTS if workload.long_tail else 0
     c.train.minibatches = 4 if workload.long_tail else 1
     c.loss.name = "ppo_clip"
+    c.policy.dtype = c.rollout.dtype = workload.dtype
     for name, value in changes.items():
         section, key = name.split("__")
         c[section][key] = value
@@ -255,14 +256,15 @@ def head_memory(full: bool, vocabulary: int = 151_936, tokens: int = 2048, width
 
 
 def machine() -> worker.Run:
-    """The rates of this machine: float32 products of 2048 x 2048 matrices, and reading an array of 256 MiB."""
+    """The rates of this machine: products of square matrices, and reading an array; larger ones on an accelerator."""
     import time
 
     import jax
     import jax.numpy as jnp
 
-    size = 2048
-    a, big = jnp.ones((size, size)), jnp.ones(2**26)
+    on_cpu = jax.default_backend() == "cpu"
+    size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+    a, big = jnp.ones((size, size), dtype), jnp.ones(2**26 if on_cpu else 2**30)
     product, read = jax.jit(lambda a: a @ a), jax.jit(lambda x: jnp.max(x.reshape(64, -1), axis=1))
 
     def seconds(f, x) -> float:
@@ -277,6 +279,8 @@ def machine() -> worker.Run:
     def run() -> worker.Json:
         return {
             "tokens": 0,
+            "platform": jax.default_backend(),
+            "dtype": jnp.dtype(dtype).name,
             "flops_per_second": 2 * size**3 / seconds(product, a),
             "bytes_per_second": big.nbytes / seconds(read, big),
         }
@@ -301,6 +305,8 @@ TABLE: worker.Table = {
     ("M", "rollout"): _on("M", rollout),
     ("M1", "rollout"): _on("M1", rollout),
     ("M", "train"): _on("M", forward_backward),
+    ("G", "rollout"): _on("G", rollout),
+    ("G", "train"): _on("G", train, policy__remat="full", train__micro_rows=8),
     ("head", "memory"): lambda: head_memory(full=False),
     ("head", "full memory"): lambda: head_memory(full=True),
     ("machine", "rates"): machine,

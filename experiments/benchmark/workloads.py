@@ -53,6 +53,10 @@ _SMOLLM2: dict[str, Any] = {
     "model_type": "llama", "num_layers": 30, "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
     "intermediate_size": 1536, "vocab_size": 49152, "rope_theta": 1e5, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3", "num_layers": 28, "hidden_size": 2048, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
+    "intermediate_size": 6144, "vocab_size": 151_936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "dtype": "bfloat16",
+}  # fmt: skip
 
 WORKLOADS = {
     "S": Workload("S", **_SMALL, prompts=8, group_size=4, prompt_length=16, max_new_tokens=64, train_length=80),
@@ -62,6 +66,8 @@ WORKLOADS = {
     "L": Workload(
         "L", **_SMALL, prompts=64, group_size=8, prompt_length=16, max_new_tokens=256, train_length=272, long_tail=True
     ),
+    # For an accelerator: Qwen3-1.7B with random weights.
+    "G": Workload("G", **_QWEN3, prompts=16, group_size=8, prompt_length=256, max_new_tokens=768, train_length=1024),
 }
 
 
