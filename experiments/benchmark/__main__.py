@@ -114,8 +114,10 @@ class Bench:
             yield Row(pair.workload, name, got["ours"], got["peer"], pair.peer_name, got["peer"] / got["ours"], 1)
 
     def alone(self) -> Iterator[Row]:
-        """What needs no peer: the machine's rates and the shares of them that we reach (on an accelerator: by workload G, in
-        bfloat16), memory, occupancy."""
+        """What needs no peer: the machine's rates, the shares of them that we reach, memory, occupancy.
+
+        On an accelerator the shares are those of workload G, in bfloat16.
+        """
         with self._side("ours") as worker:
 
             def ask(workload: str, metric: str) -> dict[str, Any]:
