@@ -2,7 +2,7 @@
 
 Splash runs interpreted here; for CUDA and TPU the functions are lowered, not run. As a program, for the sharded test:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python -m tests.test_kernels
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python -m tests.test_attention
 """
 
 import functools
@@ -171,7 +171,7 @@ def on_every_mesh():
 def test_splash_over_four_devices_is_xla_on_one():
     flags = f"--xla_force_host_platform_device_count=4 {HURRIED_FLAGS}"
     env = os.environ | dict(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    command = [sys.executable, "-m", "tests.test_kernels"]
+    command = [sys.executable, "-m", "tests.test_attention"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dppo_jax.models import load_policy
-from dppo_jax.models.attention import attention, causal, positions
+from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import (
     abstract_params,
@@ -20,6 +20,7 @@ from dppo_jax.models.decoder import (
     param_axes,
     unstack,
 )
+from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import RULES, spec
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -56,10 +57,10 @@ def test_stacked_layers_equal_unrolled_ones(family):
 
     @jax.jit
     def unrolled(params, tokens, mask):
-        visible = causal(jnp.arange(tokens.shape[1]), mask)
+        segments = mask.astype(jnp.int32)
 
         def attend(q, k, v, number):
-            return attention(q, k, v, visible), (number, k)
+            return self_attention(q, k, v, segments, implementation="xla"), (number, k)
 
         listed = unstack(params, jnp.float32)
         assert list(listed["layers"]) == list(range(config.num_layers))
@@ -85,6 +86,21 @@ def test_left_padding_changes_nothing(family):
     for row, shift in enumerate(shifts):
         np.testing.assert_allclose(hidden[row, shift : shift + 5], hidden[0, :5], rtol=1e-5, atol=1e-5)
     assert np.isfinite(hidden).all(), "padding too: its numbers have no meaning, but reach the gradient times 0"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_samples_in_one_row_do_not_see_each_other(family):
+    """Three in a row, with padding between and behind them, against each alone."""
+    config, params = policy(family)
+    parts = {1: (0, 0, 3), 3: (1, 3, 1), 2: (2, 5, 4)}  # segment: row of TOKENS, first column, length
+    tokens, segments, position = np.full((1, T), 7, np.int32), np.zeros((1, T), np.int32), np.zeros((1, T), np.int32)
+    for segment, (row, first, length) in parts.items():
+        at = slice(first, first + length)
+        tokens[0, at], segments[0, at], position[0, at] = TOKENS[row, :length], segment, np.arange(length)
+    packed = np.asarray(jax.jit(functools.partial(forward, config))(params, tokens, segments, position))
+    separate = hidden_states(family)(TOKENS, np.ones((3, T), bool))
+    for row, first, length in parts.values():
+        np.testing.assert_allclose(packed[0, first : first + length], separate[row, :length], rtol=1e-5, atol=1e-5)
 
 
 def test_positions_count_real_tokens():
@@ -138,7 +154,7 @@ def test_remat_changes_no_gradient():
 
 @pytest.mark.parametrize("where", ["at initialisation", "elsewhere"])
 def test_gradients_are_finite_and_reach_every_layer(where):
-    """Left padding included, where queries see no key at all. MLP weights of zero would never leave it."""
+    """Left padding included, where queries see no key but padding. MLP weights of zero would never leave it."""
     params = init_params(TINY, jax.random.key(0)) if where == "at initialisation" else far_from_initialisation()
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient("none")[0](params)):
         assert np.isfinite(leaf).all(), path

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dppo_jax.models import Policy, load_policy
-from dppo_jax.models.attention import inverse_frequencies
+from dppo_jax.models.rotary import inverse_frequencies
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]

@@ -12,7 +12,7 @@ import dppo_jax.types as types
 from dppo_jax.losses import LOSSES, hyperparameters
 
 CLASSES = {name: c for name, c in vars(types).items() if isinstance(c, type) and dataclasses.is_dataclass(c)}
-N, P, B, R, K = 2, 3, 4, 5, 6
+N, G, P, B, R, K, M, T, Q = 2, 7, 3, 4, 5, 6, 8, 9, 10
 
 
 def f32(*shape):
@@ -30,7 +30,7 @@ def yes(*shape):
 TOPK = dict(logp=f32(B, R, K), behavior_logp=f32(B, R, K), has_sampled=yes(B, R), proximal_logp=f32(B, R, K))
 EXACT = dict(tv=f32(B, R), kl=f32(B, R))
 FULL = {
-    "PromptBatch": dict(tokens=i32(N, P), mask=yes(N, P), group=i32(N)),
+    "PromptBatch": dict(tokens=i32(N, P), mask=yes(N, P), group=i32(N), limit=i32(N, G)),
     "RolloutBatch": dict(
         tokens=i32(B, R), response_mask=yes(B, R), behavior_logp=f32(B, R), truncated=yes(B), group=i32(B),
         topk_ids=i32(B, R, K), topk_logp=f32(B, R, K),
@@ -40,6 +40,11 @@ FULL = {
         advantages=f32(B), topk_ids=i32(B, R, K), topk_behavior_logp=f32(B, R, K),
         proximal_logp=f32(B, R), topk_proximal_logp=f32(B, R, K),
     ),
+    "PackedBatch": dict(
+        tokens=i32(M, T), segments=i32(M, T), positions=i32(M, T), columns=i32(M, Q), targets=i32(M, Q), mask=yes(M, Q),
+        weights=f32(M, Q), behavior_logp=f32(M, Q), advantages=f32(M, Q), topk_ids=i32(M, Q, K),
+        topk_behavior_logp=f32(M, Q, K), proximal_logp=f32(M, Q), topk_proximal_logp=f32(M, Q, K),
+    ),
     "TopKPair": TOPK,
     "ExactDivergence": EXACT,
     "LossInputs": dict(
@@ -48,7 +53,7 @@ FULL = {
     ),
     "LossOutput": dict(coef=f32(B, R), keep=yes(B, R), metrics={"ratio": (f32(B, R), yes(B, R))}),
     "HeadOutput": dict(logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K)),
-}
+}  # fmt: skip
 
 
 def checked(cls):

@@ -54,10 +54,10 @@ def test_means_sum_to_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_of_one_minibatch_add_up_to_it(name):
+def test_pieces_of_one_minibatch_add_up_to_it(name):
     """Computed once per minibatch: the gradients of its pieces sum to the gradient of the whole.
 
-    A mean over each micro-batch, averaged again, would not.
+    A mean over each piece, averaged again, would not.
     """
     mask = np.arange(6) < np.array([6, 1, 3, 2])[:, None]
     values = np.random.RandomState(0).standard_normal(mask.shape)
