@@ -98,7 +98,6 @@ def plan(
             at = end
 
     def cut(x: np.ndarray) -> np.ndarray:
-        # Piece i holds bins i, i + I', ...: the emptiest bins, the last ones, are spread over the pieces in use.
         return x.reshape(pieces, shape.rows, *x.shape[1:])
 
     count = math.ceil(len(bins) / shape.rows)

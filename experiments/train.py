@@ -107,6 +107,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         )
         for sentence in changes:
             log.note(sentence)
+        if build.platform(mesh) != "cpu":
+            kernel = build.attention(config, model, mesh, dtype=config.policy.dtype, length=layout.length)
+            log.note(f"attention of training: {kernel.name} ({kernel.why})")
         report = Report(log, workdir, config.log)
 
         def report_compilations(step: int) -> float:

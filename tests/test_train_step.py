@@ -1,4 +1,4 @@
-"""The update: accumulated ≡ full, its gradient ≡ plain autodiff, its step ≡ AdamW by hand, blind outside the mask."""
+"""The update: its gradient ≡ plain autodiff, cut and packed in any way; its step ≡ AdamW by hand; blind elsewhere."""
 
 import functools
 
@@ -7,18 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dppo_jax import packing
 from dppo_jax.losses import LossInputs, bind
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
-from dppo_jax.train_step import assemble, init_state, loss_inputs, make_score, make_update, take_rows
-from dppo_jax.types import HeadOutput, PromptBatch, RolloutBatch, TrainBatch
+from dppo_jax.train_step import assemble, init_state, loss_inputs, make_score, make_update
+from dppo_jax.types import HeadOutput, PackedBatch, PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
 from tests.fixtures import COMPILER_OPTIONS, TINY, random_params
 
 B, P, R, K = 8, 5, 6, 3
 TEMPERATURE, CONSTANT = 0.7, 11.0
 NAMES = sorted(WEIGHTS)
+ALL = tuple(range(B))
+# Rows in a piece, and whether several samples share one. One piece of 8 rows, up to 8 pieces of one row.
+CUTS = [(8, False), (4, False), (2, False), (1, False), (8, True), (4, True), (2, True), (1, True)]
 LOSS = dict(delta_low=0.01, delta_high=0.02, ratio_cap=1.1)
 ADAMW = dict(b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.1, clip_norm=0.05)
 RATES = (0.01, 0.02)  # of the first two updates
@@ -81,13 +85,13 @@ def plain_logp(params, batch) -> tuple[np.ndarray, np.ndarray]:
 
 def weights(name, mask) -> np.ndarray:
     """By definition; tests/test_weights.py holds the functions to it too."""
-    mask = mask.astype(np.float64)
+    mask, rows = mask.astype(np.float64), len(mask)
     own = mask.sum(axis=1, keepdims=True)
     return {
         "token_mean": mask / mask.sum(),
-        "seq_mean_token_mean": mask / own / B,
-        "seq_mean_token_sum": mask / B,
-        "seq_sum_const": mask / B / CONSTANT,
+        "seq_mean_token_mean": mask / own / rows,
+        "seq_mean_token_sum": mask / rows,
+        "seq_sum_const": mask / rows / CONSTANT,
     }[name]
 
 
@@ -99,39 +103,46 @@ def coefficients(batch, logp) -> tuple[np.ndarray, np.ndarray]:
     return np.where(batch.mask & ~dropped, np.minimum(p / q, LOSS["ratio_cap"]) * a, 0.0), dropped
 
 
-def expected_gradient(name, params, batch):
-    logp, _ = plain_logp(params, batch)
-    scale = weights(name, batch.mask) * coefficients(batch, logp)[0]
+def expected_gradient(name, params, batch, rows=ALL):
+    """Of the minibatch of these rows."""
+    rows, (logp, _) = list(rows), plain_logp(params, batch)
+    scale = np.zeros((B, R))
+    scale[rows] = weights(name, batch.mask[rows]) * coefficients(batch, logp)[0][rows]
     clean = batch.replace(behavior_logp=jnp.zeros((B, R)))
     return jax.device_get(plain(params, clean, scale.astype(np.float32))[1])
 
 
 OPTIMIZER = make_optimizer(lambda update: jnp.asarray(RATES)[update], **ADAMW)
-SCORE = make_score(TINY, temperature=TEMPERATURE, dtype=jnp.float32, remat="none", chunk_tokens=16)
+SCORE = make_score(TINY, temperature=TEMPERATURE, dtype=jnp.float32, remat="none", pieces=3)
 
 
 @functools.cache
-def compiled(micro_batches):
-    """update(state, batch, which of NAMES): one compilation for every aggregation."""
+def compiled():
+    """update(state, batch, plan, which of NAMES): one compilation for all aggregations and all plans of a shape."""
 
-    def update(state, batch, which):
+    def update(state, batch, plan, which):
         table = [functools.partial(WEIGHTS[name], constant=CONSTANT) for name in NAMES]
         weigh = lambda mask: jax.lax.switch(which, table, mask)  # noqa: E731
-        loss = bind("dppo_binary_tv", LOSS)
-        return make_update(SCORE, loss, weigh, OPTIMIZER, micro_batches=micro_batches)(state, batch)
+        return make_update(SCORE, bind("dppo_binary_tv", LOSS), weigh, OPTIMIZER)(state, batch, plan)
 
     return jax.jit(update, compiler_options=COMPILER_OPTIONS)
 
 
 @functools.cache
-def fresh(keys):
+def fresh():
     return jax.jit(lambda p: init_state(p, OPTIMIZER))
 
 
-def run(params, batch, name="token_mean", micro_batches=1, steps=1):
-    state = fresh(None)(params)
+def plan(batch, cut, rows=ALL):
+    shape = packing.layout(prompt_length=P, max_new_tokens=R, rows=cut[0], mean_prompt=2)
+    lengths = batch.prompt_mask.sum(axis=1), batch.mask.sum(axis=1)
+    return packing.plan(np.array(rows), *lengths, shape, packed=cut[1])
+
+
+def run(params, batch, name="token_mean", cut=CUTS[0], steps=1, rows=ALL):
+    state = fresh()(params)
     for _ in range(steps):
-        state, metrics = compiled(micro_batches)(state, batch, NAMES.index(name))
+        state, metrics = compiled()(state, batch, plan(batch, cut, rows), NAMES.index(name))
     return jax.device_get((state, metrics))
 
 
@@ -158,15 +169,36 @@ def test_the_batch_puts_the_loss_to_the_test(params, batch):
     assert log_p.max() > np.log(0.5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_equals_plain_autodiff(params, batch, name):
-    expected = expected_gradient(name, params, batch)
-    state, metrics = run(params, batch, name)
+def test_the_cuts_put_packing_to_the_test(params, batch):
+    """Fewer rows in use than samples, pieces left empty, rows of one, two and more samples."""
+    counts = {cut: int(plan(batch, cut).count) for cut in CUTS}
+    assert [counts[rows, False] for rows in (8, 4, 2, 1)] == [1, 2, 4, 8]
+    assert 1 < counts[2, True] < 4 and 1 < counts[1, True] < 8
+    shared = [len(set(row[row >= 0])) for row in plan(batch, (8, True)).sample[0]]
+    assert {0, 1, 2} <= set(shared) and sum(shared) == B
+
+
+def check_gradient(state, metrics, expected):
+    """Adam's first moment after one update is the clipped gradient, but for a factor."""
     assert summary(metrics)["grad_norm"] == pytest.approx(norm(expected), rel=1e-5)
     assert norm(expected) > ADAMW["clip_norm"]
     clipped = jax.tree.map(lambda g: g * ADAMW["clip_norm"] / norm(expected), expected)
     moment = jax.tree.map(lambda m: m / (1 - ADAMW["b1"]), first_moment(state))
     close(moment, clipped, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_equals_plain_autodiff(params, batch, name, cut):
+    check_gradient(*run(params, batch, name, cut), expected_gradient(name, params, batch))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_of_some_of_the_rows(params, batch, name, packed):
+    """A minibatch is a part of the batch, in any order, and its weights are its own."""
+    some = (6, 1, 7, 2)
+    check_gradient(*run(params, batch, name, (2, packed), rows=some), expected_gradient(name, params, batch, some))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,16 +209,17 @@ def test_surrogate_is_the_weighted_sum_of_coefficients(params, batch, name):
     assert summary(metrics)["loss/surrogate"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("cut", CUTS[1:], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_accumulated_equals_full(params, batch, name, micro_batches):
+def test_pieces_change_neither_metrics_nor_update(params, batch, name, cut):
     state, metrics = run(params, batch, name)
-    pieces, piece_metrics = run(params, batch, name, micro_batches)
+    pieces, piece_metrics = run(params, batch, name, cut)
     got, want = summary(piece_metrics), summary(metrics)
     assert got.keys() == want.keys()
     for tag in want:
         assert got[tag] == pytest.approx(want[tag], rel=1e-5, abs=1e-7), tag
     close(piece_metrics.histograms, metrics.histograms)
+    assert metrics.histograms["ratio"].sum() == batch.mask.sum()
     close(first_moment(pieces), first_moment(state), rtol=1e-4, atol=1e-8)
     close(pieces.params, state.params, atol=1e-6)
     assert norm(jax.tree.map(np.subtract, state.params, params)) > 0.1
@@ -209,12 +242,13 @@ def test_two_updates_equal_adamw_by_hand(params, batch):
             return p - rate * (step + ADAMW["weight_decay"] * p)
 
         p = jax.tree.map(after, p, m, v)
-    state, _ = run(params, batch, steps=2)
+    state, _ = run(params, batch, cut=(2, True), steps=2)
     assert state.updates == 2
     close(state.params, p, atol=2e-5)
 
 
-def test_what_stands_outside_the_mask_changes_nothing(params, batch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_stands_outside_the_mask_changes_nothing(params, batch, packed):
     numbers = np.random.default_rng(2)
     noise = numbers.integers(TINY.vocab_size, size=(B, P + R)).astype(np.int32)
     other = batch.replace(
@@ -222,12 +256,13 @@ def test_what_stands_outside_the_mask_changes_nothing(params, batch):
         tokens=np.where(batch.mask, batch.tokens, noise[:, P:]),
         behavior_logp=np.where(batch.mask, batch.behavior_logp, -3.0).astype(np.float32),
     )
-    for first, second in zip(run(params, batch), run(params, other), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, first, second)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(params, batch)))
+    first, second = (run(params, b, cut=(4, packed)) for b in (batch, other))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(first))
 
 
-def test_nan_outside_the_mask_reaches_no_gradient():
+@pytest.mark.parametrize("packed", [False, True])
+def test_nan_outside_the_mask_reaches_no_gradient(packed):
     """Whatever the policy says there: logp, entropy and tracked tokens."""
     numbers = np.random.default_rng(3)
     mask = np.arange(R) < numbers.integers(1, R, size=(B, 1))
@@ -250,28 +285,28 @@ def test_nan_outside_the_mask_reaches_no_gradient():
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, outside)
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def update(state, batch, outside):
-        def score(params, batch):
-            log_p = jax.nn.log_softmax(params["w"] + jnp.zeros((*batch.mask.shape, 1)))
-            logp, at = of_tokens(log_p, batch.tokens), jnp.take_along_axis(log_p, batch.topk_ids, axis=-1)
-            return HeadOutput(*(hide(x, batch.mask, outside) for x in (logp, -logp, at)))
+    def update(state, batch, plan, outside):
+        def score(params, packed):
+            log_p = jax.nn.log_softmax(params["w"] + jnp.zeros((*packed.mask.shape, 1)))
+            logp, at = of_tokens(log_p, packed.targets), jnp.take_along_axis(log_p, packed.topk_ids, axis=-1)
+            return HeadOutput(*(hide(x, packed.mask, outside) for x in (logp, -logp, at)))
 
         loss = bind("dppo_topk_kl_proximal", LOSS)
         weigh = functools.partial(WEIGHTS["token_mean"], constant=1.0)
-        return make_update(score, loss, weigh, OPTIMIZER, micro_batches=2)(state, batch)
+        return make_update(score, loss, weigh, OPTIMIZER)(state, batch, plan)
 
     def after(outside):
         names = ("behavior_logp", "topk_behavior_logp", "proximal_logp", "topk_proximal_logp")
         given = rows.replace(**{name: np.asarray(hide(getattr(rows, name), mask, outside)) for name in names})
         params = {"w": np.linspace(-1, 1, TINY.vocab_size, dtype=np.float32)}
-        return jax.device_get(update(init_state(params, OPTIMIZER), given, outside))
+        return jax.device_get(update(init_state(params, OPTIMIZER), given, plan(given, (4, packed)), outside))
 
     clean, dirty = after(-1.0), after(jnp.nan)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     assert norm(first_moment(clean[0])) > 0
 
 
-def test_assemble_gives_every_row_its_prompt_and_take_rows_picks_whole_rows():
+def test_assemble_gives_every_row_its_prompt():
     n, group = 3, 2
     rows = n * group
     prompts = PromptBatch(
@@ -289,34 +324,50 @@ def test_assemble_gives_every_row_its_prompt_and_take_rows_picks_whole_rows():
         topk_logp=np.arange(rows * R * K, dtype=np.float32).reshape(rows, R, K),
     )
     whole = assemble(prompts, rollout)
-    index = np.array([5, 0], np.int32)
-    part = take_rows(whole, index)
     np.testing.assert_array_equal(whole.prompt_tokens, prompts.tokens[rollout.group])
     np.testing.assert_array_equal(whole.prompt_mask, prompts.mask[rollout.group])
-    assert not whole.advantages.any()
+    assert whole.advantages.shape == (rows,) and not whole.advantages.any()
     for name in ("tokens", "behavior_logp", "topk_ids"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(rollout, name)[index])
-    np.testing.assert_array_equal(part.mask, rollout.response_mask[index])
-    np.testing.assert_array_equal(part.topk_behavior_logp, rollout.topk_logp[index])
-    assert part.proximal_logp is None
+        np.testing.assert_array_equal(getattr(whole, name), getattr(rollout, name))
+    np.testing.assert_array_equal(whole.mask, rollout.response_mask)
+    np.testing.assert_array_equal(whole.topk_behavior_logp, rollout.topk_logp)
+    assert whole.proximal_logp is None and whole.topk_proximal_logp is None
 
 
-def test_the_loss_sees_what_the_batch_holds(batch):
-    """One advantage a row; top-K with the sampled token found among the tracked; the proximal values as they are."""
-    ids = np.tile(np.arange(K, dtype=np.int32), (B, R, 1))
-    at = np.random.default_rng(4).normal(size=(4, B, R, K)).astype(np.float32)
-    full = batch.replace(topk_ids=ids, topk_behavior_logp=at[0], topk_proximal_logp=at[1], proximal_logp=at[2, ..., 0])
-    head = HeadOutput(logp=at[3, ..., 0], entropy=at[3, ..., 1], ids_logp=at[3])
+def test_the_loss_sees_what_the_batch_holds():
+    """Top-K with the sampled token found among the tracked; everything else as it is."""
+    m, q = 3, 4
+    numbers = np.random.default_rng(4)
+    at = numbers.normal(size=(6, m, q, K)).astype(np.float32)
+    whole = dict.fromkeys(("tokens", "segments", "positions"), np.zeros((m, q + 2), np.int32))
+    packed = PackedBatch(
+        **whole,
+        columns=np.zeros((m, q), np.int32),
+        targets=numbers.integers(2 * K, size=(m, q)).astype(np.int32),
+        mask=numbers.uniform(size=(m, q)) < 0.5,
+        weights=at[0, ..., 0],
+        behavior_logp=at[1, ..., 0],
+        advantages=at[2, ..., 0],
+    )
+    full = packed.replace(
+        topk_ids=np.tile(np.arange(K, dtype=np.int32), (m, q, 1)),
+        topk_behavior_logp=at[3],
+        proximal_logp=at[4, ..., 0],
+        topk_proximal_logp=at[4],
+    )
+    head = HeadOutput(logp=at[5, ..., 0], entropy=at[5, ..., 1], ids_logp=at[5])
     inputs = loss_inputs(full, head)
     assert isinstance(inputs, LossInputs)
-    np.testing.assert_array_equal(inputs.advantages, np.repeat(batch.advantages[:, None], R, axis=1))
-    np.testing.assert_array_equal(inputs.topk.has_sampled, batch.tokens < K)
+    np.testing.assert_array_equal(inputs.topk.has_sampled, packed.targets < K)
     for got, want in (
         (inputs.logp, head.logp),
+        (inputs.mask, packed.mask),
+        (inputs.advantages, packed.advantages),
+        (inputs.behavior_logp, packed.behavior_logp),
         (inputs.proximal_logp, full.proximal_logp),
         (inputs.topk.logp, head.ids_logp),
-        (inputs.topk.behavior_logp, at[0]),
-        (inputs.topk.proximal_logp, at[1]),
+        (inputs.topk.behavior_logp, at[3]),
+        (inputs.topk.proximal_logp, at[4]),
     ):
         np.testing.assert_array_equal(got, want)
-    assert loss_inputs(batch, head).topk is None
+    assert loss_inputs(packed, head).topk is None
