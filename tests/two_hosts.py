@@ -24,7 +24,7 @@ def main(folder: Path, port: int, process: int) -> None:
     assert jax.process_count() == 2 and len(jax.local_devices()) == 2
     for name, sizes in MESHES.items():
         found, compiled = rollouts(sizes, jax.devices())
-        arrays = {f"{step}/{name}": x for step, out in enumerate(found) for name, x in vars(out).items()}
+        arrays = {f"{step}/{field}": x for step, out in enumerate(found) for field, x in vars(out).items()}
         np.savez(folder / f"{name}-{process}.npz", compiled=compiled, **arrays)
     everyone_s = {"numpy": np.arange(3), "scalar": np.float32(2), "local": jax.numpy.arange(4)}
     np.savez(folder / f"everyone_s-{process}.npz", **to_host(everyone_s))
