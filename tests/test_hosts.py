@@ -152,10 +152,6 @@ def test_what_every_host_has_already_is_left_as_it_is(folder):
         found = np.load(folder / f"everyone_s-{process}.npz")
         lists = {name: x.tolist() for name, x in found.items()}
         assert lists == {"numpy": [0, 1, 2], "scalar": 2, "local": [0, 1, 2, 3]}
-            "numpy": [0, 1, 2],
-            "scalar": 2,
-            "local": [0, 1, 2, 3],
-        }
 
 
 def test_a_whole_run_on_two_hosts_is_that_of_one_device(processes, tmp_path_factory):
