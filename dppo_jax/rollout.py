@@ -81,17 +81,19 @@ def make_rollout(
     if not 0 <= tracked <= config.vocab_size:
         raise ValueError(f"tracked = {tracked} tokens of a vocabulary of {config.vocab_size}")
 
-    def distribution(hidden: Array, weight: Array) -> tuple[Array, Array]:
-        """What is drawn from, up to a constant, and the constant."""
+    def distribution(hidden: Array, weight: Array) -> Array:
+        """What is drawn from, up to a constant."""
         z = token_head.logits(hidden, weight, temperature=temperature or 1.0, softcap=config.logit_softcap)
         z = constrain(z, "batch", "vocab")
-        z = sampling.nucleus(z, top_p) if top_p < 1.0 else z
-        return z, token_head.log_normaliser(z)
+        return sampling.nucleus(z, top_p) if top_p < 1.0 else z
 
-    def draw(z: Array, lse: Array, keys: Array, position: Array) -> tuple[Array, Array]:
-        token = jnp.argmax(z, axis=-1) if temperature == 0 else sampling.draw(z, sampling.uniforms(keys, position))
-        token = token.astype(jnp.int32)
-        return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse
+    def draw(z: Array, keys: Array, position: Array) -> tuple[Array, Array, Array]:
+        """Tokens, their logp, and log sum exp(z)."""
+        if temperature == 0:
+            token, lse = jnp.argmax(z, axis=-1).astype(jnp.int32), token_head.log_normaliser(z)
+        else:
+            token, lse = sampling.draw(z, sampling.uniforms(keys, position))
+        return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
 
     def track(z: Array, lse: Array) -> tuple[Array, Array]:
         top, ids = jax.lax.top_k(z, tracked)
@@ -140,10 +142,11 @@ def make_rollout(
             return self_attention(q, k, v, segments, implementation=attention), pair
 
         hidden, filled = decoder(prompts.tokens, positions(prompts.mask), prefill, [None] * config.num_layers)
-        z, lse = distribution(hidden[:, -1], weight)
+        z = distribution(hidden[:, -1], weight)
         zeros = jnp.zeros(prompt_count, jnp.int32)
-        token, logp = jax.lax.map(lambda keys: draw(z, lse, keys, zeros), keys.T)
-        first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *(jnp.repeat(x, group_size, 0) for x in track(z, lse)))
+        token, logp, lse = jax.lax.map(lambda keys: draw(z, keys, zeros), keys.T)
+        top = (jnp.repeat(x, group_size, 0) for x in track(z, lse[0]))
+        first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *top)
         ended = is_end(first.token)
         keys = keys.reshape(-1)
 
@@ -190,8 +193,9 @@ def make_rollout(
 
             position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
             hidden, cache = decoder(state.token[:, None], position[:, None], attend, state.cache)
-            z, lse = distribution(hidden[:, 0], weight)
-            new = _Drawn(*draw(z, lse, state.key, state.drawn), *track(z, lse))
+            z = distribution(hidden[:, 0], weight)
+            token, logp, lse = draw(z, state.key, state.drawn)
+            new = _Drawn(token, logp, *track(z, lse))
             end, drawn = is_end(new.token), state.drawn + live
             last = live & (end | (drawn >= look_up(limit, jnp.minimum(within(state.row), batch // shards - 1))))
             return dataclasses.replace(

@@ -36,19 +36,24 @@ def _invert(weight: Float32[Array, "B n"], u: Float32[Array, "B"]) -> Int32[Arra
     return jnp.argmax(positive & (passed > (u * total)[:, None]), axis=-1)
 
 
-def draw(log_p: Float32[Array, "B V"], u: Float32[Array, "B 2"]) -> Int32[Array, "B"]:
-    """One token per row, distributed as exp(log_p), which need not be normalised.
+def blocks(z: Float32[Array, "B V"]) -> Float32[Array, "B n w"]:
+    """The vocabulary in about sqrt(V) blocks of a power of two, -inf at the end."""
+    width = 2 ** math.ceil(math.log2(z.shape[1]) / 2)
+    return jnp.pad(z, [(0, 0), (0, -z.shape[1] % width)], constant_values=-jnp.inf).reshape(len(z), -1, width)
+
+
+def draw(z: Float32[Array, "B V"], u: Float32[Array, "B 2"]) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
+    """One token per row, distributed as exp(z), which need not be normalised, and log sum exp(z).
 
     In two levels, a block of tokens and then a token in it, each with a uniform of its own: one pass over the
     vocabulary, blocks resolved to 1e-7 and tokens to 1e-7 of their block's mass.
     """
-    batch, vocabulary = log_p.shape
-    width = 2 ** math.ceil(math.log2(vocabulary) / 2)
-    padded = jnp.pad(log_p, [(0, 0), (0, -vocabulary % width)], constant_values=-jnp.inf)
-    p = jnp.exp(padded - jnp.max(log_p, axis=-1, keepdims=True)).reshape(batch, -1, width)
-    block = _invert(jnp.sum(p, axis=-1), u[:, 0])
-    within = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]
-    return (block * width + _invert(within, u[:, 1])).astype(jnp.int32)
+    cut, largest = blocks(z), jnp.max(z, axis=-1)
+    mass = jnp.sum(jnp.exp(cut - largest[:, None, None]), axis=-1)
+    block = _invert(mass, u[:, 0])
+    within = jnp.take_along_axis(cut, block[:, None, None], axis=1)[:, 0]
+    token = block * cut.shape[2] + _invert(jnp.exp(within - largest[:, None]), u[:, 1])
+    return token.astype(jnp.int32), largest + jnp.log(jnp.sum(mass, axis=-1))
 
 
 def nucleus(z: Float32[Array, "B V"], top_p: float) -> Float32[Array, "B V"]:

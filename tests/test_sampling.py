@@ -37,7 +37,7 @@ def stream() -> jax.Array:
 def draw_many(z, u):
     """One draw from z per row of u, some rows at a time."""
     rows = u.reshape(100, -1, 2)
-    return jax.lax.map(lambda part: draw(jnp.broadcast_to(z, (part.shape[0], z.shape[0])), part), rows).reshape(-1)
+    return jax.lax.map(lambda part: draw(jnp.broadcast_to(z, (part.shape[0], z.shape[0])), part)[0], rows).reshape(-1)
 
 
 def p_value(tokens, p: np.ndarray) -> float:
@@ -82,10 +82,10 @@ def test_a_token_of_probability_zero_is_never_drawn(alive):
     }[alive]  # fmt: skip
     z = np.full(vocabulary, -np.inf, np.float32)
     z[list(allowed)] = peaked(vocabulary)[list(allowed)]
-    drawn = set(np.asarray(draw(jnp.broadcast_to(z, (len(GRID), vocabulary)), GRID)).tolist())
+    drawn = set(np.asarray(draw(jnp.broadcast_to(z, (len(GRID), vocabulary)), GRID)[0]).tolist())
     assert drawn <= set(allowed)
     z[list(allowed)[0]] -= 200.0  # a probability that is 0 in float32 only
-    drawn = set(np.asarray(draw(jnp.broadcast_to(z, (len(GRID), vocabulary)), GRID)).tolist())
+    drawn = set(np.asarray(draw(jnp.broadcast_to(z, (len(GRID), vocabulary)), GRID)[0]).tolist())
     assert drawn <= set(allowed) and (len(allowed) == 1 or list(allowed)[0] not in drawn)
 
 
@@ -94,8 +94,9 @@ def test_probability_zero_in_many_random_rows():
     rng = np.random.RandomState(0)
     z = np.where(rng.rand(2000, 300) < 0.5, -np.inf, rng.standard_normal((2000, 300)) * 5).astype(np.float32)
     u = (1 - rng.randint(1, 4, (2000, 2)) * 2.0**-24).astype(np.float32)
-    tokens = np.asarray(draw(z, u))
+    tokens, lse = map(np.asarray, draw(z, u))
     assert np.isfinite(z[np.arange(2000), tokens]).all()
+    np.testing.assert_allclose(lse, np.log(np.exp(z.astype(np.float64)).sum(axis=1)), rtol=1e-6)
 
 
 def test_a_probability_of_1e_9_is_reachable():
@@ -107,7 +108,7 @@ def test_a_probability_of_1e_9_is_reachable():
     p[0], p[63], p[32] = 1 - 1e-3 - 1e-9, 1e-3, 1e-9  # blocks of 32
     steps = np.arange(16) * 2.0**-23
     u = np.stack([np.full(16, 1 - 5e-4), steps], axis=-1).astype(np.float32)
-    tokens = np.asarray(draw(np.broadcast_to(np.log(p + 1e-300), (16, 300)).astype(np.float32), u))
+    tokens = np.asarray(draw(np.broadcast_to(np.log(p + 1e-300), (16, 300)).astype(np.float32), u)[0])
     assert (tokens == 32).sum() == pytest.approx(1e-6 / 2**-23, abs=1) and set(tokens) == {32, 63}
 
 
@@ -137,7 +138,7 @@ def test_uniforms_are_never_0_or_1(stream):
     u = np.asarray(stream)
     assert (u > 0).all() and (u < 1).all() and (u * 2**24 % 2 == 1).all()
     z = np.array([[-69.0, 0.0, -1.0]], np.float32)
-    assert draw(z, np.zeros((1, 2), np.float32)) == 0 and draw(z, np.full((1, 2), u.min())) == 1
+    assert draw(z, np.zeros((1, 2), np.float32))[0] == 0 and draw(z, np.full((1, 2), u.min()))[0] == 1
 
 
 def test_keys_differ_by_seed_step_and_purpose():
