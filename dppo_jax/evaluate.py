@@ -9,6 +9,7 @@ import numpy as np
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
+from dppo_jax.sharding import to_host
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 Generate = Callable[[Params, PromptBatch, jax.Array], RolloutBatch]
@@ -45,7 +46,7 @@ def evaluate(
         if waiting:  # the last batch was scored while the device drew this one
             scores.append(waiting.pop().result()[0])
         rows = len(examples) * samples
-        tokens, mask = np.asarray(rollout.tokens)[:rows], np.asarray(rollout.response_mask)[:rows]
+        tokens, mask = (x[:rows] for x in to_host((rollout.tokens, rollout.response_mask)))
         replies = decode_replies(tokenizer, tokens, mask, eos_ids)
         waiting.append(scorer.submit(replies, [example for example in examples for _ in range(samples)]))
         lengths.append(mask.sum(axis=1))

@@ -194,7 +194,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)
         if config.checkpoint.export:
-            save_hf(workdir / "policy", model, jax.device_get(state.params), text.tokenizer)
+            params = to_host(state.params)
+            if jax.process_index() == 0:
+                save_hf(workdir / "policy", model, params, text.tokenizer)
     print(summary_table(workdir))
 
 
