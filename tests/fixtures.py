@@ -22,6 +22,7 @@ from configs import base
 from dppo_jax.models import save_hf
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params, init_params
+from dppo_jax.run_log import read_scalars
 from experiments.train import train
 
 # Few digits among few characters: a model that knows nothing is right now and then.
@@ -126,6 +127,7 @@ def small_config(folder: Path, **changes) -> ConfigDict:
         "checkpoint.keep": 10,
         "log.histograms": 2,
         "log.samples": 2,
+        "compile_cache": "",  # what a test compiles is no later run's
     } | {name.replace("__", "."): value for name, value in changes.items()}
     for name, value in numbers.items():
         section, _, key = name.rpartition(".")
@@ -167,15 +169,24 @@ def hurried_environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def hurried(tmp_path_factory) -> Iterator[None]:
+def hurried(tmp_path_factory) -> contextlib.AbstractContextManager[None]:
     """In this process, until the `with` ends."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(_cache_folder(tmp_path_factory)),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
+    return jax_settings(
+        jax_disable_most_optimizations=True,
+        jax_compilation_cache_dir=str(_cache_folder(tmp_path_factory)),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+
+
+def no_cache() -> contextlib.AbstractContextManager[None]:
+    """As it is where nobody has named a compilation cache: compile_cache decides. `hurried` may be in force around."""
+    return jax_settings(jax_compilation_cache_dir=None, jax_persistent_cache_min_compile_time_secs=1.0)
+
+
+@contextlib.contextmanager
+def jax_settings(**settings: Any) -> Iterator[None]:
+    """These, and an empty memory of the compilation cache, until the `with` ends."""
     before = {name: jax.config.values[name] for name in settings}
     try:
         for name, value in settings.items():
@@ -190,11 +201,12 @@ def hurried(tmp_path_factory) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, what it printed, and its compilations: (function, step, or None before the first)."""
+    """Of a finished run. A compilation is (function, step), or (function, None) before the first step."""
 
     folder: Path
     config: ConfigDict
     printed: str
+    said: str  # on stderr
     compilations: tuple[tuple[str, int | None], ...]
 
 
@@ -223,11 +235,21 @@ def run(config: ConfigDict, folder: Path) -> Run:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as said:
             train(config, folder)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    return Run(folder, config, printed.getvalue(), tuple(compilations))
+    return Run(folder, config, printed.getvalue(), said.getvalue(), tuple(compilations))
+
+
+def same(first: Path, second: Path) -> None:
+    """Bit-identical scalars of two runs, but for the clock's."""
+    one, two = read_scalars(first), read_scalars(second)
+    assert one.keys() == two.keys()
+    for tag in one:
+        np.testing.assert_array_equal(one[tag][0], two[tag][0], err_msg=tag)
+        if not tag.startswith(("time/", "throughput/")):
+            np.testing.assert_array_equal(one[tag][1], two[tag][1], err_msg=tag)
 
 
 @once_a_session

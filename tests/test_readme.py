@@ -20,6 +20,7 @@ def test_the_readmes_own_loss_trains(tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(code)
     small = ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "train.minibatches=2", "eval.every=0")
+    small += ("compile_cache=",)
     try:
         config = load_config(str(file), [*overrides, *(f"--config.{key}" for key in small)])
         train(config, tmp_path / "run")
