@@ -82,10 +82,13 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def to_host(tree):
-    """The arrays of a tree in NumPy, whole, on every host."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """The arrays of a tree in NumPy, whole, on every host, which must all call this."""
+
+    def gather(x):
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    elsewhere = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable  # noqa: E731
+    return jax.device_get(jax.tree.map(lambda x: gather(x) if elsewhere(x) else x, tree))
 
 
 def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tree) -> None:
