@@ -31,7 +31,7 @@ from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import rows, to_host
+from dppo_jax.sharding import from_first_host, rows, to_host
 from dppo_jax.train_step import assemble, init_state, jit_update, make_proximal, state_shardings
 from dppo_jax.types import RolloutBatch
 from experiments import build, cli
@@ -151,6 +151,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 batch = proximal(state.params, batch, place(np.arange(len(tokens))))
             plans = [place(index) for index in build.minibatches(config, step)]
             rewards, verifier = pending.result()
+            rewards = from_first_host(rewards)
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
