@@ -14,22 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
-from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings, take_rows
+from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch
 from experiments import build
 from tests.fixtures import EOS, PAD, TINY, random_params, small_config
 
+ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # data, fsdp, tensor
 
 
 def config_of(sizes):
-    """Top-K, so that tracked ids meet a sharded vocabulary; two micro-batches of 8 rows."""
-    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, train__micro_batches=2, optimizer__eps=1e-4)
+    """Top-K, so that tracked ids meet a sharded vocabulary; pieces of one row a device; 16 slots for 32 rows.
+
+    One device alone decodes all rows side by side, so that the slots are compared too.
+    """
+    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, train__micro_rows=1, optimizer__eps=1e-4)
+    numbers |= dict(rollout__max_new_tokens=24, rollout__slots=0 if sizes == ALONE else 16)
     places = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes, strict=True))
     return small_config(Path("unused"), **numbers, **places)
 
@@ -60,18 +66,21 @@ def run(sizes, devices, folder):
         shardings = state_shardings(TINY, optimizer, abstract_params(TINY), mesh)
         state = init_state(random_params(), optimizer, shardings)
         start = jax.tree.map(np.asarray, state.params)
-        generate = build.on_mesh(build.rollout(config, TINY, (EOS,), PAD), mesh)
-        update = jit_update(build.update(config, TINY, mesh), shardings, mesh)
-        minibatch = jax.jit(take_rows, out_shardings=rows(mesh))
+        generate = build.on_mesh(build.rollout(config, TINY, build.Text(None, (EOS,), PAD), mesh), mesh)
         prompts = prompt_batch(config)
+        prompt_lengths = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
+        layout = build.layout(config, mesh, prompt_lengths.mean())
+        update = jit_update(build.update(config, TINY, layout, mesh), shardings, mesh)
         rollout = generate(state.params, prompts, step_key(0, 0, build.ROLLOUT))
         batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
         rewards = np.random.default_rng(2).integers(0, 2, size=batch.tokens.shape[0]).astype(np.float32)
         advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
         batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
+        lengths = np.asarray(rollout.response_mask).sum(axis=1)
+        plans = [packing.plan(index, prompt_lengths, lengths, layout) for index in build.minibatches(config, 0)]
         summaries = []
-        for index in build.minibatches(config, 0):
-            state, metrics = update(state, minibatch(batch, index))
+        for plan in plans:
+            state, metrics = update(state, batch, plan)
             summaries.append(summary(jax.device_get(metrics)))
         with Checkpoints(folder, keep=1) as checkpoints:
             checkpoints.save(1, state)
@@ -90,7 +99,8 @@ def run(sizes, devices, folder):
             "start": start,
             "pieces": pieces,
             "row_pieces": [parts(rollout.tokens), parts(batch.behavior_logp), parts(batch.advantages)],
-            "compiled": [generate._cache_size(), update._cache_size(), minibatch._cache_size()],
+            "train_pieces": [[int(plan.count), len(plan.sample)] for plan in plans],
+            "compiled": [generate._cache_size(), update._cache_size()],
         }
 
 
@@ -99,7 +109,7 @@ def largest_difference(tree, other) -> float:
 
 
 def compare(found, single) -> dict:
-    report = {name: found[name] for name in ("pieces", "row_pieces", "compiled")}
+    report = {name: found[name] for name in ("pieces", "row_pieces", "train_pieces", "compiled")}
     for name in ("tokens", "response_mask", "topk_ids"):
         report[f"same_{name}"] = bool(np.array_equal(getattr(found["rollout"], name), getattr(single["rollout"], name)))
     for name in ("behavior_logp", "topk_logp"):
@@ -112,7 +122,7 @@ def compare(found, single) -> dict:
 def main(folder: Path) -> None:
     devices = jax.devices()
     assert len(devices) == 8, devices
-    single = run((1, 1, 1), devices[:1], folder / "1x1x1")
+    single = run(ALONE, devices[:1], folder / "1x1x1")
     report = {"1x1x1": compare(single, single)}
     report["1x1x1"]["moved"] = largest_difference(single["params"], single["start"])
     report["1x1x1"]["lengths"] = single["rollout"].response_mask.sum(axis=1).tolist()

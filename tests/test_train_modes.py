@@ -34,7 +34,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, cache):
-    """start(folder=None, **changes) runs; what it compiles is kept in `cache`, and all replies are among its samples."""
+    """start(folder=None, **changes) runs. What it compiles is kept in `cache`; all replies are among its samples."""
     given = tiny(tmp_path_factory)
 
     def begin(folder=None, **changes) -> Run:
