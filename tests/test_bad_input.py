@@ -85,6 +85,8 @@ OVERRIDES = {
     "--config.optimizer.schedule=cosin": "optimizer.schedule 'cosin' is not one of constant, linear, cosine",
     "--config.policy.dtype=fp32": "unknown policy.dtype 'fp32'; the nearest is 'float32'",
     "--config.policy.remat=ful": "unknown policy.remat 'ful'; the nearest is 'full'",
+    "--config.policy.attention=flash": "unknown policy.attention 'flash'; the nearest is 'splash'",
+    "--config.train.micro_batches=2": "unknown config key 'train.micro_batches'; the nearest is 'train.minibatches'",
     "--config.data.kind=csv": "unknown data.kind 'csv'; known: jsonl, parquet, reasoning_gym",
     "--config.data.verifier=exact": "unknown data.verifier 'exact'; the nearest is 'exact_match'",
     # hyperparameters
@@ -107,14 +109,20 @@ OVERRIDES = {
     "--config.rollout.temperature=nan": "rollout.temperature = nan: training samples, so it must be above 0",
     "--config.rollout.top_p=0.9": "rollout.top_p = 0.9: nucleus sampling changes the behavior policy",
     "--config.reward.workers=0": "reward.workers must be at least 1, not 0",
+    "--config.train.micro_rows=0": "train.micro_rows must be at least 1, not 0",
+    "--config.train.staleness=-1": "train.staleness must be at least 0, not -1",
+    "--config.train.staleness=2": "train.staleness = 2: a rollout may be 1 step old, or 0",
+    "--config.train.pack=maybe": "--config.train.pack=maybe",
+    "--config.rollout.slots=-1": "rollout.slots must be at least 0, not -1",
+    "--config.policy.head_pieces=-1": "policy.head_pieces must be at least 0, not -1",
     # what does not fit
     "--config.train.minibatches=3": "rollout.prompts = 8 is not divisible by train.minibatches = 3",
-    "--config.train.micro_batches=5": "a minibatch of 16 rows is not divisible by train.micro_batches = 5",
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     # files
+    "--config.compile_cache=/dev/null/x": "compile_cache: cannot make the folder /dev/null/x: Not a directory",
     "--config.policy.path=/no/model": "model directory /no/model does not exist",
     "--config.policy.path=": "policy.path is empty: set it to a Hugging Face model directory",
     "--config.data.path=/no/rows.jsonl": "data.path: there is no file '/no/rows.jsonl'",
@@ -136,6 +144,22 @@ def test_tracked_tokens_that_are_none_or_too_many(refusal):
     assert "needs tracked tokens: set rollout.tracked to at least 1" in refusal(topk, "--config.rollout.tracked=0")
     said = refusal(topk, "--config.rollout.tracked=17")
     assert said == "rollout.tracked = 17 is more than the model's vocabulary of 16"
+
+
+@pytest.mark.parametrize("loss", ["dppo_binary_tv_proximal", "minirl"])
+def test_a_loss_whose_anchor_a_rollout_drawn_early_no_longer_has(refusal, loss):
+    said = refusal(f"--config.loss.name={loss}", "--config.train.staleness=1")
+    assert said == (
+        f"loss '{loss}' needs the policy at the rollout's parameters, which train.staleness = 1 no longer has; "
+        "set train.staleness=0"
+    )
+
+
+@pytest.mark.parametrize("name", ["splash", "cudnn"])
+def test_an_attention_of_another_platform(refusal, begun, name):
+    """Refused before anything is written."""
+    (begun / "checkpoints").mkdir()
+    assert "policy.attention" in refusal(f"--config.policy.attention={name}", workdir=begun)
 
 
 def test_evaluation_without_a_set(refusal, folder, tmp_path):
@@ -316,13 +340,15 @@ def test_a_workdir_that_cannot_be(refusal, tmp_path):
 
 def test_a_batch_that_the_mesh_does_not_divide(folder):
     eight = AbstractMesh((2, 4, 1), MESH_AXES)
-    build.check_mesh(small_config(folder), eight, TINY)
+    for slots in (0, 8, 16):
+        build.check_mesh(small_config(folder, rollout__slots=slots), eight, TINY)
     for changes, sentence in (
         (
             dict(rollout__prompts=12, train__minibatches=1),
             "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp = 8",
         ),
-        (dict(train__micro_batches=4), "a micro-batch is 4 rows, which mesh.data x mesh.fsdp = 8 does not divide"),
+        (dict(rollout__slots=12), "rollout.slots is 12 rows, which mesh.data x mesh.fsdp = 8 does not divide; the "),
+        (dict(rollout__slots=3), "rollout.slots is 3 rows, which .* does not divide; the nearest that fits is 8"),
         (dict(eval__every=1, eval__prompts=12), "eval.prompts is 12 rows, which mesh.data x mesh.fsdp = 8"),
     ):
         with pytest.raises(UserError, match=sentence):
