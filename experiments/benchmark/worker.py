@@ -9,7 +9,8 @@
 {"do": "peak"}                   -> {"peak_bytes"}
 {"do": "names"}                  -> {"python", "versions", "metrics": [[W, M], ...], "import_seconds"}
 
-`compile_seconds` and `compilations` are null where nothing is compiled. A failure is replied as {"error": "one line"},
+`compile_seconds` and `compilations` are those of the warm-up runs, building (random weights, say) left out; null where
+nothing is compiled. A failure is replied as {"error": "one line"},
 with its traceback on stderr.
 """
 
@@ -154,10 +155,10 @@ class _Side:
             raise UserError(f"nothing is measured under {key}; there are {', '.join(map(str, self._table))}")
         self._runs.pop(key, None)
         gc.collect()
-        before = self._compiled()
         start = time.perf_counter()
         self._runs[key] = self._table[key]()
         build_seconds = time.perf_counter() - start
+        before = self._compiled()
         result = first = self._run(key)
         runs = 1
         while result["compilations"] and runs < WARM_UP_RUNS:
