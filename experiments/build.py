@@ -171,11 +171,17 @@ def platform(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+PLATFORM = {"cudnn": "gpu", "splash": "tpu"}  # where an attention kernel runs
+
+
 def attention(config: ConfigDict, model: ModelConfig, mesh: Mesh | None, *, dtype: str, length: int) -> Choice:
     """policy.attention, or the best for this platform, row length and dtype."""
-    if config.policy.attention != "auto":
-        return Choice(config.policy.attention, "policy.attention")
-    return choose(platform(mesh), dtype=DTYPES[dtype], head_dim=model.head_dim, length=length)
+    name, devices = config.policy.attention, platform(mesh)
+    if mesh is not None and PLATFORM.get(name, devices) != devices:
+        raise UserError(f"policy.attention = {name} runs on a {PLATFORM[name]}, not on a {devices}; set it to auto")
+    if name != "auto":
+        return Choice(name, "policy.attention")
+    return choose(devices, dtype=DTYPES[dtype], head_dim=model.head_dim, length=length)
 
 
 def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | None = None) -> Layout:
