@@ -46,12 +46,10 @@ class _Slots:
     row: Int32[Array, "S"]
     drawn: Int32[Array, "S"]  # response tokens so far
     token: Int32[Array, "S"]  # the last of them
-    key: Key[Array, "S"]
+    limit: Int32[Array, "S"]  # of the row's tokens
     prompt_mask: Bool[Array, "S P"]
     cache: list[Cache]  # per layer; P + R - 1 columns, since no response is attended to by what follows it
     handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
-    length: Int32[Array, "B"]  # tokens of each response
-    ended: Bool[Array, "B"]  # by an end-of-sequence token
     out: _Drawn  # [B, R]
 
 
@@ -87,12 +85,12 @@ def make_rollout(
         z = constrain(z, "batch", "vocab")
         return sampling.nucleus(z, top_p) if top_p < 1.0 else z
 
-    def draw(z: Array, keys: Array, position: Array) -> tuple[Array, Array, Array]:
+    def draw(z: Array, uniforms: Array) -> tuple[Array, Array, Array]:
         """Tokens, their logp, and log sum exp(z)."""
         if temperature == 0:
             token, lse = jnp.argmax(z, axis=-1).astype(jnp.int32), token_head.log_normaliser(z)
         else:
-            token, lse = sampling.draw(z, sampling.uniforms(keys, position))
+            token, lse = sampling.draw(z, uniforms)
         return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
 
     def track(z: Array, lse: Array) -> tuple[Array, Array]:
@@ -108,7 +106,9 @@ def make_rollout(
         slot_count = batch if slots is None else min(slots, batch)
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
         members = jnp.arange(group_size)
-        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group))  # [N, G]
+        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group)).reshape(-1)
+        every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(max_new_tokens))
+        uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)  # [B, R, 2]
         limit = jnp.full(batch, max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
         listed = unstack(params, dtype)
         decoder, weight = bind(config, listed, stacked=False), head_weight(listed)
@@ -122,17 +122,16 @@ def make_rollout(
             first = jnp.arange(shards)[:, None] * (batch // shards)
             return jnp.where(local(row) < batch, local(row) - first, batch // shards)
 
-        def look_up(table: Array, index: Array) -> Array:
-            taken = jax.vmap(lambda table, index: table[index])(local(table), index)
-            return taken.reshape(index.size, *table.shape[1:])
+        def look_up(table: Array, row: Array, column: Array | None = None) -> Array:
+            if column is None:
+                found = jax.vmap(lambda table, row: table[row])(local(table), row)
+                return found.reshape(row.size, *table.shape[1:])
+            found = jax.vmap(lambda table, row, column: table[row, column])(local(table), row, local(column))
+            return found.reshape(row.size, *table.shape[2:])
 
-        def put(table: Array, row: Array, value: Array, column: Array | None = None) -> Array:
-            def one(table, row, value, column=None):
-                at = row if column is None else (row, column)
-                return table.at[at].set(value, mode="drop")
-
-            where = (within(row), local(value)) if column is None else (within(row), local(value), local(column))
-            return jax.vmap(one)(local(table), *where).reshape(table.shape)
+        def put(table: Array, row: Array, column: Array, value: Array) -> Array:
+            one = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
+            return one(local(table), row, local(column), local(value)).reshape(table.shape)
 
         # Prefill, and the first token of every row.
         segments = prompts.mask.astype(jnp.int32)
@@ -145,15 +144,13 @@ def make_rollout(
         hidden, (keys_of_layers, values_of_layers) = stacked(prompts.tokens, positions(prompts.mask), prefill, None)
         filled = list(zip(keys_of_layers, values_of_layers, strict=True))
         z = distribution(hidden[:, -1], weight)
-        zeros = jnp.zeros(prompt_count, jnp.int32)
-        token, logp, lse = jax.lax.map(lambda keys: draw(z, keys, zeros), keys.T)
+        by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group_size, 2), 0, 1)
+        token, logp, lse = jax.lax.map(lambda uniforms: draw(z, uniforms), by_member)
         top = (jnp.repeat(x, group_size, 0) for x in track(z, lse[0]))
         first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *top)
-        ended = is_end(first.token)
-        keys = keys.reshape(-1)
 
         # Rows that need more than their first token wait, shard by shard, in order.
-        waits = local(~ended & (limit > 1))
+        waits = local(~is_end(first.token) & (limit > 1))
         queue = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(shards)[:, None] * (batch // shards)
         waiting = jnp.sum(waits, axis=1, dtype=jnp.int32)
 
@@ -176,7 +173,7 @@ def make_rollout(
                 row=row,
                 drawn=choose(jnp.ones_like(row), state.drawn),
                 token=choose(look_up(first.token, index), state.token),
-                key=jnp.where(fresh, look_up(keys, index), state.key),
+                limit=choose(look_up(limit, index), state.limit),
                 prompt_mask=choose(look_up(prompts.mask, index // group_size), state.prompt_mask),
                 cache=[filled_anew(*pair) for pair in zip(state.cache, filled, strict=True)],
                 handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
@@ -195,20 +192,19 @@ def make_rollout(
 
             position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
             hidden, cache = decoder(state.token[:, None], position[:, None], attend, state.cache)
-            z = distribution(hidden[:, 0], weight)
-            token, logp, lse = draw(z, state.key, state.drawn)
+            z, row = distribution(hidden[:, 0], weight), within(state.row)
+            index = jnp.minimum(row, batch // shards - 1), jnp.minimum(state.drawn, max_new_tokens - 1)
+            token, logp, lse = draw(z, look_up(uniforms, *index))
             new = _Drawn(token, logp, *track(z, lse))
-            end, drawn = is_end(new.token), state.drawn + live
-            last = live & (end | (drawn >= look_up(limit, jnp.minimum(within(state.row), batch // shards - 1))))
+            drawn = state.drawn + live
+            last = live & (is_end(token) | (drawn >= state.limit))
             return dataclasses.replace(
                 state,
                 row=jnp.where(last, batch, state.row),
                 drawn=drawn,
                 token=new.token,
                 cache=cache,
-                length=put(state.length, state.row, drawn),
-                ended=put(state.ended, state.row, end),
-                out=jax.tree.map(lambda out, x: put(out, state.row, x, state.drawn), state.out, new),
+                out=jax.tree.map(lambda out, x: put(out, row, state.drawn, x), state.out, new),
             )
 
         def refillable(state: _Slots) -> Array:
@@ -230,12 +226,10 @@ def make_rollout(
             row=jnp.full(slot_count, batch, jnp.int32),
             drawn=jnp.ones(slot_count, jnp.int32),
             token=jnp.zeros(slot_count, jnp.int32),
-            key=keys[:slot_count],
+            limit=jnp.ones(slot_count, jnp.int32),
             prompt_mask=jnp.zeros((slot_count, prompt_length), bool),
             cache=[cache] * config.num_layers,
             handed=jnp.zeros(shards, jnp.int32),
-            length=jnp.ones(batch, jnp.int32),
-            ended=ended,
             out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, pad_id)),
         )
         state = jax.lax.while_loop(
@@ -243,11 +237,14 @@ def make_rollout(
             lambda state: jax.lax.while_loop(decoding, step, admit(state)),
             state,
         )
+        # Up to the first end-of-sequence token, or the limit: what pads the rest may be an end-of-sequence token too.
+        column = jnp.arange(max_new_tokens)
+        end = jnp.min(jnp.where(is_end(state.out.token), column, max_new_tokens), axis=1)
         return RolloutBatch(
             tokens=state.out.token,
-            response_mask=jnp.arange(max_new_tokens) < state.length[:, None],
+            response_mask=column < jnp.minimum(end + 1, limit)[:, None],
             behavior_logp=state.out.logp,
-            truncated=~state.ended,
+            truncated=end >= limit,
             group=jnp.repeat(prompts.group, group_size),
             topk_ids=state.out.topk_ids if tracked else None,
             topk_logp=state.out.topk_logp if tracked else None,
