@@ -40,7 +40,7 @@ def merge(first: Metrics, *others: Metrics) -> Metrics:
 
 def _histogram(value: Array, where: Array, edges: np.ndarray) -> Float32[Array, "bins"]:
     """Counts per bin, right-open; values beyond the outer edges go to the outer bins."""
-    inner = jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.float32), value, side="right")
+    inner = jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.float32), value, side="right", method="compare_all")
     return jnp.zeros(len(edges) - 1, jnp.float32).at[inner.ravel()].add(where.ravel().astype(jnp.float32))
 
 

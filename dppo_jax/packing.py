@@ -120,7 +120,7 @@ def _sources(batch: TrainBatch, plan: Plan):
     """Of each response column [M, Q]: its row of the batch, its column among the responses, and whether it is one."""
     at = jnp.take_along_axis(plan.sample, plan.columns, axis=1)
     mask = jnp.arange(plan.columns.shape[1]) < plan.used[:, None]
-    row = plan.rows[jnp.maximum(at, 0)]
+    row = jnp.asarray(plan.rows)[jnp.maximum(at, 0)]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
     column = jnp.take_along_axis(plan.offset, plan.columns, axis=1) - prompt
     return row, jnp.where(mask, column, 0), mask
@@ -130,7 +130,7 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
     """One piece of a minibatch; `plan` comes from `piece`, `weights` are those of the minibatch's samples."""
     real = plan.sample >= 0
     sample = jnp.maximum(plan.sample, 0)
-    row = plan.rows[sample]
+    row = jnp.asarray(plan.rows)[sample]
     width = batch.prompt_tokens.shape[1]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
     # Prompts end in column P - 1, responses start in column P.

@@ -42,7 +42,8 @@ TABLE_TAGS = (
     "mismatch/abs_prob_diff_mean",
     "trust_region/masked",
 )
-MAY_CHANGE = ("steps", "checkpoint.*", "log.*")  # config keys that a resumed run may set anew
+# Config keys that a resumed run may set anew.
+MAY_CHANGE = ("steps", "train.staleness", "train.micro_rows", "rollout.slots", "compile_cache", "checkpoint.*", "log.*")
 EVENTS = "tb"  # the folder of event files inside a run's folder
 
 

@@ -99,6 +99,8 @@ def _piece_logits(static, hidden: Array, cut: Array, number: Array | int, vocabu
 
 def _pick(z: Array, token: Array, number: Array | int, pieces: int) -> Array:
     """z of the tokens [B, R, K] that are in this piece, 0 for the others."""
+    if pieces == 1:
+        return jnp.take_along_axis(z, token, axis=-1)
     found = jnp.take_along_axis(z, token // pieces, axis=-1)
     return jnp.where(token % pieces == number, found, 0.0)
 

@@ -40,7 +40,7 @@ class Pieces:
         import numpy as np
 
         from dppo_jax.models.config import config_from_hf
-        from dppo_jax.models.decoder import init_params
+        from dppo_jax.models.decoder import abstract_params
         from dppo_jax.types import PromptBatch
         from experiments import build
 
@@ -48,7 +48,16 @@ class Pieces:
         self.model = config_from_hf(workloads.hf_config(workload), "the benchmark's")
         self._stack = contextlib.ExitStack()  # never closed: the mesh stays in force while the process lives
         self.mesh = build.on_devices(self.config, self._stack)
-        self.params = init_params(self.model, jax.random.key(workload.seed))
+        # Random weights in NumPy, as those of a model directory are.
+        draw = np.random.default_rng(workload.seed).standard_normal
+        self.params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                np.ones(leaf.shape, np.float32)
+                if path[-1].key.endswith("norm")
+                else 0.02 * draw(leaf.shape, dtype=np.float32)
+            ),
+            abstract_params(self.model),
+        )
         lengths = workloads.lengths(workload)
         self.prompts = PromptBatch(
             tokens=workloads.prompt_tokens(workload),
@@ -99,10 +108,10 @@ def rollout(workload: Workload, **changes: Any) -> worker.Run:
     import jax
 
     pieces = Pieces(workload, **changes)
-    key = jax.random.key(workload.seed)
+    key, params = jax.random.key(workload.seed), jax.device_put(pieces.params)
 
     def run() -> worker.Json:
-        mask = jax.block_until_ready(pieces.generate(pieces.params, pieces.prompts, key)).response_mask
+        mask = jax.block_until_ready(pieces.generate(params, pieces.prompts, key)).response_mask
         return {"tokens": int(mask.sum())}
 
     return run
@@ -186,6 +195,7 @@ def forward_backward(workload: Workload, micro_rows: int = 8) -> worker.Run:
     from dppo_jax.types import PackedBatch
 
     pieces = Pieces(workload)
+    params = jax.device_put(pieces.params)
     tokens, length = workloads.train_tokens(workload), workload.train_length
     count = workload.rows // micro_rows
     score = make_score(pieces.model, temperature=1.0, dtype=jnp.float32, remat=pieces.config.policy.remat)
@@ -219,7 +229,7 @@ def forward_backward(workload: Workload, micro_rows: int = 8) -> worker.Run:
         return jax.lax.fori_loop(0, count, add, (0.0, jax.tree.map(jnp.zeros_like, params)))
 
     def run() -> worker.Json:
-        jax.block_until_ready(gradient(pieces.params, batch))
+        jax.block_until_ready(gradient(params, batch))
         return {"tokens": workload.train_tokens}
 
     return run
