@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     c.train.minibatches = 4  # optimizer minibatches per rollout batch (4 in §5, 8 or 4 in appendix E)
     c.train.epochs = 1  # passes over a rollout batch
     c.train.pack = True  # several samples in a row, no padding between; False: one sample a row. Time only
-    c.train.micro_rows = 8  # rows of prompt + response length per device that exist at one time; time and memory only
+    c.train.micro_rows = 4  # rows of prompt + response length per device that exist at one time; time and memory only
     c.train.staleness = 0  # 1: the next batch is drawn before this one's updates, while the host scores; 0: after them
 
     c.optimizer = ConfigDict()
