@@ -180,7 +180,8 @@ def _head_backward(static, residuals, cotangents):
         d_z = d_z.astype(hidden.dtype)
         part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
         d_hidden = jnp.einsum("brv,ve->bre", d_z, part, preferred_element_type=jnp.float32)
-        return d_hidden, jnp.einsum("brv,bre->ve", d_z, hidden, preferred_element_type=jnp.float32)
+        flat = [x.reshape(-1, x.shape[-1]) for x in (d_z, hidden)]  # in one dimension XLA's CPU backend copies less
+        return d_hidden, jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
 
     if pieces == 1:
         d_hidden, d_weight = one(0, kept)

@@ -9,7 +9,7 @@ from experiments.benchmark import worker, workloads
 from experiments.benchmark.workloads import WORKLOADS, Workload
 
 LIBRARIES = {"jax": "jax", "experiments.build": "dppo_jax"}
-SLOTS = 64  # of workload L
+SLOTS = 48  # of workload L
 TRACKED = 20
 
 
@@ -185,7 +185,7 @@ def step(workload: Workload, **changes: Any) -> worker.Run:
     return run
 
 
-def forward_backward(workload: Workload, micro_rows: int = 8) -> worker.Run:
+def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
     """Cross-entropy on every token and its gradients, added over pieces of `micro_rows` rows; no optimizer."""
     import jax
     import jax.numpy as jnp
