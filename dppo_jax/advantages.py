@@ -57,7 +57,13 @@ def batch_norm(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_gr
     return centred / (jnp.std(centred) + EPSILON)
 
 
+def reward(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
+    """R itself, without a baseline (REINFORCE; Williams, 1992)."""
+    return rewards
+
+
 ADVANTAGES: dict[str, Callable[..., Array]] = {
+    "reward": reward,
     "group_mean": group_mean,
     "group_mean_std": group_mean_std,
     "leave_one_out": leave_one_out,

@@ -155,11 +155,12 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         mask=mask,
         weights=jnp.where(mask, weights[at, column], 0.0),
         behavior_logp=take(batch.behavior_logp),
-        advantages=jnp.where(mask, batch.advantages[source], 0.0),
+        advantages=take(batch.advantages) if batch.advantages.ndim == 2 else jnp.where(mask, batch.advantages[source], 0.0),
         topk_ids=take(batch.topk_ids),
         topk_behavior_logp=take(batch.topk_behavior_logp),
         proximal_logp=take(batch.proximal_logp),
         topk_proximal_logp=take(batch.topk_proximal_logp),
+        reference_logp=take(batch.reference_logp),
     )
 
 

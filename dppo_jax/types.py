@@ -43,11 +43,13 @@ class TrainBatch:
     tokens: Int32[Array, "B R"]
     mask: Bool[Array, "B R"]
     behavior_logp: Float32[Array, "B R"]
-    advantages: Float32[Array, "B"]
+    advantages: Float32[Array, "B"] | Float32[Array, "B R"]  # of a response, or of each of its tokens
+    group: Int32[Array, "B"] | None = None
     topk_ids: Int32[Array, "B R K"] | None = None
     topk_behavior_logp: Float32[Array, "B R K"] | None = None
     proximal_logp: Float32[Array, "B R"] | None = None
     topk_proximal_logp: Float32[Array, "B R K"] | None = None
+    reference_logp: Float32[Array, "B R"] | None = None
 
 
 @struct.dataclass
@@ -67,6 +69,7 @@ class PackedBatch:
     topk_behavior_logp: Float32[Array, "M Q K"] | None = None
     proximal_logp: Float32[Array, "M Q"] | None = None
     topk_proximal_logp: Float32[Array, "M Q K"] | None = None
+    reference_logp: Float32[Array, "M Q"] | None = None
 
 
 @struct.dataclass
@@ -95,7 +98,9 @@ class LossInputs:
     behavior_logp: Float32[Array, "B R"]
     advantages: Float32[Array, "B R"]
     mask: Bool[Array, "B R"]
+    segments: Int32[Array, "B R"] | None = None  # which response of its row a token belongs to; None: one a row
     proximal_logp: Float32[Array, "B R"] | None = None
+    reference_logp: Float32[Array, "B R"] | None = None
     topk: TopKPair | None = None
     exact: ExactDivergence | None = None
 
@@ -116,3 +121,4 @@ class HeadOutput:
     logp: Float32[Array, "B R"]  # of the target token
     entropy: Float32[Array, "B R"]
     ids_logp: Float32[Array, "B R K"] | None = None  # of the given token ids
+    exact: ExactDivergence | None = None  # from the behavior policy, where it was asked for

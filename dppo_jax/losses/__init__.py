@@ -1,0 +1,134 @@
+"""Policy losses: pure functions from `LossInputs` to the coefficient of grad log pi.
+
+Every method is the same gradient with different parts (arXiv 2602.04879, equation 23, extended):
+
+    grad J = E[ sum_t  w_t c_t grad log pi(a_t|s_t) ],    c_t = M_t min(r_t, C) A_t + e_t,    r_t = pi(a_t) / mu(a_t)
+
+mu is the behavior policy, C = `ratio_cap` (inf: no truncation), and c_t carries no gradient. A loss chooses the mask M.
+Upper thresholds (`*_high`) guard A > 0, lower ones (`*_low`) guard A < 0. Inequalities are strict: what equals its
+threshold is kept, except where a row says otherwise.
+
+To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_mask(...)` or a `LossOutput`,
+and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax.errors import UserError, lookup, nearest
+from dppo_jax.losses import corrections, divergence, ratio, sequence
+from dppo_jax.losses.core import BoundLoss, Loss, MissingField, from_mask, log_ratio, policy_objective
+from dppo_jax.losses.reference import ESTIMATORS, with_reference_kl
+from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
+
+__all__ = [
+    "ESTIMATORS",
+    "LOSSES",
+    "ExactDivergence",
+    "LossInputs",
+    "LossOutput",
+    "TopKPair",
+    "bind",
+    "from_mask",
+    "log_ratio",
+    "policy_objective",
+    "with_reference_kl",
+]
+
+LOSSES: dict[str, Loss] = {
+    "reinforce": ratio.reinforce,
+    "pg_is": ratio.truncated_is,
+    "cispo": ratio.truncated_is,
+    "ppo_clip": ratio.ratio_clip,
+    "bypass": ratio.ratio_clip,
+    "clip_higher": ratio.ratio_clip,
+    "dual_clip": ratio.dual_clip,
+    "minirl": ratio.minirl,
+    "minirl_tis": ratio.minirl,
+    "ppo_clip_recomputed": ratio.ratio_clip_recomputed,
+    "token_tis": corrections.token_tis,
+    "sequence_tis": corrections.sequence_tis,
+    "token_mis": corrections.token_mis,
+    "sequence_mis": corrections.sequence_mis,
+    "icepop": corrections.icepop,
+    "gspo": sequence.gspo,
+    "sapo": ratio.sapo,
+    "kimi_k25": ratio.kimi_k25,
+    "deepseek_v32": sequence.deepseek_v32,
+    "trm_max": sequence.trm_max,
+    "trm_mean": sequence.trm_mean,
+    "vaco": sequence.vaco,
+    "dppo_binary_tv": divergence.dppo_binary_tv,
+    "dppo_binary_kl": divergence.dppo_binary_kl,
+    "dppo_topk_tv": divergence.dppo_topk_tv,
+    "dppo_topk_kl": divergence.dppo_topk_kl,
+    "dppo_exact_tv": functools.partial(divergence.dppo_exact, kind="tv"),
+    "dppo_exact_kl": functools.partial(divergence.dppo_exact, kind="kl"),
+    "dppo_binary_tv_proximal": functools.partial(divergence.dppo_binary_tv, proximal=True),
+    "dppo_binary_kl_proximal": functools.partial(divergence.dppo_binary_kl, proximal=True),
+    "dppo_topk_tv_proximal": functools.partial(divergence.dppo_topk_tv, proximal=True),
+    "dppo_topk_kl_proximal": functools.partial(divergence.dppo_topk_kl, proximal=True),
+    "binary_tv_unsigned": divergence.binary_tv_unsigned,
+    "kpop": divergence.kpop,
+    "drpo": divergence.drpo,
+    "cppo": sequence.cppo,
+    "minimal_mask": divergence.minimal_mask,
+    "relax_low": functools.partial(ratio.relaxed_clip, low=True, high=False),
+    "relax_high": functools.partial(ratio.relaxed_clip, low=False, high=True),
+    "relax_both": functools.partial(ratio.relaxed_clip, low=True, high=True),
+}
+
+
+def hyperparameters(loss: Loss) -> frozenset[str]:
+    """The names a loss must be given: its keyword-only arguments without a default."""
+    parameters = inspect.signature(loss).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+
+
+def bind(name: str, given: Mapping[str, float]) -> BoundLoss:
+    """The loss called `name` with its hyperparameters fixed. UserError for an unknown name, and for a hyperparameter
+    that is unknown or missing."""
+    loss = lookup(LOSSES, name, "loss")
+    wanted = hyperparameters(loss)
+    for key in given:
+        if key not in wanted:
+            raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, wanted)}")
+    if missing := sorted(wanted - set(given)):
+        keys = ", ".join(f"loss.{key}" for key in missing)
+        raise UserError(f"loss {name!r} needs {keys}, which nothing sets; its hyperparameters are {sorted(wanted)}")
+    return functools.partial(loss, **given)
+
+
+OPTIONAL = ("proximal_logp", "reference_logp", "topk", "exact")  # fields that cost something to have
+
+
+def required_fields(loss: BoundLoss) -> frozenset[str]:
+    """Which of the OPTIONAL fields of LossInputs a bound loss needs, found by tracing it without each."""
+    value, flag = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    tracked = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+    full = LossInputs(
+        logp=value,
+        behavior_logp=value,
+        advantages=value,
+        mask=flag,
+        segments=jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        proximal_logp=value,
+        reference_logp=value,
+        topk=TopKPair(logp=tracked, behavior_logp=tracked, has_sampled=flag, proximal_logp=tracked),
+        exact=ExactDivergence(tv=value, kl=value),
+    )
+
+    def needs(field: str) -> bool:
+        try:
+            jax.eval_shape(loss, dataclasses.replace(full, **{field: None}))
+        except (MissingField, TypeError, AttributeError):  # asked with `require`, or used as if it were there
+            return True
+        return False
+
+    jax.eval_shape(loss, full)
+    return frozenset(field for field in OPTIONAL if needs(field))

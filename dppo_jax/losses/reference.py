@@ -1,0 +1,35 @@
+"""A penalty on the divergence from a fixed reference policy, as the additive term e_t of any loss's coefficient."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dppo_jax.errors import lookup
+from dppo_jax.losses.core import BoundLoss, bounded_exp, log_ratio, require, safe
+from dppo_jax.types import LossInputs, LossOutput
+
+# Minus the derivative by log pi of each estimate of KL(pi || reference), from log(pi/reference): k1 = log(pi/ref) in
+# expectation under pi, k2 = log(pi/ref)^2 / 2, k3 = ref/pi - 1 - log(ref/pi) (Schulman, "Approximating KL divergence").
+ESTIMATORS = {
+    "k1": lambda logs: -(1 + logs),
+    "k2": lambda logs: -logs,
+    "k3": lambda logs: bounded_exp(-logs) - 1,
+}
+
+
+def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> BoundLoss:
+    """The loss with e_t = coef * -d(estimate)/d(log pi) added, masked tokens included (GRPO, 2402.03300, equation 3).
+
+    Needs LossInputs.reference_logp. UserError for an unknown estimator.
+    """
+    slope = lookup(ESTIMATORS, estimator, "estimator")
+
+    def penalised(inputs: LossInputs) -> LossOutput:
+        require(inputs, "reference_logp")
+        plain, clean = loss(inputs), safe(inputs)
+        logs: Array = log_ratio(clean.logp, require(clean, "reference_logp"))
+        extra = jnp.where(inputs.mask, coef * slope(logs), 0.0)
+        metrics = plain.metrics | {"reference_kl": (bounded_exp(-logs) - 1 + logs, inputs.mask)}
+        return plain.replace(coef=jax.lax.stop_gradient(plain.coef + extra), metrics=metrics)
+
+    return penalised
