@@ -10,8 +10,6 @@ from ml_collections import ConfigDict, config_dict
 from dppo_jax.losses import LOSSES, hyperparameters
 
 INF = float("inf")
-KINDS = ("binary", "topk")
-ANCHORS = ("", "_proximal")
 
 
 def data_section(**changes) -> ConfigDict:
@@ -44,6 +42,7 @@ def get_config() -> ConfigDict:
     c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
     c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5); master weights are float32
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
+    c.policy.temperature = config_dict.placeholder(float)  # unset: rollout.temperature; unlike it: mismatch
     c.policy.remat = "dots"  # the backward pass recomputes: none | dots: all but matrix products | full: every layer
     c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
     c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
@@ -57,15 +56,26 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0  # divides the logits of both policies (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
+    c.rollout.weights = ""  # mismatch: its matrices rounded to bfloat16 | float16 | float8 | int8 | int4 | m1 .. m23
+    c.rollout.activations = ""  # mismatch: the inputs of its linear layers rounded, to the same formats
+    c.rollout.lag = 0  # mismatch: updates by which the behavior parameters are older than the policy's
+    c.rollout.resample = 0  # at most so many more batches, until every group has unequal rewards (DAPO)
     c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them
     c.rollout.tracked = 20  # K: tracked tokens, recorded when the loss needs them (§4: 20)
 
     c.reward = ConfigDict()
     c.reward.workers = 2  # processes for verifiers that may hang (math_verify)
     c.reward.time_limit_s = 10.0  # seconds for one reply; then it is killed, counted, and scores 0
+    c.reward.overlong_buffer = 0  # tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO, eq. 13)
 
     c.advantage = ConfigDict()
     c.advantage.name = "group_mean"  # a key of ADVANTAGES; §5: no standard deviation
+
+    c.advantage.drop_equal = False  # groups of equal rewards take no part in the update (ScaleRL, DAPO)
+
+    c.reference = ConfigDict()  # a penalty on the divergence from the policy that the run began with (GRPO)
+    c.reference.coef = 0.0  # beta; 0: none, and no pass of it
+    c.reference.estimator = "k3"  # k1 | k2 | k3
 
     c.loss = ConfigDict()
     c.loss.name = "dppo_binary_tv"  # a key of LOSSES
@@ -76,18 +86,36 @@ def get_config() -> ConfigDict:
     # relax_* have no default alpha: §6 sweeps it.
     tv, kl = dict(delta_low=0.2, delta_high=0.2), dict(delta_low=0.05, delta_high=0.05)
     clip, higher = dict(eps_low=0.2, eps_high=0.2), dict(eps_low=0.2, eps_high=0.27)
+    capped = dict(**clip, correction_cap=2.0)  # the two sources of TIS and MIS use 2
     c.loss_defaults = ConfigDict(
         {
+            "reinforce": {},
             "pg_is": dict(ratio_cap=INF),
             "cispo": dict(ratio_cap=5.0),
             "ppo_clip": dict(**clip, ratio_cap=5.0),
             "clip_higher": dict(**higher, ratio_cap=5.0),
+            "bypass": dict(**clip, ratio_cap=5.0),
+            "dual_clip": dict(**clip, dual_cap=3.0, ratio_cap=INF),  # 1912.09729
+            "ppo_clip_recomputed": dict(**clip, ratio_cap=INF),
+            **{f"{level}_{kind}": capped for level in ("token", "sequence") for kind in ("tis", "mis")},
+            "icepop": dict(**clip, correction_low=0.5, correction_high=5.0),  # 2510.18855
+            "gspo": dict(eps_low=3e-4, eps_high=4e-4, ratio_cap=INF),  # 2507.18071, section 5.1
+            "sapo": dict(tau_low=1.05, tau_high=1.0),  # 2511.20347
+            "kimi_k25": dict(eps_low=0.5, eps_high=1.0, tau=1e-3),  # the report gives no numbers: ours
+            "deepseek_v32": dict(**clip, delta_low=0.1, ratio_cap=INF),  # the report gives no delta: ours
+            "trm_max": dict(delta=0.25, ratio_cap=5.0),  # ours
+            "trm_mean": dict(delta=0.01, ratio_cap=5.0),  # ours
+            "vaco": dict(delta=0.1, ratio_cap=5.0),  # ours
+            "kpop": dict(delta=0.1, ratio_cap=5.0),
+            "binary_tv_unsigned": dict(**tv, ratio_cap=5.0),
+            "drpo": dict(delta=12.5, ratio_cap=INF),  # 2606.09821, section 4
+            "cppo": dict(delta=0.2, delta_budget=0.02, w_min=0.8, ratio_cap=5.0),  # 2606.10968
             "minirl": dict(**higher, ratio_cap=INF),
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3
             **{f"relax_{side}": dict(**higher, ratio_cap=5.0) for side in ("low", "high", "both")},
-            **{f"dppo_{kind}_tv{anchor}": dict(**tv, ratio_cap=5.0) for kind in KINDS for anchor in ANCHORS},
-            **{f"dppo_{kind}_kl{anchor}": dict(**kl, ratio_cap=5.0) for kind in KINDS for anchor in ANCHORS},
+            **{name: dict(**tv, ratio_cap=5.0) for name in LOSSES if name.startswith("dppo") and "_tv" in name},
+            **{name: dict(**kl, ratio_cap=5.0) for name in LOSSES if name.startswith("dppo") and "_kl" in name},
         }
     )
 
@@ -129,6 +157,8 @@ def get_config() -> ConfigDict:
     c.log.histograms = 10  # steps between histograms; 0: never
     c.log.samples = 10  # steps between sampled transcripts; 0: never
     c.log.transcripts = 8  # transcripts shown
+    c.log.regions = ()  # losses whose masks are measured beside the one that trains, with their loss_defaults
+    c.log.tokens = 0  # steps between tables of the tokens most often masked; 0: never
 
     c.compile_cache = "~/.cache/dppo_jax"  # what was compiled is kept here for later runs; "": nowhere
 

@@ -1,12 +1,15 @@
 """Metrics on the device: sums with their counts, maxima and histograms, merged freely, divided once when written."""
 
+import functools
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from dppo_jax.divergences import prob_diff
-from dppo_jax.losses import log_ratio
+from dppo_jax.losses.core import bounded_exp, log_ratio
 from dppo_jax.types import LossInputs, LossOutput
 
 RATIO_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61), [np.inf]])  # of pi / mu
@@ -19,7 +22,11 @@ class Metrics:
 
     sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
     maxima: dict[str, Array]
-    histograms: dict[str, Array]  # name -> counts between its edges
+    histograms: dict[str, Array]  # name -> counts: between its edges, of pairs, of tokens
+
+    def __or__(self, other: "Metrics") -> "Metrics":
+        """Both, of the same tokens under different names."""
+        return Metrics(self.sums | other.sums, self.maxima | other.maxima, self.histograms | other.histograms)
 
 
 def mean(value: Array, where: Array) -> tuple[Array, Array]:
@@ -88,6 +95,47 @@ def trust_region_metrics(
     )
 
 
+def region_metrics(
+    inputs: LossInputs, regions: Mapping[str, functools.partial], weights: Float32[Array, "B R"]
+) -> Metrics:
+    """What each trust region would have masked of these tokens, had it been the one that trains.
+
+    Of region NAME: `region/NAME/masked`, `_positive`, `_negative`: fractions of the tokens with A != 0;
+    `region/NAME/removed`: its share of the gradient, sum |w min(r, C) A| over what it masks, C its own `ratio_cap`.
+    The histogram `region_agreement` counts, for every pair, the tokens that both keep or both mask.
+    """
+    mask = inputs.mask
+    advantage = jnp.where(mask, inputs.advantages, 0.0)
+    moved = mask & (advantage != 0)
+    logs = jnp.where(mask, log_ratio(inputs.logp, inputs.behavior_logp), 0.0)
+    sums, kept = {}, []
+    for name, region in regions.items():
+        keep = region(inputs).keep
+        dropped = moved & ~keep
+        cap = region.keywords.get("ratio_cap", jnp.inf)
+        size = jnp.where(moved, jnp.abs(weights * jnp.minimum(bounded_exp(logs), cap) * advantage), 0.0)
+        by_sign = {"": dropped, "_positive": dropped & (advantage > 0), "_negative": dropped & (advantage < 0)}
+        for suffix, which in by_sign.items():
+            sums[f"region/{name}/masked{suffix}"] = mean(which.astype(jnp.float32), moved)
+        sums[f"region/{name}/removed"] = jnp.sum(jnp.where(dropped, size, 0.0)), jnp.sum(size)
+        kept.append(keep)
+    both = jnp.stack(kept).reshape(len(kept), -1)
+    same = (both[:, None] == both[None]) & moved.reshape(-1)
+    return Metrics(sums, {}, {"region_agreement": jnp.sum(same, axis=-1, dtype=jnp.float32)})
+
+
+def token_counts(inputs: LossInputs, output: LossOutput, tokens: Int32[Array, "B R"], vocabulary: int) -> Metrics:
+    """How often each token of the vocabulary stood there with A != 0, and how often it was masked, by the sign of A."""
+    moved = inputs.mask & (jnp.where(inputs.mask, inputs.advantages, 0.0) != 0)
+    dropped = moved & ~output.keep
+    which = [moved, dropped & (inputs.advantages > 0), dropped & (inputs.advantages < 0)]
+
+    def count(where: Array) -> Array:
+        return jnp.zeros(vocabulary, jnp.float32).at[tokens.ravel()].add(where.ravel().astype(jnp.float32))
+
+    return Metrics({}, {}, {"token_counts": jnp.stack([count(where) for where in which])})
+
+
 def summary(metrics: Metrics) -> dict[str, float]:
     """Plain numbers for the log; a mean over nothing is 0 (no token had A != 0: none was masked).
 
@@ -107,6 +155,12 @@ def mismatch(first: Metrics) -> dict[str, float]:
         "mismatch/abs_prob_diff_mean": float(total) / max(float(count), 1.0),
         "mismatch/abs_prob_diff_max": float(first.maxima["policy/abs_prob_diff_max"]),
     }
+
+
+def unequal_groups(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """Which rows [B] are of a group with unequal rewards: the others have advantage 0. Groups are contiguous."""
+    groups = rewards.reshape(-1, group_size)
+    return np.repeat(groups.max(axis=1) != groups.min(axis=1), group_size)
 
 
 def group_metrics(rewards: np.ndarray, group_size: int) -> dict[str, float]:

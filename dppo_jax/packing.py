@@ -81,6 +81,7 @@ def plan(
     Not `packed`, every sample has a row of its own.
     """
     prompts, responses = np.asarray(prompt_lengths)[rows], np.asarray(response_lengths)[rows]
+    prompts = np.where(responses > 0, prompts, 0)  # a sample without a response is not computed
     bins = assign(prompts, responses, shape) if packed else [[sample] for sample in range(len(rows))]
     pieces = math.ceil(len(rows) / shape.rows)
     sample: np.ndarray = np.full((pieces * shape.rows, shape.length), -1, np.int32)
@@ -146,6 +147,8 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         return jnp.where(mask.reshape(mask.shape + (1,) * (taken.ndim - 2)), taken, 0)
 
     at = jnp.take_along_axis(sample, plan.columns, axis=1)
+    advantages = batch.advantages
+    per_token = advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], batch.tokens.shape)
     return PackedBatch(
         tokens=tokens,
         segments=jnp.where(real, plan.sample + 1, 0),
@@ -155,7 +158,7 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         mask=mask,
         weights=jnp.where(mask, weights[at, column], 0.0),
         behavior_logp=take(batch.behavior_logp),
-        advantages=take(batch.advantages) if batch.advantages.ndim == 2 else jnp.where(mask, batch.advantages[source], 0.0),
+        advantages=take(per_token),
         topk_ids=take(batch.topk_ids),
         topk_behavior_logp=take(batch.topk_behavior_logp),
         proximal_logp=take(batch.proximal_logp),

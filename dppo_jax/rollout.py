@@ -67,6 +67,8 @@ def make_rollout(
     slots: int | None = None,
     shards: int = 1,
     attention: str = "xla",
+    weights: Callable[[Params], Params] | None = None,
+    activations: Callable[[Array], Array] | None = None,
 ) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
@@ -74,6 +76,7 @@ def make_rollout(
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
     `tracked` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
+    `weights` and `activations` round what they are given to a narrower format (dppo_jax.precision).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
     if not 0 <= tracked <= config.vocab_size:
@@ -110,6 +113,7 @@ def make_rollout(
         every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(max_new_tokens))
         uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)  # [B, R, 2]
         limit = jnp.full(batch, max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
+        params = params if weights is None else weights(params)
         listed = unstack(params, dtype)
         decoder, weight = bind(config, listed, stacked=False), head_weight(listed)
 
@@ -141,7 +145,9 @@ def make_rollout(
             return self_attention(q, k, v, segments, implementation=attention), pair
 
         stacked = bind(config, params, dtype=dtype)  # scanned: the decode loop alone needs its layers one by one
-        hidden, (keys_of_layers, values_of_layers) = stacked(prompts.tokens, positions(prompts.mask), prefill, None)
+        hidden, (keys_of_layers, values_of_layers) = stacked(
+            prompts.tokens, positions(prompts.mask), prefill, None, narrow=activations
+        )
         filled = list(zip(keys_of_layers, values_of_layers, strict=True))
         z = distribution(hidden[:, -1], weight)
         by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group_size, 2), 0, 1)
@@ -191,7 +197,9 @@ def make_rollout(
                 return kv_cache.attend(q[:, 0], cache, visible, used)[:, None], cache
 
             position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
-            hidden, cache = decoder(state.token[:, None], position[:, None], attend, state.cache)
+            hidden, cache = decoder(
+                state.token[:, None], position[:, None], attend, state.cache, narrow=activations
+            )
             z, row = distribution(hidden[:, 0], weight), within(state.row)
             index = jnp.minimum(row, batch // shards - 1), jnp.minimum(state.drawn, max_new_tokens - 1)
             token, logp, lse = draw(z, look_up(uniforms, *index))

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from dppo_jax.sharding import constrain
-from dppo_jax.types import HeadOutput
+from dppo_jax.types import ExactDivergence, HeadOutput
 
 LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0
 
@@ -76,6 +76,56 @@ def token_head(
     static = (float(temperature), None if softcap is None else float(softcap), min(pieces, len(weight)))
     logp, entropy, ids_logp = _head(static, hidden, weight, targets, ids)
     return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp)
+
+
+def exact_divergence(
+    hidden: Float[Array, "B R E"],
+    weight: Float[Array, "V E"],
+    behavior_hidden: Float[Array, "B R E"],
+    behavior_weight: Float[Array, "V E"],
+    *,
+    temperature: float = 1.0,
+    behavior_temperature: float = 1.0,
+    softcap: float | None = None,
+    pieces: int | None = None,
+) -> ExactDivergence:
+    """TV and KL(mu || pi), in nats, over the whole vocabulary, from the hidden states of both policies; no gradient.
+
+    Two passes over the vocabulary in pieces, the first for the two normalisers: never a buffer of all logits.
+    """
+    inputs = jax.lax.stop_gradient((hidden, weight, behavior_hidden, behavior_weight))
+    hidden, weight, behavior_hidden, behavior_weight = inputs
+    if pieces is None:
+        pieces = piece_count(math.prod(hidden.shape[:-1]), len(weight))
+    pieces = min(pieces, len(weight))
+    sides = [(temperature, hidden, weight), (behavior_temperature, behavior_hidden, behavior_weight)]
+    cuts = [_cut(w, pieces) for _, _, w in sides]
+
+    def both(number):
+        return [
+            _piece_logits((float(t), softcap, pieces), h, cut, number, len(weight))
+            for (t, h, _), cut in zip(sides, cuts, strict=True)
+        ]
+
+    def normalise(number, states):
+        return [
+            jnp.logaddexp(state, jax.nn.logsumexp(z, axis=-1)) for state, z in zip(states, both(number), strict=True)
+        ]
+
+    start = jnp.full(hidden.shape[:-1], -jnp.inf, jnp.float32)
+    lse, behavior_lse = jax.lax.fori_loop(0, pieces, normalise, [start, start])
+
+    def add(number, sums):
+        z, behavior_z = both(number)
+        logp = jnp.maximum(z - lse[..., None], LOWEST)
+        behavior_logp = jnp.maximum(behavior_z - behavior_lse[..., None], LOWEST)
+        mu = jnp.exp(behavior_logp)
+        gap = jnp.abs(jnp.exp(logp) - mu)
+        return sums[0] + jnp.sum(gap, axis=-1), sums[1] + jnp.sum(mu * (behavior_logp - logp), axis=-1)
+
+    zeros = jnp.zeros(hidden.shape[:-1], jnp.float32)
+    gap, kl = jax.lax.fori_loop(0, pieces, add, (zeros, zeros))
+    return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0))
 
 
 # Piece j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of

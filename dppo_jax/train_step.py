@@ -1,7 +1,9 @@
 """The update: score tokens under the policy, ask the loss for coefficients, take one optimizer step per minibatch."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,22 +12,21 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
 from dppo_jax.divergences import sampled_in_topk
-from dppo_jax.losses import policy_objective
+from dppo_jax.losses.core import BoundLoss, policy_objective
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, forward, head_weight, param_axes
 from dppo_jax.packing import Plan
 from dppo_jax.sharding import constrain, named, rows
-from dppo_jax.token_head import token_head
+from dppo_jax.token_head import exact_divergence, token_head
 from dppo_jax.types import (
     HeadOutput,
     LossInputs,
-    LossOutput,
     PackedBatch,
     PromptBatch,
     RolloutBatch,
@@ -42,27 +43,58 @@ class TrainState:
     opt_state: Any
     updates: Int32[Array, ""]
 
-    def with_ahead(self, ahead: RolloutBatch) -> "StaleState":
-        """This state and the next step's rollout, for a checkpoint."""
-        return StaleState(self.params, self.opt_state, self.updates, ahead)
-
-    def without_ahead(self) -> "tuple[TrainState, RolloutBatch | None]":
-        """The state that updates take, and the next step's rollout if there is one."""
-        return self, None
+    def saved(self, **extras: Any) -> dict[str, Any]:
+        """What a checkpoint holds: this state, and whatever else the run needs to go on (None: nothing)."""
+        own = {"params": self.params, "opt_state": self.opt_state, "updates": self.updates}
+        return own | {name: value for name, value in extras.items() if value is not None}
 
 
 @struct.dataclass
-class StaleState(TrainState):
-    """What a checkpoint holds where the next step's rollout was drawn before this step's updates."""
+class Behavior:
+    """The behavior policy on packed samples: what the head makes its distributions of."""
 
-    ahead: RolloutBatch
-
-    def without_ahead(self) -> tuple[TrainState, RolloutBatch | None]:
-        return TrainState(self.params, self.opt_state, self.updates), self.ahead
+    hidden: Float[Array, "M Q E"]  # before each response token
+    weight: Float[Array, "V E"]
 
 
-Score = Callable[[Params, PackedBatch], HeadOutput]
-Update = Callable[[TrainState, TrainBatch, Plan], tuple[TrainState, Metrics]]
+Score = Callable[..., HeadOutput]  # (params, packed, behavior=None)
+Oracle = Callable[[Params, PackedBatch], Behavior]
+Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and the behavior parameters with an oracle
+
+
+def _before(hidden: Array, packed: PackedBatch) -> Float[Array, "M Q E"]:
+    """The hidden states that predict the response tokens."""
+    return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
+
+
+def make_oracle(
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    attention: str = "xla",
+    weights: Callable[[Params], Params] | None = None,
+    activations: Callable[[Array], Array] | None = None,
+) -> Oracle:
+    """A pure function (behavior parameters, packed) -> Behavior: a teacher-forced pass in the rollout's precision.
+
+    Arguments as those of `make_rollout`; no gradient flows.
+    """
+
+    def oracle(params: Params, packed: PackedBatch) -> Behavior:
+        params = params if weights is None else weights(params)
+        hidden = forward(
+            config,
+            params,
+            packed.tokens,
+            packed.segments,
+            packed.positions,
+            dtype=dtype,
+            attention=attention,
+            narrow=activations,
+        )
+        return jax.lax.stop_gradient(Behavior(_before(hidden, packed), head_weight(params).astype(dtype)))
+
+    return oracle
 
 
 def make_score(
@@ -73,13 +105,15 @@ def make_score(
     remat: str,
     pieces: int | None = None,
     attention: str = "xla",
+    behavior_temperature: float | None = None,
 ) -> Score:
     """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 
-    At the rollout's parameters this is the proximal policy; inside the update it is the policy.
+    At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
+    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another.
     """
 
-    def score(params: Params, packed: PackedBatch) -> HeadOutput:
+    def score(params: Params, packed: PackedBatch, behavior: Behavior | None = None) -> HeadOutput:
         hidden = forward(
             config,
             params,
@@ -90,8 +124,8 @@ def make_score(
             remat=remat,
             attention=attention,
         )
-        before = jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
-        return token_head(
+        before = _before(hidden, packed)
+        head = token_head(
             before,
             head_weight(params),
             packed.targets,
@@ -100,15 +134,33 @@ def make_score(
             ids=packed.topk_ids,
             pieces=pieces,
         )
+        if behavior is None:
+            return head
+        exact = exact_divergence(
+            before,
+            head_weight(params),
+            behavior.hidden,
+            behavior.weight,
+            temperature=temperature,
+            behavior_temperature=temperature if behavior_temperature is None else behavior_temperature,
+            softcap=config.logit_softcap,
+            pieces=pieces,
+        )
+        return dataclasses.replace(head, exact=exact)
 
     return score
 
 
-def make_proximal(score: Score) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
-    """A pure function (params, batch, plan of all its rows) -> the batch with the proximal policy's logp."""
+def make_recompute(score: Score, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
+    """A pure function (params, batch, plan of all its rows) -> the batch with another policy's logp.
 
-    def proximal(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
+    `policy` "proximal": the training pass at the rollout's parameters, tracked tokens too. "reference": at fixed ones.
+    """
+    fields = {"proximal": ("proximal_logp", "topk_proximal_logp"), "reference": ("reference_logp",)}[policy]
+
+    def recompute(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
         ones = jnp.ones((len(plan.rows), batch.tokens.shape[1]), jnp.float32)
+        shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else len(fields)]
 
         def one(number, found):
             part = packing.piece(plan, number)
@@ -116,12 +168,10 @@ def make_proximal(score: Score) -> Callable[[Params, TrainBatch, Plan], TrainBat
             values = (head.logp, head.ids_logp)[: len(found)]
             return tuple(packing.unpack(batch, part, x, into) for x, into in zip(values, found, strict=True))
 
-        shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else 2]
         found = jax.lax.fori_loop(0, plan.count, one, tuple(jnp.zeros_like(x) for x in shapes))
-        batch = dataclasses.replace(batch, proximal_logp=found[0])
-        return batch if batch.topk_ids is None else dataclasses.replace(batch, topk_proximal_logp=found[1])
+        return dataclasses.replace(batch, **dict(zip(fields, found, strict=False)))
 
-    return proximal
+    return recompute
 
 
 def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
@@ -135,6 +185,7 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
         mask=rollout.response_mask,
         behavior_logp=rollout.behavior_logp,
         advantages=jnp.zeros(rows_count, jnp.float32),
+        group=rollout.group,
         topk_ids=rollout.topk_ids,
         topk_behavior_logp=rollout.topk_logp,
     )
@@ -155,37 +206,53 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
         behavior_logp=packed.behavior_logp,
         advantages=packed.advantages,
         mask=packed.mask,
+        segments=jnp.take_along_axis(packed.segments, packed.columns, axis=1),
         proximal_logp=packed.proximal_logp,
+        reference_logp=packed.reference_logp,
         topk=topk,
+        exact=head.exact,
     )
 
 
 def make_update(
     score: Score,
-    loss: Callable[[LossInputs], LossOutput],
-    weigh: Callable[[Array], Array],
+    loss: BoundLoss,
+    weigh: Callable[..., Array],
     optimizer: optax.GradientTransformation,
+    *,
+    oracle: Oracle | None = None,
+    regions: Mapping[str, functools.partial] = MappingProxyType({}),
+    count_tokens: int = 0,
 ) -> Update:
     """A pure function (state, batch, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
     Aggregation weights are those of the whole minibatch; the gradients of its pieces are added. How it is cut and
-    packed changes memory and time, and nothing else.
+    packed changes memory and time, and nothing else. With an `oracle` it takes a fourth argument, the behavior
+    parameters, and losses see exact divergences. `regions` are losses whose masks are measured beside the one that
+    trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted.
     """
 
-    def objective(params: Params, packed: PackedBatch) -> tuple[Array, Metrics]:
-        head = score(params, packed)
+    def objective(params: Params, packed: PackedBatch, behavior: Behavior | None) -> tuple[Array, Metrics]:
+        head = score(params, packed) if behavior is None else score(params, packed, behavior)
         inputs = loss_inputs(packed, head)
         output = loss(inputs)
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
+        if regions:
+            measured |= metrics_lib.region_metrics(inputs, regions, packed.weights)
+        if count_tokens:
+            measured |= metrics_lib.token_counts(inputs, output, packed.targets, count_tokens)
         return policy_objective(output.coef, packed.weights, head.logp, packed.mask), jax.lax.stop_gradient(measured)
 
-    def update(state: TrainState, batch: TrainBatch, plan: Plan) -> tuple[TrainState, Metrics]:
-        weights = weigh(batch.mask[plan.rows])
+    def update(
+        state: TrainState, batch: TrainBatch, plan: Plan, behavior_params: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        weights = weigh(batch.mask[plan.rows], group=None if batch.group is None else batch.group[plan.rows])
 
         def gradient(number):
             packed = packing.pack(batch, weights, packing.piece(plan, number))
             packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
-            return jax.grad(objective, has_aux=True)(state.params, packed)
+            behavior = None if oracle is None else oracle(behavior_params, packed)
+            return jax.grad(objective, has_aux=True)(state.params, packed, behavior)
 
         if plan.sample.shape[0] == 1:
             grads, measured = gradient(0)
@@ -233,8 +300,8 @@ def init_state(
     return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def jit_update(update: Update, shardings: TrainState, mesh: Mesh) -> Update:
-    """The update compiled for the mesh, with its state donated."""
+def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, oracle: bool = False) -> Update:
+    """The update compiled for the mesh, with its state donated; with an oracle, for its fourth argument too."""
     everywhere = NamedSharding(mesh, P())
-    places = (shardings, rows(mesh), everywhere)
+    places = (shardings, rows(mesh), everywhere, *([shardings.params] if oracle else []))
     return jax.jit(update, in_shardings=places, out_shardings=(shardings, everywhere), donate_argnums=0)

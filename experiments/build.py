@@ -14,24 +14,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dppo_jax import packing
+from dppo_jax import packing, precision
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate, evaluate
-from dppo_jax.losses import bind, required_fields
+from dppo_jax.losses import ESTIMATORS, bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS, Choice, choose
 from dppo_jax.models.decoder import REMAT, Params, abstract_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Layout
 from dppo_jax.rewards.scorer import Scorer
+from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.rollout import make_rollout
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import batch_shards, check_divisible, make_mesh, rows
 from dppo_jax.token_head import piece_count
-from dppo_jax.train_step import Score, Update, make_score, make_update
+from dppo_jax.train_step import Oracle, Score, Update, make_oracle, make_score, make_update
 from dppo_jax.weights import WEIGHTS
 
 # Purposes of randomness, folded into the seed's key beside the step.
@@ -49,6 +50,10 @@ LEAST = {
     "rollout.group_size": 1,
     "rollout.max_new_tokens": 1,
     "rollout.slots": 0,
+    "rollout.lag": 0,
+    "rollout.resample": 0,
+    "reward.overlong_buffer": 0,
+    "reference.coef": 0,
     "train.minibatches": 1,
     "train.epochs": 1,
     "train.micro_rows": 1,
@@ -66,6 +71,7 @@ LEAST = {
     "log.histograms": 0,
     "log.samples": 0,
     "log.transcripts": 0,
+    "log.tokens": 0,
 }
 
 
@@ -77,8 +83,10 @@ def check(config: ConfigDict) -> None:
             f"rollout.top_p = {c.rollout.top_p}: nucleus sampling changes the behavior policy, so training "
             "refuses it; set rollout.top_p=1.0 (evaluation has eval.top_p)"
         )
-    if not 0 < c.rollout.temperature < float("inf"):
-        raise UserError(f"rollout.temperature = {c.rollout.temperature}: training samples, so it must be above 0")
+    for key in ("rollout.temperature", "policy.temperature"):
+        temperature = value(config, key)
+        if temperature is not None and not 0 < temperature < float("inf"):
+            raise UserError(f"{key} = {temperature}: training samples, so it must be above 0")
     for key, least in LEAST.items():
         if not value(config, key) >= least:
             raise UserError(f"{key} must be at least {least}, not {value(config, key)}")
@@ -103,14 +111,22 @@ def check(config: ConfigDict) -> None:
     if c.train.staleness > 1:
         raise UserError(f"train.staleness = {c.train.staleness}: a rollout may be 1 step old, or 0")
     schedule(config)
-    needed = required_fields(loss(config))
+    lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
+    precision.weights(c.rollout.weights)
+    precision.activations(c.rollout.activations)
+    needed = needed_fields(config)
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(
             f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
             "has; set train.staleness=0"
         )
-    if "exact" in needed:
-        raise UserError(f"loss {c.loss.name!r} needs exact divergences, which the training step does not compute")
+    if c.train.staleness and "exact" in needed:
+        raise UserError(
+            "exact divergences need the rollout's parameters, which train.staleness = 1 no longer has; set "
+            "train.staleness=0"
+        )
+    if c.train.staleness and c.rollout.lag:
+        raise UserError("train.staleness and rollout.lag both age the behavior parameters: set one of them to 0")
     if "topk" in needed and c.rollout.tracked < 1:
         raise UserError(f"loss {c.loss.name!r} needs tracked tokens: set rollout.tracked to at least 1")
     batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
@@ -197,18 +213,39 @@ def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | No
     )
 
 
-def loss(config: ConfigDict):
-    """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>."""
-    name = config.loss.name
-    defaults = dict(config.loss_defaults[name]) if name in config.loss_defaults else {}
+def loss(config: ConfigDict) -> functools.partial:
+    """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>; with the reference's
+    penalty, where there is one."""
     given = {key: value for key, value in config.loss.items() if key != "name" and value is not None}
-    return bind(name, {**defaults, **given})
+    bound = bind(config.loss.name, {**_defaults(config, config.loss.name), **given})
+    if not config.reference.coef:
+        return bound
+    return with_reference_kl(bound, coef=config.reference.coef, estimator=config.reference.estimator)
+
+
+def _defaults(config: ConfigDict, name: str) -> dict[str, float]:
+    return dict(config.loss_defaults[name]) if name in config.loss_defaults else {}
+
+
+def regions(config: ConfigDict) -> dict[str, functools.partial]:
+    """The losses of log.regions, each with its loss_defaults."""
+    return {name: bind(name, _defaults(config, name)) for name in config.log.regions}
+
+
+def needed_fields(config: ConfigDict) -> frozenset[str]:
+    """The optional fields of LossInputs that the loss and the measured regions ask for."""
+    return required_fields(loss(config)).union(*(required_fields(region) for region in regions(config).values()))
 
 
 def advantages(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """(rewards [B], group [B]) -> advantages [B]."""
     function = lookup(ADVANTAGES, config.advantage.name, "advantage.name")
     return functools.partial(function, num_groups=config.rollout.prompts)
+
+
+def shaping(config: ConfigDict, lengths: np.ndarray) -> np.ndarray:
+    """What is added to the verifier's rewards, f32[B], for responses of these lengths."""
+    return overlong_penalty(lengths, limit=config.rollout.max_new_tokens, buffer=config.reward.overlong_buffer)
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -234,7 +271,8 @@ def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | No
         pieces = piece_count(shape.rows * shape.responses // shards, model.vocab_size, memory_bytes(mesh))
     return make_score(
         model,
-        temperature=config.rollout.temperature,
+        temperature=config.policy.temperature or config.rollout.temperature,
+        behavior_temperature=config.rollout.temperature,
         dtype=DTYPES[config.policy.dtype],
         remat=config.policy.remat,
         pieces=pieces,
@@ -251,14 +289,33 @@ def memory_bytes(mesh: Mesh | None) -> int | None:
 
 def update(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Update:
     """One optimizer step on a minibatch."""
-    weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
-    return make_update(score(config, model, shape, mesh), loss(config), weigh, optimizer(config))
+    return make_update(
+        score(config, model, shape, mesh),
+        loss(config),
+        functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant),
+        optimizer(config),
+        oracle=oracle(config, model, shape, mesh) if "exact" in needed_fields(config) else None,
+        regions=regions(config),
+        count_tokens=model.vocab_size if config.log.tokens else 0,
+    )
+
+
+def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Oracle:
+    """The rollout's own arithmetic, teacher-forced."""
+    c = config.rollout
+    return make_oracle(
+        model,
+        dtype=DTYPES[c.dtype],
+        attention=attention(config, model, mesh, dtype=c.dtype, length=shape.length).name,
+        weights=precision.weights(c.weights),
+        activations=precision.activations(c.activations),
+    )
 
 
 def rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None) -> Generate:
     """The behavior policy, for training."""
     c = config
-    tracked = c.rollout.tracked if "topk" in required_fields(loss(c)) else 0
+    tracked = c.rollout.tracked if "topk" in needed_fields(c) else 0
     if tracked > model.vocab_size:
         raise UserError(f"rollout.tracked = {tracked} is more than the model's vocabulary of {model.vocab_size}")
     return make_rollout(
@@ -266,6 +323,8 @@ def rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | Non
         group_size=c.rollout.group_size,
         temperature=c.rollout.temperature,
         tracked=tracked,
+        weights=precision.weights(c.rollout.weights),
+        activations=precision.activations(c.rollout.activations),
         **_rollout_settings(config, model, text, mesh, c.rollout.prompts * c.rollout.group_size, [c.data]),
     )
 

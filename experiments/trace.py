@@ -15,7 +15,7 @@ from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config
-from dppo_jax.train_step import assemble, init_state, make_proximal
+from dppo_jax.train_step import assemble, init_state, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments import build
 
@@ -52,10 +52,14 @@ def trace(config: ConfigDict) -> str:
     prompt, response = (np.full(len(rollout.truncated), size) for size in (length, config.rollout.max_new_tokens))
     index = next(build.minibatches(config, 0))
     plan = packing.plan(index, prompt, response, layout)
-    if "proximal_logp" in build.required_fields(build.loss(config)):
-        batch = jax.eval_shape(make_proximal(build.score(config, model, layout)), params, batch, plan)
+    needed = build.needed_fields(config)
+    for policy in ("proximal", "reference"):
+        if f"{policy}_logp" in needed:
+            batch = jax.eval_shape(make_recompute(build.score(config, model, layout), policy), params, batch, plan)
     state = jax.eval_shape(lambda p: init_state(p, build.optimizer(config)), params)
-    after, metrics = jax.eval_shape(build.update(config, model, layout), state, batch, plan)
+    after, metrics = jax.eval_shape(
+        build.update(config, model, layout), state, batch, plan, *([params] if "exact" in needed else [])
+    )
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     lines = [

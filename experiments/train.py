@@ -13,7 +13,9 @@ import contextlib
 import functools
 import math
 import time
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +27,13 @@ from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, run_main
-from dppo_jax.losses import required_fields
 from dppo_jax.models import save_hf
-from dppo_jax.models.decoder import abstract_params
+from dppo_jax.models.decoder import Params, abstract_params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import from_first_host, rows, to_host
-from dppo_jax.train_step import assemble, init_state, jit_update, make_proximal, state_shardings
+from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, make_recompute, state_shardings
 from dppo_jax.types import RolloutBatch
 from experiments import build, cli
 from experiments.compilations import Compilations, keep_compiled
@@ -65,14 +66,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # What runs on the devices, each compiled once.
         layout = build.layout(config, mesh, stream.mean_prompt_length)
         generate = build.on_mesh(build.rollout(config, model, text, mesh), mesh)
-        proximal = jax.jit(make_proximal(build.score(config, model, layout, mesh)), out_shardings=rows(mesh))
-        update = jit_update(build.update(config, model, layout, mesh), shardings, mesh)
+        score, needed = build.score(config, model, layout, mesh), build.needed_fields(config)
+        recompute = {
+            policy: jax.jit(make_recompute(score, policy), out_shardings=rows(mesh))
+            for policy in ("proximal", "reference")
+            if f"{policy}_logp" in needed
+        }
+        oracle = "exact" in needed
+        update = jit_update(build.update(config, model, layout, mesh), shardings, mesh, oracle=oracle)
         advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
         assembled = jax.jit(assemble, out_shardings=rows(mesh))
-        needs_proximal = "proximal_logp" in required_fields(build.loss(config))
+        copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings.params)
+        past: deque[Params] = deque(maxlen=config.rollout.lag + 1)  # after each of the last updates, oldest first
 
         def draw(step: int) -> RolloutBatch:
-            return generate(state.params, stream.batch(step)[0], step_key(config.seed, step, build.ROLLOUT))
+            params = past[0] if past else state.params
+            return generate(params, stream.batch(step)[0], step_key(config.seed, step, build.ROLLOUT))
 
         # A fresh state, or the last checkpoint's.
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
@@ -85,12 +94,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
             changes = write_config(workdir, config.to_dict(), resuming=True)
             changes.insert(0, f"going on from the checkpoint at step {start}")
             fresh = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(model))
-            state = abstract_state(fresh, shardings)
+            wanted = abstract_state(fresh, shardings)
+            extras: dict[str, Any] = {}
             if checkpoints.holds(start, "ahead"):
                 key = step_key(config.seed, start, build.ROLLOUT)
-                shapes = jax.eval_shape(generate, state.params, stream.batch(start)[0], key)
-                state = state.with_ahead(abstract_state(shapes, jax.tree.map(lambda _: rows(mesh), shapes)))
-            state, ahead = checkpoints.restore(start, state).without_ahead()
+                shapes = jax.eval_shape(generate, wanted.params, stream.batch(start)[0], key)
+                extras["ahead"] = abstract_state(shapes, jax.tree.map(lambda _: rows(mesh), shapes))
+            if config.rollout.lag:
+                done = start * config.train.epochs * config.train.minibatches
+                extras["past"] = [wanted.params] * min(done + 1, config.rollout.lag + 1)
+            found = checkpoints.restore(start, wanted.saved(**extras))
+            state = TrainState(found["params"], found["opt_state"], found["updates"])
+            ahead = found.get("ahead")
+            past.extend(found.get("past", []))
+        if config.rollout.lag and not past:
+            past.append(copy(state.params))
+        reference = None
+        if "reference" in recompute:
+            reference = jax.device_put(load_params(directory)[1], shardings.params)
         # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
         outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
         if start >= config.steps and not outstanding:
@@ -129,6 +150,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             began = time.perf_counter()
             prompts, examples = stream.batch(step)
             rollout, ahead = draw(step) if ahead is None else ahead, None
+            behavior = past[0] if past else copy(state.params) if oracle else state.params
             report.flush()
             tokens, mask, truncated = to_host((rollout.tokens, rollout.response_mask, rollout.truncated))
             rolled = time.perf_counter()
@@ -143,23 +165,30 @@ def train(config: ConfigDict, workdir: Path) -> None:
             place = functools.partial(
                 packing.plan,
                 prompt_lengths=np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size),
-                response_lengths=mask.sum(axis=1),
                 shape=layout,
                 packed=config.train.pack,
             )
-            if needs_proximal:
-                batch = proximal(state.params, batch, place(np.arange(len(tokens))))
-            plans = [place(index) for index in build.minibatches(config, step)]
+            for policy, fill_in in recompute.items():
+                params = behavior if policy == "proximal" else reference
+                batch = fill_in(params, batch, place(np.arange(len(tokens)), response_lengths=mask.sum(axis=1)))
             rewards, verifier = pending.result()
             rewards = from_first_host(rewards)
+            shaped = rewards + build.shaping(config, mask.sum(axis=1))
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
-            batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
+            batch = batch.replace(advantages=advantages(jnp.asarray(shaped), rollout.group))
+            lengths = mask.sum(axis=1)
+            if config.advantage.drop_equal:
+                unequal = metrics_lib.unequal_groups(shaped, config.rollout.group_size)
+                batch, lengths = batch.replace(mask=batch.mask & unequal[:, None]), np.where(unequal, lengths, 0)
+            plans = [place(index, response_lengths=lengths) for index in build.minibatches(config, step)]
             measured = []
             for plan in plans:
-                state, metrics = update(state, batch, plan)
+                state, metrics = update(state, batch, plan, *([behavior] if oracle else []))
                 measured.append(metrics)
+                if past:
+                    past.append(copy(state.params))
             measured = jax.device_get(measured)
             trained = time.perf_counter()
 
@@ -190,7 +219,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             done = step + 1
             if done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 report.flush()
-                checkpoints.save(done, state if ahead is None else state.with_ahead(ahead))
+                checkpoints.save(done, state.saved(ahead=ahead, past=list(past) if past else None))
 
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)

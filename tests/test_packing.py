@@ -17,7 +17,7 @@ from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
 from dppo_jax.packing import Layout
-from dppo_jax.train_step import init_state, make_proximal, make_score, make_update
+from dppo_jax.train_step import init_state, make_recompute, make_score, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.benchmark.workloads import WORKLOADS, lengths
@@ -298,7 +298,7 @@ def test_packed_scores_are_those_of_each_sample_alone(packed):
         assert np.isnan(got[~given.mask]).all()
 
 
-PROXIMAL = jax.jit(make_proximal(SCORE), compiler_options=COMPILER_OPTIONS)
+PROXIMAL = jax.jit(make_recompute(SCORE, "proximal"), compiler_options=COMPILER_OPTIONS)
 
 
 @pytest.mark.parametrize("packed", [PACKED, SEPARATE])

@@ -90,7 +90,7 @@ def hyperparameters(loss: Loss) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
 
 
-def bind(name: str, given: Mapping[str, float]) -> BoundLoss:
+def bind(name: str, given: Mapping[str, float]) -> functools.partial:
     """The loss called `name` with its hyperparameters fixed. UserError for an unknown name, and for a hyperparameter
     that is unknown or missing."""
     loss = lookup(LOSSES, name, "loss")

@@ -1,5 +1,9 @@
 """A penalty on the divergence from a fixed reference policy, as the additive term e_t of any loss's coefficient."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -17,19 +21,18 @@ ESTIMATORS = {
 }
 
 
-def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> BoundLoss:
+def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> functools.partial:
     """The loss with e_t = coef * -d(estimate)/d(log pi) added, masked tokens included (GRPO, 2402.03300, equation 3).
 
     Needs LossInputs.reference_logp. UserError for an unknown estimator.
     """
-    slope = lookup(ESTIMATORS, estimator, "estimator")
+    return functools.partial(_penalised, loss=loss, coef=coef, slope=lookup(ESTIMATORS, estimator, "estimator"))
 
-    def penalised(inputs: LossInputs) -> LossOutput:
-        require(inputs, "reference_logp")
-        plain, clean = loss(inputs), safe(inputs)
-        logs: Array = log_ratio(clean.logp, require(clean, "reference_logp"))
-        extra = jnp.where(inputs.mask, coef * slope(logs), 0.0)
-        metrics = plain.metrics | {"reference_kl": (bounded_exp(-logs) - 1 + logs, inputs.mask)}
-        return plain.replace(coef=jax.lax.stop_gradient(plain.coef + extra), metrics=metrics)
 
-    return penalised
+def _penalised(inputs: LossInputs, *, loss: BoundLoss, coef: float, slope: Callable[[Array], Array]) -> LossOutput:
+    require(inputs, "reference_logp")
+    plain, clean = loss(inputs), safe(inputs)
+    logs = log_ratio(clean.logp, require(clean, "reference_logp"))
+    extra = jnp.where(inputs.mask, coef * slope(logs), 0.0)
+    metrics = plain.metrics | {"reference_kl": (bounded_exp(-logs) - 1 + logs, inputs.mask)}
+    return dataclasses.replace(plain, coef=jax.lax.stop_gradient(plain.coef + extra), metrics=metrics)

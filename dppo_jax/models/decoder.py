@@ -22,6 +22,7 @@ from dppo_jax.sharding import constrain
 Params = dict[str, Any]
 # attend(q, k, v, cache of this layer) -> (mixed values, cache of this layer)
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+Rounding = Callable[[Array], Array]
 
 # What the backward pass keeps: everything, the matrix products, or each layer's input alone.
 REMAT = {
@@ -90,10 +91,12 @@ class Layer(nnx.Module):
         self.up = _normal(rngs, (d, c.intermediate_size), "embed", "mlp")
         self.down = _normal(rngs, (c.intermediate_size, d), "mlp", "embed")
 
-    def __call__(self, x: Float[Array, "B T E"], cos: Array, sin: Array, attend: Attend, cache: Any):
-        c = self.config
+    def __call__(
+        self, x: Float[Array, "B T E"], cos: Array, sin: Array, attend: Attend, cache: Any, narrow: Rounding | None
+    ):
+        c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
-        h = rms_norm(x, self.attn_norm[...], c.rms_norm_eps)
+        h = narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps))
         q, k, v = linear(h, self.q[...]), linear(h, self.k[...]), linear(h, self.v[...])
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
@@ -103,10 +106,11 @@ class Layer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        mixed = linear(mixed.reshape(batch, length, -1), self.o[...])
+        mixed = linear(narrow(mixed.reshape(batch, length, -1)), self.o[...])
         x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
-        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        x = x + linear(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]), self.down[...])
+        h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
+        h = narrow(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]))
+        x = x + linear(h, self.down[...])
         return constrain(x, "batch", "length", "residual"), cache
 
 
@@ -132,15 +136,19 @@ class Decoder(nnx.Module):
         attend: Attend,
         cache: Any,
         remat: str = "none",
+        narrow: Rounding | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """Hidden states after the final norm, and the layers' caches."""
+        """Hidden states after the final norm, and the layers' caches.
+
+        `narrow` rounds the input of every linear layer, the head's included.
+        """
         table = constrain(self.embed[...], "vocab", None)
         x = constrain(table[tokens], "batch", "length", "residual")
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
             def block(layer, x, cache):
-                return layer(x, cos, sin, attend, cache)
+                return layer(x, cos, sin, attend, cache, narrow)
 
             if remat != "none":
                 block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
@@ -148,9 +156,10 @@ class Decoder(nnx.Module):
         else:
             caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x, layer_cache = layer(x, cos, sin, attend, layer_cache)
+                x, layer_cache = layer(x, cos, sin, attend, layer_cache, narrow)
                 caches.append(layer_cache)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), caches
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        return x if narrow is None else narrow(x), caches
 
 
 @functools.cache
@@ -214,6 +223,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attention: str = "xla",
+    narrow: Rounding | None = None,
 ) -> Float[Array, "B T E"]:
     """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
 
@@ -225,5 +235,5 @@ def forward(
     def attend(q, k, v, cache):
         return self_attention(q, k, v, segments, implementation=attention), cache
 
-    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat)
+    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow)
     return hidden

@@ -1,0 +1,32 @@
+"""A trust region under batch reuse: a 2-layer model, chains mod 13, sixteen updates on every rollout batch.
+
+    python -m experiments.train --config configs/reuse.py --workdir runs/reuse
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.steps = 100
+    c.policy.path = "assets/reuse"
+    c.data.kind = "jsonl"
+    c.data.path = "assets/reuse/train.jsonl"
+    c.data.size = 2048
+    c.data.verifier = "last_number"
+    c.data.max_prompt_len = 11
+    c.rollout.prompts = 16
+    c.rollout.group_size = 8
+    c.rollout.max_new_tokens = 12
+    c.train.epochs = 4  # 16 updates a step: the last act on data of a policy 15 updates old
+    c.train.minibatches = 4
+    c.train.micro_rows = 32  # a whole minibatch at a time
+    c.optimizer.learning_rate = 3e-4
+    c.eval.sets.held_out = base.data_section(
+        **{**c.data.to_dict(), "path": "assets/reuse/held_out.jsonl", "size": 512}
+    )
+    c.eval.every = 50
+    c.eval.prompts = 512
+    c.eval.temperature = 1.0
+    c.eval.top_p = 1.0
+    return c
