@@ -23,10 +23,16 @@ class Metrics:
     sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
     maxima: dict[str, Array]
     histograms: dict[str, Array]  # name -> counts: between its edges, of pairs, of tokens
+    minima: dict[str, Array] = struct.field(default_factory=dict)
 
     def __or__(self, other: "Metrics") -> "Metrics":
         """Both, of the same tokens under different names."""
-        return Metrics(self.sums | other.sums, self.maxima | other.maxima, self.histograms | other.histograms)
+        return Metrics(
+            sums=self.sums | other.sums,
+            maxima=self.maxima | other.maxima,
+            histograms=self.histograms | other.histograms,
+            minima=self.minima | other.minima,
+        )
 
 
 def mean(value: Array, where: Array) -> tuple[Array, Array]:
@@ -41,6 +47,7 @@ def merge(first: Metrics, *others: Metrics) -> Metrics:
             sums={name: (s + other.sums[name][0], n + other.sums[name][1]) for name, (s, n) in first.sums.items()},
             maxima={name: jnp.maximum(value, other.maxima[name]) for name, value in first.maxima.items()},
             histograms={name: counts + other.histograms[name] for name, counts in first.histograms.items()},
+            minima={name: jnp.minimum(value, other.minima[name]) for name, value in first.minima.items()},
         )
     return first
 
@@ -57,7 +64,7 @@ def trust_region_metrics(
     """Everything logged of one micro-batch of tokens; names are TensorBoard tags.
 
     Fractions of `trust_region/*` are of the tokens with A != 0. `loss/surrogate` counts minibatches: its count is
-    added by whoever knows where one ends.
+    added by whoever knows where one ends. `policy/prob_diff_max` and `_min` are those of pi - mu and 0.
     """
     mask = inputs.mask
     advantage = jnp.where(mask, inputs.advantages, 0.0)
@@ -86,12 +93,14 @@ def trust_region_metrics(
         sums=sums,
         maxima={
             "policy/abs_prob_diff_max": jnp.max(jnp.abs(jnp.where(mask, diff, 0.0))),
+            "policy/prob_diff_max": jnp.max(jnp.where(mask, diff, 0.0), initial=0.0),
             "ratio/max": jnp.max(jnp.where(mask, ratio, 0.0)),
         },
         histograms={
             "ratio": _histogram(ratio, mask, RATIO_EDGES),
             "prob_diff": _histogram(diff, mask, PROB_DIFF_EDGES),
         },
+        minima={"policy/prob_diff_min": jnp.min(jnp.where(mask, diff, 0.0), initial=0.0)},
     )
 
 
@@ -145,7 +154,7 @@ def summary(metrics: Metrics) -> dict[str, float]:
     if "ratio/square" in means:
         square = means.pop("ratio/square")
         means["ratio/ess"] = means["ratio/mean"] ** 2 / square if square else 0.0
-    return means | {name: float(value) for name, value in metrics.maxima.items()}
+    return means | {name: float(value) for name, value in (metrics.maxima | metrics.minima).items()}
 
 
 def mismatch(first: Metrics) -> dict[str, float]:

@@ -73,6 +73,8 @@ def expected(t):
         "policy/entropy": np.mean(t["entropy"]),
         "policy/abs_prob_diff_mean": np.mean(np.abs(diff)),
         "policy/abs_prob_diff_max": np.max(np.abs(diff)),
+        "policy/prob_diff_max": np.max(diff),
+        "policy/prob_diff_min": np.min(diff),
         "ratio/mean": np.mean(ratio),
         "ratio/max": np.max(ratio),
         "ratio/ess": np.sum(ratio) ** 2 / (ratio.size * np.sum(ratio**2)),
@@ -122,6 +124,7 @@ def test_pieces_merge_to_the_whole(arrays, measured):
     for name, (total, count) in measured.sums.items():
         np.testing.assert_allclose(parts.sums[name], (total, count), rtol=1e-5, err_msg=name)
     jax.tree.map(np.testing.assert_array_equal, parts.maxima, measured.maxima)
+    jax.tree.map(np.testing.assert_array_equal, parts.minima, measured.minima)
     jax.tree.map(np.testing.assert_array_equal, parts.histograms, measured.histograms)
 
 
@@ -132,6 +135,11 @@ def test_a_metric_over_no_token_is_0(arrays):
     assert none["ratio/mean"] > 0
     empty = summary(measure(arrays | {"mask": np.zeros_like(arrays["mask"])}))
     assert len(empty) == len(none) and all(value == 0 for value in empty.values())  # no NaN
+
+
+def test_the_extremes_of_pi_minus_mu_lie_on_either_side_of_0(arrays):
+    fell = measure(arrays | {"logp": arrays["behavior_logp"] - 1.0})
+    assert float(fell.maxima["policy/prob_diff_max"]) == 0.0 > float(fell.minima["policy/prob_diff_min"])
 
 
 def test_a_bad_update_begins_at_one_half():
