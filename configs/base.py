@@ -69,13 +69,24 @@ def get_config() -> ConfigDict:
     c.reward.overlong_buffer = 0  # tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO, eq. 13)
 
     c.advantage = ConfigDict()
-    c.advantage.name = "group_mean"  # a key of ADVANTAGES; §5: no standard deviation
+    c.advantage.name = "group_mean"  # a key of ADVANTAGES, or gae; §5: no standard deviation
+
+    c.critic = ConfigDict()  # used where advantage.name is gae: PPO with a critic
+    c.critic.learning_rate = 1e-5
+    c.critic.discount = 1.0
+    c.critic.lam = 0.95  # lambda of generalised advantage estimation (PPO, 1707.06347, section 5)
+    c.critic.value_clip = 0.2  # the value's change that its loss sees; inf: all of it
+    c.critic.whiten = True  # advantages of a batch have mean 0 and deviation 1
 
     c.advantage.drop_equal = False  # groups of equal rewards take no part in the update (ScaleRL, DAPO)
 
     c.reference = ConfigDict()  # a penalty on the divergence from the policy that the run began with (GRPO)
     c.reference.coef = 0.0  # beta; 0: none, and no pass of it
     c.reference.estimator = "k3"  # k1 | k2 | k3
+
+    c.alp = ConfigDict()  # adaptive layerwise perturbation (2603.19470): noise on every layer's input, in training
+    c.alp.sigma = 0.0  # its deviation at first, learned per layer; 0: none
+    c.alp.learning_rate = 1e-3  # of log sigma, on optimizer.schedule
 
     c.loss = ConfigDict()
     c.loss.name = "dppo_binary_tv"  # a key of LOSSES

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from dppo_jax.types import PackedBatch, TrainBatch
 
@@ -165,6 +165,12 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         topk_proximal_logp=take(batch.topk_proximal_logp),
         reference_logp=take(batch.reference_logp),
     )
+
+
+def take(batch: TrainBatch, plan: Plan, values: Shaped[Array, "B R"]) -> Shaped[Array, "M Q"]:
+    """Other values of the response tokens, as `pack` places them; 0 where there is none."""
+    row, column, mask = _sources(batch, plan)
+    return jnp.where(mask, values[row, column], 0)
 
 
 def unpack(batch: TrainBatch, plan: Plan, values: Array, into: Array) -> Array:

@@ -1,7 +1,7 @@
 """What a run leaves behind for its reader: TensorBoard events, config.json, a progress line, a closing table.
 
 Events go into DIR/tb: `tensorboard --logdir DIR` shows the run "tb", `tensorboard --logdir PARENT` shows "DIR/tb" for
-each folder, and every run is one row of the HParams tab. (TensorBoard finds no metrics for the row of a run named ".",
+each folder, and every run is one row of the HParams tab. The Custom Scalars tab groups the panels of the figures. (TensorBoard finds no metrics for the row of a run named ".",
 as it would be with events in DIR itself.)
 
 Steps count from 0: step s is written when s + 1 training steps are done, and a run that resumes with s of them done
@@ -31,6 +31,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from dppo_jax import panels
 from dppo_jax.errors import UserError
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
@@ -99,6 +100,8 @@ class RunLog:
         # losses have other hyperparameters. Without one it takes the union over the runs, and every scalar as a metric.
         _, session_start, self._session_end = summary.hparams(_sortable(hparams), {})
         self._add(resume_step, session_start)
+        if resume_step == 0:
+            self._add(0, summary.custom_scalars(panels.layout()))
         if sys.stderr.isatty():
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(

@@ -12,15 +12,15 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Key
 
 from dppo_jax import metrics as metrics_lib
-from dppo_jax import packing
+from dppo_jax import packing, sampling
 from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.losses.core import BoundLoss, policy_objective
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, forward, head_weight, param_axes
+from dppo_jax.models.decoder import Params, forward, head_weight
 from dppo_jax.packing import Plan
 from dppo_jax.sharding import constrain, named, rows
 from dppo_jax.token_head import exact_divergence, token_head
@@ -57,12 +57,14 @@ class Behavior:
     weight: Float[Array, "V E"]
 
 
-Score = Callable[..., HeadOutput]  # (params, packed, behavior=None)
+NOISE = 2  # a purpose of randomness, beside those of the entry points
+
+Score = Callable[..., HeadOutput]  # (params, packed, behavior=None, noise_key=None)
 Oracle = Callable[[Params, PackedBatch], Behavior]
 Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and the behavior parameters with an oracle
 
 
-def _before(hidden: Array, packed: PackedBatch) -> Float[Array, "M Q E"]:
+def before(hidden: Array, packed: PackedBatch) -> Float[Array, "M Q E"]:
     """The hidden states that predict the response tokens."""
     return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
 
@@ -92,7 +94,7 @@ def make_oracle(
             attention=attention,
             narrow=activations,
         )
-        return jax.lax.stop_gradient(Behavior(_before(hidden, packed), head_weight(params).astype(dtype)))
+        return jax.lax.stop_gradient(Behavior(before(hidden, packed), head_weight(params).astype(dtype)))
 
     return oracle
 
@@ -110,10 +112,16 @@ def make_score(
     """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
-    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another.
+    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. Given a
+    `noise_key`, the policy is perturbed (ALP, 2603.19470).
     """
 
-    def score(params: Params, packed: PackedBatch, behavior: Behavior | None = None) -> HeadOutput:
+    def score(
+        params: Params,
+        packed: PackedBatch,
+        behavior: Behavior | None = None,
+        noise_key: Key[Array, ""] | None = None,
+    ) -> HeadOutput:
         hidden = forward(
             config,
             params,
@@ -123,10 +131,11 @@ def make_score(
             dtype=dtype,
             remat=remat,
             attention=attention,
+            noise_key=noise_key,
         )
-        before = _before(hidden, packed)
+        states = before(hidden, packed)
         head = token_head(
-            before,
+            states,
             head_weight(params),
             packed.targets,
             temperature=temperature,
@@ -137,7 +146,7 @@ def make_score(
         if behavior is None:
             return head
         exact = exact_divergence(
-            before,
+            states,
             head_weight(params),
             behavior.hidden,
             behavior.weight,
@@ -223,17 +232,22 @@ def make_update(
     oracle: Oracle | None = None,
     regions: Mapping[str, functools.partial] = MappingProxyType({}),
     count_tokens: int = 0,
+    noise_seed: int | None = None,
 ) -> Update:
     """A pure function (state, batch, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
     Aggregation weights are those of the whole minibatch; the gradients of its pieces are added. How it is cut and
     packed changes memory and time, and nothing else. With an `oracle` it takes a fourth argument, the behavior
     parameters, and losses see exact divergences. `regions` are losses whose masks are measured beside the one that
-    trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted.
+    trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a `noise_seed` the
+    policy is perturbed, by noise that depends on it, on the number of the update and on that of the piece.
     """
 
-    def objective(params: Params, packed: PackedBatch, behavior: Behavior | None) -> tuple[Array, Metrics]:
-        head = score(params, packed) if behavior is None else score(params, packed, behavior)
+    def objective(
+        params: Params, packed: PackedBatch, behavior: Behavior | None, noise_key: Array | None
+    ) -> tuple[Array, Metrics]:
+        extras = {"behavior": behavior, "noise_key": noise_key}
+        head = score(params, packed, **{name: value for name, value in extras.items() if value is not None})
         inputs = loss_inputs(packed, head)
         output = loss(inputs)
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
@@ -252,18 +266,12 @@ def make_update(
             packed = packing.pack(batch, weights, packing.piece(plan, number))
             packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
             behavior = None if oracle is None else oracle(behavior_params, packed)
-            return jax.grad(objective, has_aux=True)(state.params, packed, behavior)
+            noise_key = None
+            if noise_seed is not None:
+                noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
+            return jax.grad(objective, has_aux=True)(state.params, packed, behavior, noise_key)
 
-        if plan.sample.shape[0] == 1:
-            grads, measured = gradient(0)
-        else:
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
-
-            def accumulate(number, total):
-                grads, measured = gradient(number)
-                return jax.tree.map(jnp.add, total[0], grads), metrics_lib.merge(total[1], measured)
-
-            grads, measured = jax.lax.fori_loop(0, plan.count, accumulate, zeros)
+        grads, measured = sum_of_pieces(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         one = jnp.float32(1.0)
         sums = measured.sums | {
@@ -276,9 +284,25 @@ def make_update(
     return update
 
 
-def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh):
-    """Where a TrainState lives: optimizer moments beside their parameters, counters everywhere."""
-    params = named(mesh, param_axes(config))
+def sum_of_pieces(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
+    """Gradients and metrics of every piece of a plan, added up."""
+    if plan.sample.shape[0] == 1:
+        return gradient(0)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
+
+    def accumulate(number, total):
+        grads, measured = gradient(number)
+        return jax.tree.map(jnp.add, total[0], grads), metrics_lib.merge(total[1], measured)
+
+    return jax.lax.fori_loop(0, plan.count, accumulate, zeros)
+
+
+def state_shardings(axes: Params, optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh):
+    """Where a TrainState lives: optimizer moments beside their parameters, counters everywhere.
+
+    `axes` are the logical axis names of the `abstract` parameters.
+    """
+    params = named(mesh, axes)
     everywhere = NamedSharding(mesh, P())
     opt_state = optax.tree_map_params(
         optimizer,

@@ -23,7 +23,7 @@ from dppo_jax.evaluate import Generate, evaluate
 from dppo_jax.losses import ESTIMATORS, bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS, Choice, choose
-from dppo_jax.models.decoder import REMAT, Params, abstract_params, param_axes
+from dppo_jax.models.decoder import LOG_SIGMA, REMAT, Params, abstract_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Layout
 from dppo_jax.rewards.scorer import Scorer
@@ -54,6 +54,10 @@ LEAST = {
     "rollout.resample": 0,
     "reward.overlong_buffer": 0,
     "reference.coef": 0,
+    "alp.sigma": 0,
+    "alp.learning_rate": 0,
+    "critic.learning_rate": 0,
+    "critic.value_clip": 0,
     "train.minibatches": 1,
     "train.epochs": 1,
     "train.micro_rows": 1,
@@ -129,8 +133,17 @@ def check(config: ConfigDict) -> None:
         raise UserError("train.staleness and rollout.lag both age the behavior parameters: set one of them to 0")
     if "topk" in needed and c.rollout.tracked < 1:
         raise UserError(f"loss {c.loss.name!r} needs tracked tokens: set rollout.tracked to at least 1")
-    batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
-    jax.eval_shape(advantages(config), batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
+    group = advantages(config)
+    if group is not None:
+        batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
+        jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
+    if c.alp.sigma and not c.optimizer.learning_rate:
+        raise UserError("alp.sigma needs an optimizer.learning_rate above 0: alp.learning_rate follows its schedule")
+    if c.alp.sigma and c.loss.name in CORRECTED:
+        raise UserError(
+            f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
+            "perturbation: set alp.sigma=0, or loss.name=ppo_clip"
+        )
 
 
 def value(config: ConfigDict, key: str) -> Any:
@@ -237,10 +250,14 @@ def needed_fields(config: ConfigDict) -> frozenset[str]:
     return required_fields(loss(config)).union(*(required_fields(region) for region in regions(config).values()))
 
 
-def advantages(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(rewards [B], group [B]) -> advantages [B]."""
-    function = lookup(ADVANTAGES, config.advantage.name, "advantage.name")
-    return functools.partial(function, num_groups=config.rollout.prompts)
+# Losses that multiply by a function of pi'/mu.
+CORRECTED = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
+
+
+def advantages(config: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """(rewards [B], group [B]) -> advantages [B]; None where a critic gives them."""
+    function = lookup({**ADVANTAGES, "gae": None}, config.advantage.name, "advantage.name")
+    return None if function is None else functools.partial(function, num_groups=config.rollout.prompts)
 
 
 def shaping(config: ConfigDict, lengths: np.ndarray) -> np.ndarray:
@@ -258,9 +275,37 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW around `schedule`."""
     o = config.optimizer
-    return make_optimizer(
+    adamw = make_optimizer(
         schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
     )
+    if not config.alp.sigma:
+        return adamw
+
+    gain = config.alp.learning_rate / o.learning_rate
+
+    def own_rate(updates: Params, _: Any) -> Params:
+        return {key: value * gain if key == LOG_SIGMA else value for key, value in updates.items()}
+
+    return optax.chain(adamw, optax.stateless(own_rate))
+
+
+def initial(config: ConfigDict, params: Params) -> Params:
+    """What a run begins with: the policy's parameters, and log sigma of the perturbation where there is one."""
+    if not config.alp.sigma:
+        return params
+    layers = len(params["layers"]["attn_norm"])
+    return {**params, LOG_SIGMA: np.full(layers, math.log(config.alp.sigma), np.float32)}
+
+
+def axes(config: ConfigDict, model: ModelConfig) -> Params:
+    """Logical axis names of what `initial` gives."""
+    return param_axes(model) | ({LOG_SIGMA: ("layers",)} if config.alp.sigma else {})
+
+
+def abstract(config: ConfigDict, model: ModelConfig) -> Params:
+    """Shapes of what `initial` gives."""
+    log_sigma = {LOG_SIGMA: jax.ShapeDtypeStruct((model.num_layers,), jnp.float32)}
+    return abstract_params(model) | (log_sigma if config.alp.sigma else {})
 
 
 def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Score:
@@ -297,6 +342,7 @@ def update(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
         oracle=oracle(config, model, shape, mesh) if "exact" in needed_fields(config) else None,
         regions=regions(config),
         count_tokens=model.vocab_size if config.log.tokens else 0,
+        noise_seed=config.seed if config.alp.sigma else None,
     )
 
 

@@ -13,7 +13,6 @@ from dppo_jax import packing
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
-from dppo_jax.models.decoder import abstract_params
 from dppo_jax.models.hf import load_config
 from dppo_jax.train_step import assemble, init_state, make_recompute
 from dppo_jax.types import PromptBatch
@@ -37,7 +36,7 @@ def trace(config: ConfigDict) -> str:
     build.check(config)
     model = model_config(config)
     build.check_length(config, model)
-    params = abstract_params(model)
+    params = build.abstract(config, model)
     n, length = config.rollout.prompts, config.data.max_prompt_len
     prompts = PromptBatch(
         tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),

@@ -28,7 +28,7 @@ from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.models import save_hf
-from dppo_jax.models.decoder import Params, abstract_params
+from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
@@ -37,6 +37,7 @@ from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, ma
 from dppo_jax.types import RolloutBatch
 from experiments import build, cli
 from experiments.compilations import Compilations, keep_compiled
+from experiments.critic import Critic
 from experiments.report import Report
 from experiments.trace import trace
 
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         text = build.text(directory, model)
         optimizer = build.optimizer(config)
         learning_rate = build.schedule(config)
-        shardings = state_shardings(model, optimizer, abstract_params(model), mesh)
+        shardings = state_shardings(build.axes(config, model), optimizer, build.abstract(config, model), mesh)
 
         compilations = stack.enter_context(Compilations())
 
@@ -74,7 +75,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         }
         oracle = "exact" in needed
         update = jit_update(build.update(config, model, layout, mesh), shardings, mesh, oracle=oracle)
-        advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
+        by_group = build.advantages(config)
+        advantages = jax.jit(by_group, out_shardings=rows(mesh)) if by_group else None
+        critic = None if advantages else Critic(config, model, layout, mesh)
         assembled = jax.jit(assemble, out_shardings=rows(mesh))
         copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings.params)
         past: deque[Params] = deque(maxlen=config.rollout.lag + 1)  # after each of the last updates, oldest first
@@ -88,12 +91,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
         start = checkpoints.latest()
         ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
-            start, state = 0, init_state(load_params(directory)[1], optimizer, shardings)
+            start, state = 0, init_state(build.initial(config, load_params(directory)[1]), optimizer, shardings)
             changes = write_config(workdir, config.to_dict(), resuming=False)
+            if critic:
+                critic.begin(load_params(directory)[1])
         else:
             changes = write_config(workdir, config.to_dict(), resuming=True)
             changes.insert(0, f"going on from the checkpoint at step {start}")
-            fresh = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(model))
+            fresh = jax.eval_shape(lambda p: init_state(p, optimizer), build.abstract(config, model))
             wanted = abstract_state(fresh, shardings)
             extras: dict[str, Any] = {}
             if checkpoints.holds(start, "ahead"):
@@ -103,15 +108,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if config.rollout.lag:
                 done = start * config.train.epochs * config.train.minibatches
                 extras["past"] = [wanted.params] * min(done + 1, config.rollout.lag + 1)
+            if critic:
+                extras["critic"] = critic.abstract
             found = checkpoints.restore(start, wanted.saved(**extras))
             state = TrainState(found["params"], found["opt_state"], found["updates"])
             ahead = found.get("ahead")
             past.extend(found.get("past", []))
+            if critic:
+                critic.resume(found["critic"])
         if config.rollout.lag and not past:
             past.append(copy(state.params))
         reference = None
         if "reference" in recompute:
-            reference = jax.device_put(load_params(directory)[1], shardings.params)
+            reference = jax.device_put(build.initial(config, load_params(directory)[1]), shardings.params)
         # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
         outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
         if start >= config.steps and not outstanding:
@@ -177,8 +186,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
-            batch = batch.replace(advantages=advantages(jnp.asarray(shaped), rollout.group))
             lengths = mask.sum(axis=1)
+            if advantages:
+                batch = batch.replace(advantages=advantages(jnp.asarray(shaped), rollout.group))
+            elif critic:
+                everything = place(np.arange(len(tokens)), response_lengths=lengths)
+                batch = batch.replace(advantages=critic.advantages(batch, everything, shaped))
             if config.advantage.drop_equal:
                 unequal = metrics_lib.unequal_groups(shaped, config.rollout.group_size)
                 batch, lengths = batch.replace(mask=batch.mask & unequal[:, None]), np.where(unequal, lengths, 0)
@@ -186,7 +199,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             measured = []
             for plan in plans:
                 state, metrics = update(state, batch, plan, *([behavior] if oracle else []))
-                measured.append(metrics)
+                measured.append(metrics if critic is None else metrics | critic.update(batch, plan))
                 if past:
                     past.append(copy(state.params))
             measured = jax.device_get(measured)
@@ -219,12 +232,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
             done = step + 1
             if done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 report.flush()
-                checkpoints.save(done, state.saved(ahead=ahead, past=list(past) if past else None))
+                checkpoints.save(
+                    done,
+                    state.saved(
+                        ahead=ahead, past=list(past) if past else None, critic=critic.saved() if critic else None
+                    ),
+                )
 
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)
         if config.checkpoint.export:
-            params = to_host(state.params)
+            params = {key: value for key, value in to_host(state.params).items() if key != LOG_SIGMA}
             if jax.process_index() == 0:
                 save_hf(workdir / "policy", model, params, text.tokenizer)
     print(summary_table(workdir))

@@ -17,7 +17,7 @@ import numpy as np
 from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.metrics import summary
-from dppo_jax.models.decoder import abstract_params
+from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
@@ -63,7 +63,7 @@ def run(sizes, devices, folder):
         build.check(config)
         build.check_mesh(config, mesh, TINY)
         optimizer = build.optimizer(config)
-        shardings = state_shardings(TINY, optimizer, abstract_params(TINY), mesh)
+        shardings = state_shardings(param_axes(TINY), optimizer, abstract_params(TINY), mesh)
         state = init_state(random_params(), optimizer, shardings)
         start = jax.tree.map(np.asarray, state.params)
         generate = build.on_mesh(build.rollout(config, TINY, build.Text(None, (EOS,), PAD), mesh), mesh)

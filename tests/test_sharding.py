@@ -181,7 +181,7 @@ def on_one_device():
     """(mesh, where a state lives on it, its shapes)"""
     mesh = make_mesh(sizes(fsdp=-1), jax.devices()[:1])
     optimizer = build.optimizer(small_config(Path("unused")))
-    shardings = state_shardings(TINY, optimizer, abstract_params(TINY), mesh)
+    shardings = state_shardings(param_axes(TINY), optimizer, abstract_params(TINY), mesh)
     return mesh, shardings, jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(TINY))
 
 

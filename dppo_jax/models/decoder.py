@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int32, Shaped
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int32, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
@@ -24,12 +24,28 @@ Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Rounding = Callable[[Array], Array]
 
+LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
+
 # What the backward pass keeps: everything, the matrix products, or each layer's input alone.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@struct.dataclass
+class Noise:
+    """Gaussian noise for the input of each of L layers. Its keys are data: what the backward pass recomputes, it draws
+    again."""
+
+    sigma: Float[Array, "*L"]
+    key_data: UInt32[Array, "*L k"]
+
+    def added(self, x: Array) -> Array:
+        """x with one layer's noise."""
+        draw = jax.random.normal(jax.random.wrap_key_data(self.key_data), x.shape, x.dtype)
+        return x + self.sigma.astype(x.dtype) * draw
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
@@ -137,22 +153,25 @@ class Decoder(nnx.Module):
         cache: Any,
         remat: str = "none",
         narrow: Rounding | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Hidden states after the final norm, and the layers' caches.
 
-        `narrow` rounds the input of every linear layer, the head's included.
+        `narrow` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state that
+        enters each layer (stacked layers only).
         """
         table = constrain(self.embed[...], "vocab", None)
         x = constrain(table[tokens], "batch", "length", "residual")
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
-            def block(layer, x, cache):
-                return layer(x, cos, sin, attend, cache, narrow)
+            def block(layer, x, cache, noise):
+                return layer(x if noise is None else noise.added(x), cos, sin, attend, cache, narrow)
 
             if remat != "none":
                 block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
-            x, caches = nnx.scan(block, in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))(self.layers, x, cache)
+            scan = nnx.scan(block, in_axes=(0, nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
+            x, caches = scan(self.layers, x, cache, noise)
         else:
             caches = []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
@@ -171,6 +190,7 @@ def _abstract(config: ModelConfig, stacked: bool):
 
 def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: Any = None) -> Decoder:
     """The module that holds these parameters, cast to `dtype` if one is given; call it inside jit, once."""
+    params = {key: value for key, value in params.items() if key != LOG_SIGMA}
     if dtype is not None:
         params = jax.tree.map(lambda p: p.astype(dtype), params)
     return nnx.merge(_abstract(config, stacked)[0], params)
@@ -224,8 +244,11 @@ def forward(
     remat: str = "none",
     attention: str = "xla",
     narrow: Rounding | None = None,
+    noise_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T E"]:
     """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
+
+    With a `noise_key`, each layer's input is perturbed with deviation exp(params["log_sigma"]).
 
     A mask will do for segments where each row holds one sample; `position` is then counted from its first token.
     """
@@ -235,5 +258,9 @@ def forward(
     def attend(q, k, v, cache):
         return self_attention(q, k, v, segments, implementation=attention), cache
 
-    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow)
+    noise = None
+    if noise_key is not None:
+        keys = jax.random.split(noise_key, config.num_layers)
+        noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
+    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow, noise)
     return hidden

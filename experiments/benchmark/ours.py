@@ -76,11 +76,13 @@ class Pieces:
     @functools.cached_property
     def update(self):
         """(state shardings, update)"""
-        from dppo_jax.models.decoder import abstract_params
+        from dppo_jax.models.decoder import abstract_params, param_axes
         from dppo_jax.train_step import jit_update, state_shardings
         from experiments import build
 
-        shardings = state_shardings(self.model, build.optimizer(self.config), abstract_params(self.model), self.mesh)
+        shardings = state_shardings(
+            param_axes(self.model), build.optimizer(self.config), abstract_params(self.model), self.mesh
+        )
         update = build.update(self.config, self.model, self.layout, self.mesh)
         return shardings, jit_update(update, shardings, self.mesh)
 

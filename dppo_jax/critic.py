@@ -1,0 +1,139 @@
+"""A critic for PPO: the policy's architecture with a linear value head, trained on the returns of its own estimates."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float32
+
+from dppo_jax import metrics as metrics_lib
+from dppo_jax import packing
+from dppo_jax.advantages import EPSILON, gae
+from dppo_jax.metrics import Metrics
+from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.decoder import Params, forward, param_axes
+from dppo_jax.packing import Plan
+from dppo_jax.train_step import TrainState, before, sum_of_pieces
+from dppo_jax.types import PackedBatch, TrainBatch
+
+Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]
+
+
+@struct.dataclass
+class Estimates:
+    """What the critic said before the updates, and what it is trained towards."""
+
+    values: Float32[Array, "B R"]
+    returns: Float32[Array, "B R"]
+
+
+def critic_config(config: ModelConfig) -> ModelConfig:
+    """The policy's, without an output embedding of its own."""
+    return dataclasses.replace(config, tie_embeddings=True)
+
+
+def init_critic(params: Params) -> Params:
+    """The policy's parameters under a value head of zeros: every value is 0 at first."""
+    body = {key: value for key, value in params.items() if key in ("embed", "layers", "final_norm")}
+    return {"body": body, "value": {"weight": jnp.zeros(body["embed"].shape[1]), "bias": jnp.zeros(())}}
+
+
+def critic_axes(config: ModelConfig) -> Params:
+    """Logical axis names of every parameter, as tuples."""
+    return {"body": param_axes(critic_config(config)), "value": {"weight": ("norm",), "bias": ()}}
+
+
+def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str = "xla") -> Values:
+    """A pure function (critic parameters, packed) -> the value of the state before each response token."""
+    config = critic_config(config)
+
+    def values(params: Params, packed: PackedBatch) -> Float32[Array, "M Q"]:
+        hidden = forward(
+            config,
+            params["body"],
+            packed.tokens,
+            packed.segments,
+            packed.positions,
+            dtype=dtype,
+            remat=remat,
+            attention=attention,
+        )
+        hidden = before(hidden, packed).astype(jnp.float32)
+        return hidden @ params["value"]["weight"] + params["value"]["bias"]
+
+    return values
+
+
+def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) -> Callable[..., Any]:
+    """A pure function (critic parameters, batch, plan of all its rows, rewards [B]) -> (advantages [B, R], Estimates).
+
+    The reward comes with a response's last token. `whiten` gives the batch's advantages mean 0 and deviation 1.
+    """
+
+    def estimate(params: Params, batch: TrainBatch, plan: Plan, rewards: Float32[Array, "B"]):
+        ones = jnp.ones(batch.tokens.shape, jnp.float32)
+
+        def one(number, found):
+            part = packing.piece(plan, number)
+            return packing.unpack(batch, part, values(params, packing.pack(batch, ones, part)), found)
+
+        found = jax.lax.fori_loop(0, plan.count, one, jnp.zeros_like(ones))
+        advantages = gae(last_token(rewards, batch.mask), found, batch.mask, discount=discount, lam=lam)
+        estimates = Estimates(found, jnp.where(batch.mask, advantages + found, 0.0))
+        if whiten:
+            count = jnp.maximum(jnp.sum(batch.mask), 1)
+            centred = jnp.where(batch.mask, advantages - jnp.sum(advantages) / count, 0.0)
+            advantages = centred / (jnp.sqrt(jnp.sum(centred**2) / count) + EPSILON)
+        return advantages, estimates
+
+    return estimate
+
+
+def last_token(rewards: Float32[Array, "B"], mask: Bool[Array, "B R"]) -> Float32[Array, "B R"]:
+    """Each response's reward at its last token, 0 elsewhere. Masks are contiguous from the first column."""
+    last = jnp.sum(mask, axis=1) - 1
+    return jnp.where(jnp.arange(mask.shape[1]) == last[:, None], rewards[:, None], 0.0)
+
+
+def make_critic_update(
+    values: Values, weigh: Callable[..., Array], optimizer: optax.GradientTransformation, *, value_clip: float
+) -> Callable[[TrainState, TrainBatch, Estimates, Plan], tuple[TrainState, Metrics]]:
+    """A pure function (state, batch, estimates, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
+
+    The error is (v - return)^2 / 2, or that of v held within `value_clip` of what it was, whichever is larger (PPO's
+    clipped value loss; inf: not clipped).
+    """
+
+    def objective(params: Params, packed: PackedBatch, old: Array, returns: Array) -> tuple[Array, Metrics]:
+        value = values(params, packed)
+        held = old + jnp.clip(value - old, -value_clip, value_clip)
+        error = jnp.maximum((value - returns) ** 2, (held - returns) ** 2) / 2
+        measured = Metrics(
+            {
+                "critic/loss": metrics_lib.mean(error, packed.mask),
+                "critic/value": metrics_lib.mean(value, packed.mask),
+                "critic/return": metrics_lib.mean(returns, packed.mask),
+            },
+            {},
+            {},
+        )
+        return jnp.sum(jnp.where(packed.mask, packed.weights * error, 0.0)), jax.lax.stop_gradient(measured)
+
+    def update(state: TrainState, batch: TrainBatch, estimates: Estimates, plan: Plan) -> tuple[TrainState, Metrics]:
+        weights = weigh(batch.mask[plan.rows], group=None if batch.group is None else batch.group[plan.rows])
+
+        def gradient(number):
+            part = packing.piece(plan, number)
+            packed = packing.pack(batch, weights, part)
+            old, returns = (packing.take(batch, part, x) for x in (estimates.values, estimates.returns))
+            return jax.grad(objective, has_aux=True)(state.params, packed, old, returns)
+
+        grads, measured = sum_of_pieces(gradient, plan)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1), measured
+
+    return update
