@@ -1,8 +1,8 @@
 """What a run leaves behind for its reader: TensorBoard events, config.json, a progress line, a closing table.
 
 Events go into DIR/tb: `tensorboard --logdir DIR` shows the run "tb", `tensorboard --logdir PARENT` shows "DIR/tb" for
-each folder, and every run is one row of the HParams tab. The Custom Scalars tab groups the panels of the figures. (TensorBoard finds no metrics for the row of a run named ".",
-as it would be with events in DIR itself.)
+each folder, and every run is one row of the HParams tab. (TensorBoard finds no metrics for the row of a run named ".",
+as it would be with events in DIR itself.) The Custom Scalars tab shows the panels of the figures, grouped.
 
 Steps count from 0: step s is written when s + 1 training steps are done, and a run that resumes with s of them done
 writes step s next.

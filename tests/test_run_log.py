@@ -21,12 +21,15 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins import base_plugin
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
+from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard.util import tensor_util
 
 from dppo_jax.errors import UserError
+from dppo_jax.panels import PANELS
 from dppo_jax.run_log import (
     RunLog,
     Transcript,
@@ -277,6 +280,45 @@ def test_a_run_that_failed_is_not_marked_as_finished(tmp_path):
         raise RuntimeError
     (row,) = hparams_table(tmp_path, sort_by="seed")
     assert [session.status for session in row.sessions] == [api_pb2.STATUS_UNKNOWN]
+
+
+# --- layout ---
+
+
+def custom_scalars(logdir: Path) -> CustomScalarsPlugin:
+    """What serves the Custom Scalars tab."""
+    plugins: dict = {}
+    provider = MultiplexerDataProvider(multiplexer(logdir), str(logdir))
+    context = base_plugin.TBContext(data_provider=provider, plugin_name_to_instance=plugins)
+    plugins["scalars"] = ScalarsPlugin(context)
+    return CustomScalarsPlugin(context)
+
+
+def test_the_custom_scalars_tab_groups_the_panels(tmp_path):
+    """Two runs, one of them resumed, share one layout; each chart finds the tags of its panel and no other."""
+    tags = [tag for panel in PANELS for tag in panel.tags] + ["eval/AIME 24/avg", "eval/sums/avg"]
+    others = ["eval/sums/pass@2", "eval/sums/avg/more", "ratio/max", "grad_norm/more", "policy/entropy_max"]
+    for name in ("a", "b"):
+        with open_log(tmp_path / name) as log:
+            log.scalars(0, dict.fromkeys([*tags, *others], 0.5))
+    write_rewards(tmp_path / "b", {1: 0.5}, resume_step=1)
+    plugin = custom_scalars(tmp_path)
+    shown = plugin.layout_impl(RequestContext(), "")
+    shown = {group["title"]: group["chart"] for group in json.loads(shown)["category"]}
+    assert list(shown) == ["Learning", "Trust region", "Policy"]
+    charts = {chart["title"]: chart["multiline"]["tag"] for group in shown.values() for chart in group}
+    assert len(charts) == sum(map(len, shown.values())) == len(PANELS) + 1  # the evaluations have one together
+
+    def found(title: str) -> set[str]:
+        answers = [plugin.scalars_impl(RequestContext(), "b/tb", tag, "") for tag in charts[title]]
+        assert all(answer["regex_valid"] for answer in answers)
+        return {tag for answer in answers for tag in answer["tag_to_events"]}
+
+    for panel in PANELS:
+        assert found(panel.title) == set(panel.tags)
+    assert found("Evaluations") == {"eval/AIME 24/avg", "eval/sums/avg"}
+    reader = EventAccumulator(str(tmp_path / "b" / "tb"), KEEP_ALL).Reload()
+    assert [event.step for event in reader.Tensors("custom_scalars__config__")] == [0]
 
 
 # --- progress ---
