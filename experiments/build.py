@@ -129,6 +129,11 @@ def check(config: ConfigDict) -> None:
             "exact divergences need the rollout's parameters, which train.staleness = 1 no longer has; set "
             "train.staleness=0"
         )
+    if c.train.staleness and c.rollout.resample:
+        raise UserError(
+            "rollout.resample draws from the parameters of its step, which train.staleness = 1 no longer has; set "
+            "train.staleness=0"
+        )
     if c.train.staleness and c.rollout.lag:
         raise UserError("train.staleness and rollout.lag both age the behavior parameters: set one of them to 0")
     if "topk" in needed and c.rollout.tracked < 1:

@@ -1,7 +1,7 @@
 """What a training step leaves behind: scalars, histograms and sampled transcripts, written one step late."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from dppo_jax.run_log import RunLog, Transcript, make_folder, transcript_table
 class Report:
     """Holds one step's results until `flush`, which the loop calls while the devices are busy.
 
-    `cadence` is the config's log section: steps between histograms and between samples, and how many transcripts.
+    `cadence` is the config's log section: steps between histograms and between samples, and how many transcripts;
+    `decode` gives the text of one token.
     Samples go to TensorBoard and to WORKDIR/samples/step_NNNNNN.jsonl.
     """
 
-    def __init__(self, log: RunLog, workdir: Path, cadence: ConfigDict):
-        self._log, self._folder, self._cadence = log, workdir / "samples", cadence
+    def __init__(self, log: RunLog, workdir: Path, cadence: ConfigDict, decode: Callable[[int], str]):
+        self._log, self._folder, self._cadence, self._decode = log, workdir / "samples", cadence, decode
         self._kept: tuple[int, Mapping[str, float], Mapping[str, np.ndarray], list[Transcript]] | None = None
 
     def keep(
@@ -48,6 +49,10 @@ class Report:
         if _due(step, self._cadence.histograms):
             self._log.histogram(step, "ratio", histograms["ratio"], RATIO_EDGES)
             self._log.histogram(step, "policy/prob_diff", histograms["prob_diff"], PROB_DIFF_EDGES)
+        if "region_agreement" in histograms:
+            scalars = {**scalars, **agreement(self._cadence.regions, histograms["region_agreement"])}
+        if "token_counts" in histograms and _due(step, self._cadence.tokens):
+            self._log.text(step, "masked_tokens", masked_tokens(histograms["token_counts"], self._decode))
         if _due(step, self._cadence.samples):
             self._log.text(step, "samples", transcript_table(transcripts))
             make_folder(self._folder)
@@ -55,6 +60,30 @@ class Report:
             (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._log.scalars(step, scalars)
         self._log.progress(step, scalars)
+
+
+def agreement(names: Sequence[str], same: np.ndarray) -> dict[str, float]:
+    """`region_agreement/A/B`: of the tokens with A != 0, those that two regions both keep or both mask."""
+    tokens = max(float(same[0, 0]), 1.0)  # a region agrees with itself on all of them
+    return {
+        f"region_agreement/{names[i]}/{names[j]}": float(same[i, j]) / tokens
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    }
+
+
+def masked_tokens(counts: np.ndarray, decode: Callable[[int], str], rows: int = 20) -> str:
+    """The tokens most often masked, as a Markdown table; `counts` as `metrics.token_counts` gives them, [3, V]."""
+    total, masked = counts[0], counts[1] + counts[2]
+    order = [token for token in np.argsort(-masked, kind="stable")[:rows] if masked[token] > 0]
+    if not order:
+        return "No token was masked."
+    lines = ["| token | masked | share of its occurrences | with A > 0 | with A < 0 |", "|---|---|---|---|---|"]
+    for token in order:
+        text = json.dumps(decode(int(token)), ensure_ascii=False).replace("|", "\\|")
+        numbers = f"{masked[token]:.0f} | {masked[token] / total[token]:.3f} | {counts[1][token]:.0f}"
+        lines.append(f"| {text} | {numbers} | {counts[2][token]:.0f} |")
+    return "\n".join(lines)
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import from_first_host, rows, to_host
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, make_recompute, state_shardings
-from dppo_jax.types import RolloutBatch
+from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 from experiments import build, cli
 from experiments.compilations import Compilations, keep_compiled
 from experiments.critic import Critic
 from experiments.report import Report
+from experiments.resample import AWAY, Drawn, resample
 from experiments.trace import trace
 
 
@@ -140,7 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if build.platform(mesh) != "cpu":
             kernel = build.attention(config, model, mesh, dtype=config.policy.dtype, length=layout.length)
             log.note(f"attention of training: {kernel.name} ({kernel.why})")
-        report = Report(log, workdir, config.log)
+        report = Report(log, workdir, config.log, lambda token: text.tokenizer.decode([token]))
 
         def report_compilations(step: int) -> float:
             """Seconds spent compiling since the last step; says so where it should not have happened."""
@@ -151,6 +153,30 @@ def train(config: ConfigDict, workdir: Path) -> None:
             elif found.functions:
                 log.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
             return found.seconds
+
+        def plan_of(prompts: PromptBatch) -> Callable[..., packing.Plan]:
+            """(row numbers, response_lengths=of all rows) -> their plan."""
+            lengths: np.ndarray = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
+            return functools.partial(packing.plan, prompt_lengths=lengths, shape=layout, packed=config.train.pack)
+
+        def recomputed(batch: TrainBatch, place, mask: np.ndarray, behavior: Params) -> TrainBatch:
+            """With the log-probabilities of the other policies that the loss asks for."""
+            for policy, fill_in in recompute.items():
+                params = behavior if policy == "proximal" else reference
+                batch = fill_in(params, batch, place(np.arange(len(mask)), response_lengths=mask.sum(axis=1)))
+            return batch
+
+        def draw_again(step: int, attempt: int) -> Drawn:
+            """One more batch for a step, of other prompts, with its rewards."""
+            elsewhere = step + attempt * AWAY
+            prompts, examples = stream.batch(elsewhere)
+            rollout = draw(elsewhere)
+            tokens, mask, truncated = to_host((rollout.tokens, rollout.response_mask, rollout.truncated))
+            replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
+            examples = [example for example in examples for _ in range(config.rollout.group_size)]
+            rewards = from_first_host(scorer.submit(replies, examples).result()[0])
+            shaped = rewards + build.shaping(config, mask.sum(axis=1))
+            return Drawn(prompts, rollout, examples, replies, mask, truncated, rewards, shaped)
 
         for step in range(start, config.steps):
             evaluated = evaluation.at(step, state.params)
@@ -171,18 +197,25 @@ def train(config: ConfigDict, workdir: Path) -> None:
             examples = [example for example in examples for _ in range(config.rollout.group_size)]
             pending = scorer.submit(replies, examples)
             batch = assembled(prompts, rollout)
-            place = functools.partial(
-                packing.plan,
-                prompt_lengths=np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size),
-                shape=layout,
-                packed=config.train.pack,
-            )
-            for policy, fill_in in recompute.items():
-                params = behavior if policy == "proximal" else reference
-                batch = fill_in(params, batch, place(np.arange(len(tokens)), response_lengths=mask.sum(axis=1)))
+            place = plan_of(prompts)
+            if not config.rollout.resample:
+                batch = recomputed(batch, place, mask, behavior)
             rewards, verifier = pending.result()
             rewards = from_first_host(rewards)
             shaped = rewards + build.shaping(config, mask.sum(axis=1))
+            redrawn = 0
+            if config.rollout.resample:
+                first = Drawn(prompts, rollout, examples, replies, mask, truncated, rewards, shaped)
+                drawn, redrawn = resample(
+                    first,
+                    functools.partial(draw_again, step),
+                    mesh,
+                    most=config.rollout.resample,
+                    group_size=config.rollout.group_size,
+                )
+                prompts, rollout, examples, replies, mask, truncated, rewards, shaped = drawn
+                place = plan_of(prompts)
+                batch = recomputed(assembled(prompts, rollout), place, mask, behavior)
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
@@ -213,6 +246,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 **metrics_lib.group_metrics(rewards, config.rollout.group_size),
                 **{f"reward/{name}": float(count) for name, count in verifier.items()},
                 **evaluated,
+                "rollout/resampled": float(redrawn),
                 "response/length_mean": float(mask.sum(axis=1).mean()),
                 "response/truncated": float(truncated.mean()),
                 "train/occupancy": packing.occupancy(*plans),
@@ -221,7 +255,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 "time/reward": rewarded - rolled,
                 "time/train": trained - rewarded,
                 "time/compile": report_compilations(step),
-                "throughput/tokens_per_s": float(mask.sum()) / (trained - began),
+                "throughput/tokens_per_s": float((1 + redrawn) * mask.sum()) / (trained - began),
             }
             if not math.isfinite(scalars["grad_norm"]):
                 latest = checkpoints.latest()
