@@ -69,6 +69,7 @@ def make_rollout(
     attention: str = "xla",
     weights: Callable[[Params], Params] | None = None,
     activations: Callable[[Array], Array] | None = None,
+    head_float32: bool = False,
 ) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
@@ -76,6 +77,7 @@ def make_rollout(
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
     `tracked` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
+    `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
     `weights` and `activations` round what they are given to a narrower format (dppo_jax.precision).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
@@ -84,6 +86,7 @@ def make_rollout(
 
     def distribution(hidden: Array, weight: Array) -> Array:
         """What is drawn from, up to a constant."""
+        hidden = hidden.astype(jnp.float32) if head_float32 else hidden
         z = token_head.logits(hidden, weight, temperature=temperature or 1.0, softcap=config.logit_softcap)
         z = constrain(z, "batch", "vocab")
         return sampling.nucleus(z, top_p) if top_p < 1.0 else z
@@ -115,7 +118,7 @@ def make_rollout(
         limit = jnp.full(batch, max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
         params = params if weights is None else weights(params)
         listed = unstack(params, dtype)
-        decoder, weight = bind(config, listed, stacked=False), head_weight(listed)
+        decoder, weight = bind(config, listed, stacked=False), head_weight(params if head_float32 else listed)
 
         # Shard d owns rows d * B/D .. and slots d * S/D ..: rows and prompts are moved within a shard only.
         def local(x: Array) -> Array:

@@ -76,6 +76,7 @@ def make_oracle(
     attention: str = "xla",
     weights: Callable[[Params], Params] | None = None,
     activations: Callable[[Array], Array] | None = None,
+    head_float32: bool = False,
 ) -> Oracle:
     """A pure function (behavior parameters, packed) -> Behavior: a teacher-forced pass in the rollout's precision.
 
@@ -94,7 +95,9 @@ def make_oracle(
             attention=attention,
             narrow=activations,
         )
-        return jax.lax.stop_gradient(Behavior(before(hidden, packed), head_weight(params).astype(dtype)))
+        kind = jnp.float32 if head_float32 else dtype
+        states, weight = before(hidden, packed).astype(kind), head_weight(params).astype(kind)
+        return jax.lax.stop_gradient(Behavior(states, weight))
 
     return oracle
 
@@ -108,12 +111,13 @@ def make_score(
     pieces: int | None = None,
     attention: str = "xla",
     behavior_temperature: float | None = None,
+    head_float32: bool = False,
 ) -> Score:
     """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
-    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. Given a
-    `noise_key`, the policy is perturbed (ALP, 2603.19470).
+    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. `head_float32`
+    as in `make_rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
     """
 
     def score(
@@ -134,6 +138,7 @@ def make_score(
             noise_key=noise_key,
         )
         states = before(hidden, packed)
+        states = states.astype(jnp.float32) if head_float32 else states
         head = token_head(
             states,
             head_weight(params),

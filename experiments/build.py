@@ -323,6 +323,7 @@ def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | No
         model,
         temperature=config.policy.temperature or config.rollout.temperature,
         behavior_temperature=config.rollout.temperature,
+        head_float32=config.policy.head_float32,
         dtype=DTYPES[config.policy.dtype],
         remat=config.policy.remat,
         pieces=pieces,
@@ -360,6 +361,7 @@ def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
         attention=attention(config, model, mesh, dtype=c.dtype, length=shape.length).name,
         weights=precision.weights(c.weights),
         activations=precision.activations(c.activations),
+        head_float32=config.policy.head_float32,
     )
 
 
@@ -406,6 +408,7 @@ def _rollout_settings(
         slots=min(c.slots, rows_count) if c.slots else None,
         shards=1 if mesh is None else batch_shards(mesh),
         attention=kernels.pop() if len(kernels) == 1 else "xla",
+        head_float32=config.policy.head_float32,
     )
 
 
