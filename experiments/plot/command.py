@@ -1,0 +1,62 @@
+"""The command line of experiments.plot."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dppo_jax.errors import UserError, nearest
+from dppo_jax.run_log import make_folder
+from experiments.cli import Parser
+from experiments.plot.figure import draw, remarks
+from experiments.plot.runs import group_runs
+
+FORMATS = (".png", ".svg", ".pdf")
+OPTIONS = ("--runs", "--out", "--smooth", "--group", "--tags")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m experiments.plot",
+        description="Draws reward, evaluation, mismatch, policy shift, extremes, masked fraction, bad updates, "
+        "entropy, length and gradient norm of runs.",
+        epilog="Runs whose config.json differs in the seed only are drawn as their mean in its 95% bootstrap interval",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run folders (a run's --workdir)")
+    parser.add_argument("--out", required=True, metavar="F", help="the figure: F.png, F.svg or F.pdf")
+    parser.add_argument(
+        "--smooth",
+        default="1",
+        metavar="W",
+        help="5: centred mean over 5 steps; 0.9: exponential mean, 0.9 of it the past; default 1: none",
+    )
+    parser.add_argument("--group", metavar="KEY", help="the config key that names the curves; default loss.name")
+    parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="draw these instead; 'region/*/masked'")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
+    out = Path(args.out)
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {args.out!r} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    smooth = smoothing(args.smooth)
+    methods = group_runs(args.runs, args.group)
+    figure = draw(methods, smooth, args.tags)
+    for sentence in remarks(methods, args.tags):
+        print(sentence, file=sys.stderr)
+    make_folder(out.parent)
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out!r}: {error.strerror}") from None
+    print(f"wrote {out}")
+
+
+def smoothing(text: str) -> float:
+    """The value of --smooth: a whole number of steps, or a fraction."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (0 < value < 1 or (value >= 1 and value.is_integer())):
+        raise UserError(f"--smooth must be a whole number of steps or a fraction between 0 and 1, not {text!r}")
+    return value
