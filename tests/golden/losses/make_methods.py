@@ -59,6 +59,7 @@ SETTINGS: dict[str, list[dict]] = {
     "drpo": one_delta(0.2, 0.03),
     "cppo": [
         dict(delta=0.15, delta_budget=0.02, w_min=0.5, ratio_cap=5.0),
+        dict(delta=0.02, delta_budget=0.03, w_min=0.1, ratio_cap=INF),
         dict(delta=0.04, delta_budget=0.025, w_min=0.1, ratio_cap=1.05),
     ],
     "dppo_exact_tv": SIDES,
@@ -422,7 +423,7 @@ def check_that_masks_act(inputs: dict[str, np.ndarray]) -> None:
         assert (len(fired[0]) == 0) == (name in NEVER_MASKED), name
         for i in range(len(fired[0])):
             assert any(f[i] and sum(f) == 1 for f in fired), f"{name}: clause {i} never decides"
-    h = SETTINGS["cppo"][1]
+    h = SETTINGS["cppo"][-1]
     low, high = h["delta_budget"], 2 * h["delta_budget"]
     budgets = [budget(seq, h) for seq in sequences]
     assert low in budgets and high in budgets and any(low < b < high for b in budgets), "a clip of CPPO's budget"
