@@ -365,10 +365,13 @@ def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
     )
 
 
-def rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None) -> Generate:
-    """The behavior policy, for training."""
+def rollout(
+    config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None, *, tracked: int | None = None
+) -> Generate:
+    """The behavior policy, for training. `tracked`: K; None: rollout.tracked where something needs it."""
     c = config
-    tracked = c.rollout.tracked if "topk" in needed_fields(c) else 0
+    if tracked is None:
+        tracked = c.rollout.tracked if "topk" in needed_fields(c) else 0
     if tracked > model.vocab_size:
         raise UserError(f"rollout.tracked = {tracked} is more than the model's vocabulary of {model.vocab_size}")
     return make_rollout(

@@ -14,9 +14,9 @@ HEAD = """# Methods
 
 Written by `python -m experiments.methods > docs/methods.md` from `configs/methods/`.
 
-Every method is the gradient sum_t w_t c_t grad log π(a_t), with its own coefficient c_t: M is 0 where a token is masked.
-r = π/μ, with μ the behavior policy (what the token was drawn from); π′ is the recomputed, proximal policy, ρ = π′/μ; A is
-the advantage. Sources are arXiv numbers where there is one. What each config sets beyond its loss (advantage,
+Every method is the gradient sum_t w_t c_t grad log π(a_t), with its own coefficient c_t: M is 0 where a token is
+masked. r = π/μ, with μ the behavior policy (what the token was drawn from); π′ is the recomputed, proximal policy,
+ρ = π′/μ; A is the advantage. Sources are arXiv numbers where there is one. What each config sets beyond its loss (advantage,
 aggregation, shaping, critic, penalty) is in the file.
 """
 
@@ -33,7 +33,8 @@ def table() -> str:
         module = importlib.import_module(f"configs.methods.{name}")
         cells = [module.METHOD[key].replace("|", "\\|") for key in COLUMNS.values()]
         config = f"[{name}](../configs/methods/{name}.py)"
-        lines.append(f"| {module.METHOD['title']} | {config} | `{module.get_config().loss.name}` | {' | '.join(cells)} |")
+        cells = [module.METHOD["title"], config, f"`{module.get_config().loss.name}`", *cells]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

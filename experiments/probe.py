@@ -1,0 +1,134 @@
+"""One batch of a config, looked at token by token: what experiments ask beside training."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dppo_jax import packing
+from dppo_jax.data.prompts import decode_replies
+from dppo_jax.errors import UserError
+from dppo_jax.models.decoder import Params
+from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.packing import Layout
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import rows
+from dppo_jax.train_step import assemble, init_state, state_shardings
+from dppo_jax.types import TrainBatch
+from experiments import build
+from experiments.compilations import keep_compiled
+
+
+class Seen(NamedTuple):
+    """Of every response token [B, R]: both policies' log-probabilities, tracked ones [B, R, K], exact divergences."""
+
+    logp: np.ndarray
+    topk_logp: np.ndarray | None
+    tv: np.ndarray
+    kl: np.ndarray
+
+
+class Probe:
+    """A config's policy, data and devices, as training sets them up, with K tracked tokens. Use it in a `with`."""
+
+    def __init__(self, config: ConfigDict, tracked: int = 0):
+        build.check(config)
+        keep_compiled(config.compile_cache)
+        self.config, self._stack = config, contextlib.ExitStack()
+        directory = build.model_directory(config)
+        self.model = load_config(directory)
+        build.check_length(config, self.model)
+        self.mesh = build.on_devices(config, self._stack)
+        build.check_mesh(config, self.mesh, self.model)
+        self.text = build.text(directory, self.model)
+        self.stream, self._scorer = build.stream_and_scorer(
+            config, config.data, self.text.tokenizer, config.rollout.prompts, self._stack
+        )
+        self.layout = build.layout(config, self.mesh, self.stream.mean_prompt_length)
+        self.optimizer = build.optimizer(config)
+        self.shardings = state_shardings(
+            build.axes(config, self.model), self.optimizer, build.abstract(config, self.model), self.mesh
+        )
+        self._generate = build.on_mesh(
+            build.rollout(config, self.model, self.text, self.mesh, tracked=tracked), self.mesh
+        )
+        advantages = build.advantages(config)
+        if advantages is None:
+            raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
+        self._advantages = advantages
+        self._initial = build.initial(config, load_params(directory)[1])
+
+    def __enter__(self) -> "Probe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def state(self):
+        """A fresh training state."""
+        return init_state(self._initial, self.optimizer, self.shardings)
+
+    def draw(self, params: Params, step: int = 0) -> tuple[TrainBatch, np.ndarray, np.ndarray]:
+        """The batch of a step with its advantages, its response lengths [B], and the lengths of its prompts [B]."""
+        prompts, examples = self.stream.batch(step)
+        rollout = self._generate(params, prompts, step_key(self.config.seed, step, build.ROLLOUT))
+        tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+        replies = decode_replies(self.text.tokenizer, tokens, mask, self.text.eos_ids)
+        group = self.config.rollout.group_size
+        rewards, _ = self._scorer.submit(replies, [e for e in examples for _ in range(group)]).result()
+        batch = jax.jit(assemble, out_shardings=rows(self.mesh))(prompts, rollout)
+        batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
+        return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)
+
+    def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, layout: Layout | None = None):
+        """Where the rows of a minibatch go."""
+        layout = self.layout if layout is None else layout
+        return packing.plan(index, prompts, lengths, layout, packed=self.config.train.pack)
+
+    def see(
+        self,
+        params: Params,
+        behavior: Params,
+        batch: TrainBatch,
+        lengths: np.ndarray,
+        prompts: np.ndarray,
+        layout: Layout | None = None,
+    ) -> Seen:
+        """The policy at `params` on a batch that `behavior` drew, and its exact distance from there."""
+        layout = self.layout if layout is None else layout
+        plan = self.plan(np.arange(len(lengths)), lengths, prompts, layout)
+        return Seen(*jax.device_get(self._see(layout)(params, behavior, batch, plan)))
+
+    @functools.cache  # noqa: B019  one probe a process
+    def _see(self, layout: Layout):
+        score = build.score(self.config, self.model, layout, self.mesh)
+        oracle = build.oracle(self.config, self.model, layout, self.mesh)
+
+        def see(params, behavior, batch, plan):
+            zero = jnp.zeros(batch.tokens.shape, jnp.float32)
+            tracked = None if batch.topk_ids is None else jnp.zeros(batch.topk_ids.shape, jnp.float32)
+            shapes = (zero, tracked, zero, zero)
+
+            def one(number, found):
+                part = packing.piece(plan, number)
+                packed = packing.pack(batch, zero, part)
+                head = score(params, packed, behavior=oracle(behavior, packed))
+                values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
+                return tuple(
+                    None if into is None else packing.unpack(batch, part, x, into)
+                    for x, into in zip(values, found, strict=True)
+                )
+
+            return jax.lax.fori_loop(0, plan.count, one, shapes)
+
+        return jax.jit(see)
+
+    def update(self):
+        """The compiled update of this config, its state donated."""
+        from dppo_jax.train_step import jit_update
+
+        return jit_update(build.update(self.config, self.model, self.layout, self.mesh), self.shardings, self.mesh)
