@@ -16,8 +16,8 @@ Written by `python -m experiments.methods > docs/methods.md` from `configs/metho
 
 Every method is the gradient sum_t w_t c_t grad log π(a_t), with its own coefficient c_t: M is 0 where a token is
 masked. r = π/μ, with μ the behavior policy (what the token was drawn from); π′ is the recomputed, proximal policy,
-ρ = π′/μ; A is the advantage. Sources are arXiv numbers where there is one. What each config sets beyond its loss (advantage,
-aggregation, shaping, critic, penalty) is in the file.
+ρ = π′/μ; A is the advantage. Sources are arXiv numbers where there is one. What each config sets beyond its loss
+(advantage, aggregation, shaping, critic, penalty) is in the file.
 """
 
 
