@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest
     c.policy.temperature = config_dict.placeholder(float)  # unset: rollout.temperature; unlike it: mismatch
     c.policy.remat = "dots"  # the backward pass recomputes: none | dots: all but matrix products | full: every layer
-    c.policy.head_float32 = False  # the head's product in float32, in training and rollout, whatever the dtype (ScaleRL)
+    c.policy.head_float32 = False  # the head's product in float32, here and in the rollout, at any dtype (ScaleRL)
     c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
     c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
 

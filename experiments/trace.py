@@ -68,6 +68,6 @@ def trace(config: ConfigDict) -> str:
         f"update       {config.train.epochs * config.train.minibatches} minibatches of {len(index)} rows a step, "
         f"in {config.policy.dtype}, in pieces of {layout.rows} rows of {layout.length} tokens",
         f"loss         {config.loss.name} with {dict(build.loss(config).keywords)}",
-        f"metrics      {len(metrics.sums) + len(metrics.maxima)} a minibatch",
+        f"metrics      {len(metrics.sums) + len(metrics.maxima) + len(metrics.minima)} a minibatch",
     ]
     return "\n".join(lines)

@@ -80,7 +80,7 @@ OVERRIDES = {
     "--config.data.settings.digits=3": "unknown config key 'data.settings.digits'; the nearest is 'data.settings'",
     "--stepz=3": "unknown argument '--stepz=3'; overrides are --config.KEY=VALUE",
     "--config.loss.name=cispoo": "unknown loss 'cispoo'; the nearest is 'cispo'",
-    "--config.advantage.name=gae": "unknown advantage.name 'gae'; known: batch_norm, group_mean",
+    "--config.advantage.name=gea": "unknown advantage.name 'gea'; the nearest is 'gae'",
     "--config.aggregation.name=tokens_mean": "unknown aggregation.name 'tokens_mean'; the nearest is 'token_mean'",
     "--config.optimizer.schedule=cosin": "optimizer.schedule 'cosin' is not one of constant, linear, cosine",
     "--config.policy.dtype=fp32": "unknown policy.dtype 'fp32'; the nearest is 'float32'",

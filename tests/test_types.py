@@ -37,22 +37,23 @@ FULL = {
     ),
     "TrainBatch": dict(
         prompt_tokens=i32(B, P), prompt_mask=yes(B, P), tokens=i32(B, R), mask=yes(B, R), behavior_logp=f32(B, R),
-        advantages=f32(B), topk_ids=i32(B, R, K), topk_behavior_logp=f32(B, R, K),
-        proximal_logp=f32(B, R), topk_proximal_logp=f32(B, R, K),
+        advantages=f32(B), group=i32(B), topk_ids=i32(B, R, K), topk_behavior_logp=f32(B, R, K),
+        proximal_logp=f32(B, R), topk_proximal_logp=f32(B, R, K), reference_logp=f32(B, R),
     ),
     "PackedBatch": dict(
         tokens=i32(M, T), segments=i32(M, T), positions=i32(M, T), columns=i32(M, Q), targets=i32(M, Q), mask=yes(M, Q),
         weights=f32(M, Q), behavior_logp=f32(M, Q), advantages=f32(M, Q), topk_ids=i32(M, Q, K),
         topk_behavior_logp=f32(M, Q, K), proximal_logp=f32(M, Q), topk_proximal_logp=f32(M, Q, K),
+        reference_logp=f32(M, Q),
     ),
     "TopKPair": TOPK,
     "ExactDivergence": EXACT,
     "LossInputs": dict(
-        logp=f32(B, R), behavior_logp=f32(B, R), advantages=f32(B, R), mask=yes(B, R), proximal_logp=f32(B, R),
-        topk=types.TopKPair(**TOPK), exact=types.ExactDivergence(**EXACT),
+        logp=f32(B, R), behavior_logp=f32(B, R), advantages=f32(B, R), mask=yes(B, R), segments=i32(B, R),
+        proximal_logp=f32(B, R), reference_logp=f32(B, R), topk=types.TopKPair(**TOPK), exact=types.ExactDivergence(**EXACT),
     ),
     "LossOutput": dict(coef=f32(B, R), keep=yes(B, R), metrics={"ratio": (f32(B, R), yes(B, R))}),
-    "HeadOutput": dict(logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K)),
+    "HeadOutput": dict(logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K), exact=types.ExactDivergence(**EXACT)),
 }  # fmt: skip
 
 

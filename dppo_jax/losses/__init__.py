@@ -9,7 +9,8 @@ Upper thresholds (`*_high`) guard A > 0, lower ones (`*_low`) guard A < 0. Inequ
 threshold is kept, except where a row says otherwise.
 
 To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_mask(...)` or a `LossOutput`,
-and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`.
+and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`. `Sequences` gives sums over
+whole responses.
 """
 
 import dataclasses
@@ -20,9 +21,22 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.divergences import prob_diff
 from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.losses import corrections, divergence, ratio, sequence
-from dppo_jax.losses.core import BoundLoss, Loss, MissingField, from_mask, log_ratio, policy_objective
+from dppo_jax.losses.core import (
+    BoundLoss,
+    Loss,
+    MissingField,
+    Sequences,
+    from_mask,
+    log_ratio,
+    output,
+    policy_objective,
+    require,
+    safe,
+    two_sided,
+)
 from dppo_jax.losses.reference import ESTIMATORS, with_reference_kl
 from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
 
@@ -32,11 +46,17 @@ __all__ = [
     "ExactDivergence",
     "LossInputs",
     "LossOutput",
+    "Sequences",
     "TopKPair",
     "bind",
     "from_mask",
     "log_ratio",
+    "output",
     "policy_objective",
+    "prob_diff",
+    "require",
+    "safe",
+    "two_sided",
     "with_reference_kl",
 ]
 
