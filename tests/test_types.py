@@ -50,7 +50,8 @@ FULL = {
     "ExactDivergence": EXACT,
     "LossInputs": dict(
         logp=f32(B, R), behavior_logp=f32(B, R), advantages=f32(B, R), mask=yes(B, R), segments=i32(B, R),
-        proximal_logp=f32(B, R), reference_logp=f32(B, R), topk=types.TopKPair(**TOPK), exact=types.ExactDivergence(**EXACT),
+        proximal_logp=f32(B, R), reference_logp=f32(B, R), topk=types.TopKPair(**TOPK),
+        exact=types.ExactDivergence(**EXACT),
     ),
     "LossOutput": dict(coef=f32(B, R), keep=yes(B, R), metrics={"ratio": (f32(B, R), yes(B, R))}),
     "HeadOutput": dict(logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K), exact=types.ExactDivergence(**EXACT)),

@@ -57,6 +57,7 @@ PAIRS = (
     Pair("S", "train", "torch", "train", "PyTorch"),
     Pair("S", "train dppo_binary_tv", "ours", "train", "ppo_clip"),
     Pair("S", "train dppo_topk_tv", "ours", "train", "ppo_clip"),
+    Pair("S", "train ten regions", "ours", "train", "no regions measured"),
     Pair("L", "rollout", "tunix", "rollout", "tunix, 64 rows a call"),
     Pair("L", "rollout", "tunix", "rollout_one_call", "tunix, 512 rows a call"),
     Pair("L", "rollout", "ours", "static rollout", "ours, static batch"),

@@ -11,6 +11,10 @@ from experiments.benchmark.workloads import WORKLOADS, Workload
 LIBRARIES = {"jax": "jax", "experiments.build": "dppo_jax"}
 SLOTS = 48  # of workload L
 TRACKED = 20
+REGIONS = (
+    "ppo_clip", "clip_higher", "dual_clip", "gspo", "dppo_binary_tv", "dppo_binary_kl", "minimal_mask", "kpop",
+    "trm_mean", "cppo",
+)  # fmt: skip
 
 
 def config_of(workload: Workload, **changes: Any):
@@ -310,6 +314,7 @@ TABLE: worker.Table = {
     ("S", "step"): _on("S", step),
     ("S", "train dppo_binary_tv"): _on("S", train, loss__name="dppo_binary_tv"),
     ("S", "train dppo_topk_tv"): _on("S", train, loss__name="dppo_topk_tv"),
+    ("S", "train ten regions"): _on("S", train, log__regions=REGIONS),
     ("L", "rollout"): _on("L", rollout),
     ("L", "static rollout"): _on("L", rollout, rollout__slots=0),
     ("L", "train"): _on("L", train),
