@@ -26,6 +26,7 @@ from experiments import build, cli
 from experiments.probe import Probe
 
 TRACKED = (1, 5, 20, 100)
+ORDER = ("exact", "binary", *(f"top-{count}" for count in TRACKED))
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of mu, the behavior probability of the sampled token
 
 
@@ -94,7 +95,8 @@ def summary(config: ConfigDict, found: dict[str, Any]) -> dict[str, Any]:
         thresholds = {"paper": delta, "0.9-quantile": float(np.quantile(exact, 0.9))}
         result[kind] = {"thresholds": thresholds, "estimates": {}}
         truth = {name: masked(found, exact, value) for name, value in thresholds.items()}
-        for name, estimate in found[kind].items():
+        for name in (name for name in ORDER if name in found[kind]):
+            estimate = found[kind][name]
             row: dict[str, Any] = {
                 "mean": float(estimate.mean()),
                 "share of exact": float(estimate.mean() / max(exact.mean(), 1e-30)),
