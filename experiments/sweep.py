@@ -1,4 +1,4 @@
-"""Trains methods × seeds at once: one compiled step for all runs, batched over both.
+"""Trains methods × seeds at once: one compiled step for all runs, mapped over both.
 
     python -m experiments.sweep --config configs/reuse.py --workdir DIR --methods pg_is,cispo,dppo_binary_tv --seeds 6
 
@@ -25,7 +25,7 @@ from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.data.prompts import decode_replies
-from dppo_jax.errors import UserError, run_main
+from dppo_jax.errors import UserError, lookup, run_main
 from dppo_jax.losses import LOSSES, LossInputs, LossOutput
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, write_config
@@ -81,11 +81,24 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
         raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.METHOD.{given[0]}")
 
 
-class Sweep:
-    """All runs, stacked along the first axis of every array."""
+def _mapped(function):
+    """vmap's meaning, one run after another."""
+    return lambda *arguments: jax.lax.map(lambda own: function(*own), arguments)
 
-    def __init__(self, config: ConfigDict, runs: list[Run], workdir: Path):
+
+# How a function of one run becomes one of all. On a CPU, runs in turns are faster than runs at once: a batched while
+# loop copies its whole state every step, and there are no lanes to fill.
+OVER = {"vmap": jax.vmap, "map": _mapped}
+
+
+class Sweep:
+    """All runs, stacked along the first axis of every array. `over`: vmap, map, or auto (map on a CPU, else vmap)."""
+
+    def __init__(self, config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto"):
         check(config, runs)
+        if over == "auto":
+            over = "map" if jax.default_backend() == "cpu" else "vmap"
+        each = lookup(OVER, over, "--over")
         keep_compiled(config.compile_cache)
         self.config, self.runs, self._workdir = config, runs, workdir
         self._stack = contextlib.ExitStack()
@@ -110,13 +123,13 @@ class Sweep:
         self.layout = build.layout(config, None, next(iter(self._streams.values())).mean_prompt_length)
         tracked = config.rollout.tracked if "topk" in needed else 0
         generate = build.rollout(config, self.model, self.text, tracked=tracked)
-        self._generate = jax.jit(jax.vmap(generate))
+        self._generate = jax.jit(each(generate))
         self._assemble = jax.jit(jax.vmap(assemble))
         self._advantages = jax.jit(jax.vmap(build.advantages(config)))
         score = build.score(config, self.model, self.layout)
         self._recompute = None
         if "proximal_logp" in needed:
-            self._recompute = jax.jit(jax.vmap(make_recompute(score, "proximal")))
+            self._recompute = jax.jit(each(make_recompute(score, "proximal")))
         losses = [build.loss(configs[method]) for method in methods]
         weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
         base = build.optimizer(config)
@@ -138,7 +151,7 @@ class Sweep:
             scaled = optax.chain(base, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
             return make_update(score, loss, weigh, scaled)(state, batch, plan)
 
-        self._update = jax.jit(jax.vmap(update), donate_argnums=0)
+        self._update = jax.jit(each(update), donate_argnums=0)
         scaled = optax.chain(base, optax.stateless(lambda u, _: u))
         self._fresh = jax.jit(lambda p: jax.vmap(lambda _: init_state(p, scaled))(jnp.arange(len(runs))))
         self._index = jnp.asarray([methods.index(run.method) for run in runs], jnp.int32)
@@ -244,6 +257,7 @@ def main() -> None:
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
             "--methods": dict(required=True, metavar="NAMES", help="losses, by commas"),
             "--seeds": dict(type=int, default=3, metavar="N", help="seeds 0 .. N-1 (3)"),
+            "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
             "--rates": dict(default="1", metavar="NUMBERS", help="factors of optimizer.learning_rate, by commas (1)"),
         },
     )
@@ -259,7 +273,7 @@ def main() -> None:
         for rate in rates
         for seed in range(arguments.seeds)
     ]
-    sweep = Sweep(config, runs, arguments.workdir)
+    sweep = Sweep(config, runs, arguments.workdir, over=arguments.over)
     try:
         sweep.train()
     finally:

@@ -19,8 +19,8 @@ def hurry(tmp_path_factory):
         yield
 
 
-def sweep(config, runs, folder) -> None:
-    made = Sweep(config, runs, folder)
+def sweep(config, runs, folder, over: str = "auto") -> None:
+    made = Sweep(config, runs, folder, over=over)
     try:
         made.train()
     finally:
@@ -45,6 +45,17 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
     for tag in shared:
         if not tag.startswith("time/"):
             np.testing.assert_allclose(found[tag][1], separate[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
+
+
+def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    for over in ("vmap", "map"):
+        sweep(config, RUNS[1:4], tmp_path / over, over)
+    for one in RUNS[1:4]:
+        vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
+        for tag in vmap:
+            if not tag.startswith("time/"):
+                np.testing.assert_allclose(vmap[tag][1], turns[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
 def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
