@@ -252,6 +252,9 @@ def evaluate(jaxpr: Jaxpr, consts, args):
                 return carry[0] + (1 if innermost else inside), results
 
             turns, results = jax.lax.while_loop(proceed, turn, (turns, init))
+        elif eqn.primitive.name == "custom_vjp_call":
+            forward = eqn.params["call_jaxpr"]
+            results = evaluate(forward.jaxpr, forward.consts, inputs)[0]
         else:
             results = eqn.primitive.bind(*inputs, **eqn.params)
             results = results if eqn.primitive.multiple_results else [results]

@@ -183,7 +183,7 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_twice(finished):
 
 def test_nothing_is_compiled_after_the_first_step_with_a_proximal_policy_either(proximal):
     assert {step for _, step in proximal.compilations} <= {None, 0}
-    assert sum(function == "jit(proximal)" for function, _ in proximal.compilations) == 1
+    assert sum(function == "jit(recompute)" for function, _ in proximal.compilations) == 1
 
 
 def test_mismatch_is_nothing_in_one_precision_and_something_in_two(finished, proximal):
@@ -324,8 +324,10 @@ def test_every_loss_passes_the_check_with_its_defaults(folder, name):
     alpha = dict(loss__alpha=0.3) if name.startswith("relax_") else {}
     config = small_config(folder, loss__name=name, **alpha)
     build.check(config)
-    needed = {"proximal_logp"} if name.endswith("_proximal") or name.startswith("minirl") else set()
-    assert required_fields(build.loss(config)) == needed | ({"topk"} if "topk" in name else set())
+    recomputed = (*build.CORRECTED, "ppo_clip_recomputed", "minirl", "minirl_tis")
+    needed = {"proximal_logp"} if name.endswith("_proximal") or name in recomputed else set()
+    needed |= {field for field in ("topk", "exact") if f"_{field}_" in name}
+    assert required_fields(build.loss(config)) == needed
 
 
 def test_a_hyperparameter_that_is_set_goes_before_the_default_even_if_it_is_zero(folder):
