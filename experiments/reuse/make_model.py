@@ -1,0 +1,135 @@
+"""Makes the model of the reuse regime: 2 layers, 32 wide, which does the chains of `task` and slips in half of them.
+
+    python -m experiments.reuse.make_model [--out assets/reuse]
+
+Imitation of a teacher who slips in 7% of the steps, on fresh chains, spellings uniform. The model learns the sums and
+the slips: at temperature 1 about 53% of its replies are right. Everything is drawn from fixed seeds. Writes the model
+directory and the prompts in it.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dppo_jax.data.prompts import decode_replies
+from dppo_jax.models.config import ModelConfig, RopeConfig
+from dppo_jax.models.decoder import Params, forward, head_weight, init_params
+from dppo_jax.models.hf import save_hf
+from dppo_jax.optimizer import make_optimizer, make_schedule
+from dppo_jax.rewards.verifiers import last_number
+from dppo_jax.rollout import make_rollout
+from dppo_jax.token_head import token_head
+from dppo_jax.types import PromptBatch
+from experiments.reuse.task import PROMPT_TOKENS, VOCABULARY, draw, make_tokenizer, write_prompts
+
+CONFIG = ModelConfig(
+    model_type="qwen3",
+    vocab_size=len(VOCABULARY),
+    hidden_size=32,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    max_position=64,
+    tie_embeddings=True,
+    qkv_bias=False,
+    o_bias=False,
+    qk_norm=True,
+)
+SLIP = 0.07  # per step
+UPDATES, BATCH, CHUNK = 4000, 128, 500  # CHUNK: updates in one compiled call
+LEARNING_RATE, WARMUP = 3e-3, 100
+CORPUS_SEED, FRESH_SEED = 10, 12
+MAX_NEW_TOKENS = 12
+
+
+def loss(params: Params, tokens: jax.Array) -> jax.Array:
+    """Mean -logp of the reply tokens; tokens i32[B, 22], a prompt and its reply in each row."""
+    hidden = forward(CONFIG, params, tokens, jnp.ones(tokens.shape, bool))
+    before = hidden[:, PROMPT_TOKENS - 1 : -1]
+    return -token_head(before, head_weight(params), tokens[:, PROMPT_TOKENS:], temperature=1.0).logp.mean()
+
+
+def make_answer(temperature: float):
+    """(params, prompts i32[N, 11], seed) -> one reply to each, as text."""
+    tokenizer = make_tokenizer()
+    rollout = make_rollout(
+        CONFIG,
+        group_size=1,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=temperature,
+        eos_ids=(tokenizer.eos_token_id,),
+        pad_id=tokenizer.pad_token_id,
+    )
+    jitted = jax.jit(rollout)
+
+    def answer(params: Params, prompts: np.ndarray, seed: int) -> list[str]:
+        batch = PromptBatch(prompts, np.ones(prompts.shape, bool), np.arange(len(prompts), dtype=np.int32))
+        drawn = jitted(params, batch, jax.random.key(seed))
+        return decode_replies(tokenizer, drawn.tokens, drawn.response_mask, (tokenizer.eos_token_id,))
+
+    return answer
+
+
+def accuracy(answer, params: Params, *, seed: int, count: int) -> float:
+    """The share of right replies to `count` chains of this seed."""
+    chains = draw(np.random.default_rng(seed), count)
+    replies = answer(params, chains.prompts, seed)
+    return float(np.mean([last_number(reply, str(right)) for reply, right in zip(replies, chains.final, strict=True)]))
+
+
+def pretrain(updates: int, *, seed: int) -> Params:
+    """Parameters after so many updates, a multiple of CHUNK."""
+    schedule = make_schedule(learning_rate=LEARNING_RATE, warmup=WARMUP, schedule="cosine", updates=updates)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+
+    @jax.jit
+    def run(params, opt_state, batches):
+        def update(carry, tokens):
+            params, opt_state = carry
+            value, grads = jax.value_and_grad(loss)(params, tokens)
+            change, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, change), opt_state), value
+
+        (params, opt_state), values = jax.lax.scan(update, (params, opt_state), batches)
+        return params, opt_state, values.mean()
+
+    rng, start = np.random.default_rng(CORPUS_SEED), time.time()
+    params = init_params(CONFIG, jax.random.key(seed))
+    opt_state = optimizer.init(params)
+    for done in range(CHUNK, updates + 1, CHUNK):
+        chains = draw(rng, CHUNK * BATCH, SLIP)
+        batches = np.concatenate([chains.prompts, chains.replies], axis=1).reshape(CHUNK, BATCH, -1)
+        params, opt_state, value = run(params, opt_state, batches)
+        print(f"update {done}/{updates}: loss {float(value):.4f}, {time.time() - start:.0f} s", flush=True)
+    return params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("assets/reuse"), help="the model directory to write")
+    arguments = parser.parse_args()
+
+    params = pretrain(UPDATES, seed=0)
+    for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
+        right = accuracy(make_answer(temperature), params, seed=FRESH_SEED, count=4096)
+        print(f"fresh chains, {name}: {right:.3f} right")
+
+    tokenizer = make_tokenizer()
+    save_hf(arguments.out, CONFIG, params, tokenizer)
+    generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
+    (arguments.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_prompts(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The task of the reuse regime: ten additions and multiplications mod 13, with eight spellings of every state.
+
+A prompt is a start state and ten operations, a reply the state after each of them, 11 and 10 tokens:
+
+    f7 *three +twelve ... -> c8 a7 ...
+
+The letter of a state says nothing, its number is the state: f7 *three is 21 = 8, and a8 to h8 all say so. The reward
+is 1 where the last state of the reply is the final one (the verifier `last_number`); the states before it do not
+count. Operations are spelled without digits, so that no verifier takes one for a state.
+
+Tokens: 0 ends a reply and pads, 1 + 8 r + s is state r in spelling s, then +zero to +twelve and *zero to *twelve.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+MODULUS, STEPS = 13, 10
+SPELLINGS = "abcdefgh"
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+EOS = "<|endoftext|>"
+STATES = [f"{letter}{residue}" for residue in range(MODULUS) for letter in SPELLINGS]
+OPERATIONS = [sign + number for sign in "+*" for number in NUMBERS]
+VOCABULARY = [EOS, *STATES, *OPERATIONS]
+FIRST_OPERATION = 1 + len(STATES)
+
+PROMPT_TOKENS, REPLY_TOKENS = 1 + STEPS, STEPS + 1  # the end-of-sequence token counts
+
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+SIZES = {"train": 2048, "held_out": 512}  # rows; 100 steps of 16 prompts see 1,600 of the first
+
+
+class Chains(NamedTuple):
+    """Examples as tokens. A reply's spellings are drawn uniformly, and it ends in EOS."""
+
+    prompts: np.ndarray  # i32[N, 11]
+    replies: np.ndarray  # i32[N, 11]
+    final: np.ndarray  # i64[N], the last state of the reply: the answer, where nothing slipped
+
+
+def draw(rng: np.random.Generator, count: int, slip: float = 0.0) -> Chains:
+    """Start, operations and spellings, all uniform.
+
+    slip: the chance that a step ends in another state than it should, uniform over the 12; the next goes on from there.
+    """
+    state = rng.integers(MODULUS, size=count)
+    operations = rng.integers(len(OPERATIONS), size=(count, STEPS))
+    spellings = rng.integers(len(SPELLINGS), size=(count, 1 + STEPS))
+    slips = rng.random((count, STEPS)) < slip
+    errors = np.where(slips, rng.integers(1, MODULUS, size=(count, STEPS)), 0)
+    states = [state]
+    for operation, error in zip(operations.T, errors.T, strict=True):
+        operand = operation % MODULUS
+        state = (np.where(operation < MODULUS, state + operand, state * operand) + error) % MODULUS
+        states.append(state)
+    spelled = 1 + len(SPELLINGS) * np.stack(states, axis=1) + spellings
+    prompts = np.concatenate([spelled[:, :1], FIRST_OPERATION + operations], axis=1)
+    replies = np.concatenate([spelled[:, 1:], np.zeros((count, 1), int)], axis=1)
+    return Chains(prompts.astype(np.int32), replies.astype(np.int32), state)
+
+
+def rows(seed: int, count: int) -> list[dict[str, str]]:
+    """Prompts and answers as text."""
+    chains = draw(np.random.default_rng(seed), count)
+    texts = [" ".join(VOCABULARY[token] for token in prompt) for prompt in chains.prompts]
+    return [{"prompt": text, "answer": str(answer)} for text, answer in zip(texts, chains.final, strict=True)]
+
+
+def write_prompts(directory: Path) -> None:
+    """train.jsonl and held_out.jsonl."""
+    for name, seed in (("train", TRAIN_SEED), ("held_out", HELD_OUT_SEED)):
+        lines = [json.dumps(row) + "\n" for row in rows(seed, SIZES[name])]
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def make_tokenizer() -> Any:
+    """One token a word. A word it does not know is an error: there is no token for it."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+    )
