@@ -23,12 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dppo_jax.models.config import ModelConfig, RopeConfig
-from dppo_jax.models.decoder import Params, init_params
+from dppo_jax.models.decoder import Params, forward, head_weight, init_params
 from dppo_jax.models.hf import save_hf
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import make_rollout
-from dppo_jax.train_step import make_score
+from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch, TrainBatch
 
 TASK = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}
@@ -112,12 +112,15 @@ def encode(tokenizer: PreTrainedTokenizerFast, questions: list[str], replies: li
 
 def pretrain(config: ModelConfig, corpus: TrainBatch, updates: int, *, learning_rate: float, seed: int) -> Params:
     """Imitation of the replies, one pass over the corpus: mean -logp of its response tokens."""
-    score = make_score(config, temperature=1.0, dtype=jnp.float32, remat="full", pieces=1)
     schedule = make_schedule(learning_rate=learning_rate, warmup=updates // 20, schedule="cosine", updates=updates)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
 
     def loss(params: Params, batch: TrainBatch) -> jax.Array:
-        return -jnp.sum(jnp.where(batch.mask, score(params, batch).logp, 0.0)) / jnp.sum(batch.mask)
+        tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
+        hidden = forward(config, params, tokens, jnp.concatenate([batch.prompt_mask, batch.mask], axis=1), remat="full")
+        before = hidden[:, batch.prompt_tokens.shape[1] - 1 : -1]
+        logp = token_head(before, head_weight(params), batch.tokens, pieces=1).logp
+        return -jnp.sum(jnp.where(batch.mask, logp, 0.0)) / jnp.sum(batch.mask)
 
     @jax.jit
     def update(params, opt_state, batch):

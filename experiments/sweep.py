@@ -1,6 +1,6 @@
 """Trains methods × seeds at once: one compiled step for all runs, mapped over both.
 
-    python -m experiments.sweep --config configs/reuse.py --workdir DIR --methods pg_is,cispo,dppo_binary_tv --seeds 6
+    python -m experiments.sweep --config configs/reuse.py --workdir DIR --methods pg_is,kpop --config.eval.every=0
 
 For models so small that one run leaves the machine idle. Every run has a folder DIR/METHOD/seed_N of its own with
 TensorBoard logs and HParams, as if experiments.train had made it: the same prompts, keys and numbers, up to float
@@ -256,7 +256,7 @@ def main() -> None:
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
             "--methods": dict(required=True, metavar="NAMES", help="losses, by commas"),
-            "--seeds": dict(type=int, default=3, metavar="N", help="seeds 0 .. N-1 (3)"),
+            "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
             "--rates": dict(default="1", metavar="NUMBERS", help="factors of optimizer.learning_rate, by commas (1)"),
         },
@@ -271,7 +271,7 @@ def main() -> None:
         Run(method, seed, rate)
         for method in arguments.methods.split(",")
         for rate in rates
-        for seed in range(arguments.seeds)
+        for seed in range(config.seed, config.seed + arguments.seeds)
     ]
     sweep = Sweep(config, runs, arguments.workdir, over=arguments.over)
     try:
