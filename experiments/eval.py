@@ -13,7 +13,7 @@ from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.sharding import named
-from experiments import build, cli
+from experiments import build, checks, cli
 from experiments.compilations import keep_compiled
 
 
@@ -21,15 +21,15 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     """{"eval/<set>/<metric>": value} of a run's newest checkpoint, one step's folder, or a Hugging Face directory."""
     if not config.eval.sets:
         raise UserError("the config has no evaluation set: eval.sets is empty")
-    build.check(config)
+    checks.check(config)
     keep_compiled(config.compile_cache)
     is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
     directory = checkpoint if is_hf else build.model_directory(config)
     model = load_config(directory)
-    build.check_length(config, model)
+    checks.check_length(config, model)
     with contextlib.ExitStack() as stack:
         mesh = build.on_devices(config, stack)
-        build.check_mesh(config, mesh, model)
+        checks.check_mesh(config, mesh, model)
         text = build.text(directory, model)
         shardings = named(mesh, param_axes(model))
         if is_hf:

@@ -19,7 +19,7 @@ from dppo_jax.sampling import step_key
 from dppo_jax.sharding import rows
 from dppo_jax.train_step import assemble, init_state, state_shardings
 from dppo_jax.types import TrainBatch
-from experiments import build
+from experiments import build, checks
 from experiments.compilations import keep_compiled
 
 
@@ -36,14 +36,14 @@ class Probe:
     """A config's policy, data and devices, as training sets them up, with K tracked tokens. Use it in a `with`."""
 
     def __init__(self, config: ConfigDict, tracked: int = 0):
-        build.check(config)
+        checks.check(config)
         keep_compiled(config.compile_cache)
         self.config, self._stack = config, contextlib.ExitStack()
         directory = build.model_directory(config)
         self.model = load_config(directory)
-        build.check_length(config, self.model)
+        checks.check_length(config, self.model)
         self.mesh = build.on_devices(config, self._stack)
-        build.check_mesh(config, self.mesh, self.model)
+        checks.check_mesh(config, self.mesh, self.model)
         self.text = build.text(directory, self.model)
         self.stream, self._scorer = build.stream_and_scorer(
             config, config.data, self.text.tokenizer, config.rollout.prompts, self._stack

@@ -32,7 +32,7 @@ from dppo_jax.run_log import RunLog, write_config
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, init_state, make_recompute, make_update
 from dppo_jax.weights import WEIGHTS
-from experiments import build, cli
+from experiments import build, checks, cli
 from experiments.compilations import keep_compiled
 
 
@@ -62,7 +62,7 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
     for run in runs:
         if run.method not in LOSSES:
             build.bind(run.method, {})  # names the nearest
-        build.check(config_of(config, run))
+        checks.check(config_of(config, run))
     refused = {
         "advantage.name": config.advantage.name == "gae",
         "rollout.resample": config.rollout.resample,
@@ -105,7 +105,7 @@ class Sweep:
         self._stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
         directory = build.model_directory(config)
         self.model = load_config(directory)
-        build.check_length(config, self.model)
+        checks.check_length(config, self.model)
         self.text = build.text(directory, self.model)
         self._params = jax.tree.map(jnp.asarray, load_params(directory)[1])
         # One stream of prompts a seed; one scorer for all.
@@ -118,8 +118,6 @@ class Sweep:
         methods = sorted({run.method for run in runs})
         configs = {method: config_of(config, Run(method, 0, 1.0)) for method in methods}
         needed = frozenset().union(*(build.needed_fields(c) for c in configs.values()))
-        if "exact" in needed:
-            raise UserError("a sweep has no exact divergences: dppo_exact_tv and dppo_exact_kl need experiments.train")
         self.layout = build.layout(config, None, next(iter(self._streams.values())).mean_prompt_length)
         tracked = config.rollout.tracked if "topk" in needed else 0
         generate = build.rollout(config, self.model, self.text, tracked=tracked)
@@ -133,8 +131,9 @@ class Sweep:
         losses = [build.loss(configs[method]) for method in methods]
         weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
         base = build.optimizer(config)
+        self._oracle = build.oracle(config, self.model, self.layout) if "exact" in needed else None
 
-        def update(state, batch, plan, method, rate):
+        def update(state, batch, plan, method, rate, *behavior):
             """One run's update; the loss is that of its index."""
 
             def loss(inputs: LossInputs) -> LossOutput:
@@ -149,7 +148,7 @@ class Sweep:
                 return LossOutput(coef=coef, keep=keep, metrics={})
 
             scaled = optax.chain(base, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
-            return make_update(score, loss, weigh, scaled)(state, batch, plan)
+            return make_update(score, loss, weigh, scaled, oracle=self._oracle)(state, batch, plan, *behavior)
 
         self._update = jax.jit(each(update), donate_argnums=0)
         scaled = optax.chain(base, optax.stateless(lambda u, _: u))
@@ -201,7 +200,7 @@ class Sweep:
         by_seed = {seed: stream.batch(step) for seed, stream in self._streams.items()}
         prompts = jax.tree.map(lambda *x: np.stack(x), *(by_seed[run.seed][0] for run in self.runs))
         keys = jnp.stack([step_key(run.seed, step, build.ROLLOUT) for run in self.runs])
-        behavior = past[0] if past else state.params
+        behavior = past[0] if past else self._copy(state) if self._oracle else state.params
         rollout = self._generate(behavior, prompts, keys)
         tokens, mask, truncated = jax.device_get((rollout.tokens, rollout.response_mask, rollout.truncated))
         group = c.rollout.group_size
@@ -230,7 +229,8 @@ class Sweep:
         measured = []
         order = [list(build.minibatches(config_of(c, run), step)) for run in self.runs]
         for indices in zip(*order, strict=True):
-            state, metrics = self._update(state, batch, plans(indices, lengths), self._index, self._rate)
+            extras = [behavior] if self._oracle else []
+            state, metrics = self._update(state, batch, plans(indices, lengths), self._index, self._rate, *extras)
             measured.append(metrics)
             if past:
                 past = [*past, self._copy(state)][-c.rollout.lag - 1 :]

@@ -16,7 +16,7 @@ from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
 from dppo_jax.train_step import assemble, init_state, make_recompute
 from dppo_jax.types import PromptBatch
-from experiments import build
+from experiments import build, checks
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -33,9 +33,9 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 def trace(config: ConfigDict) -> str:
     """Checks the config and traces one step abstractly, as on one device. Returns what it found, in words."""
-    build.check(config)
+    checks.check(config)
     model = model_config(config)
-    build.check_length(config, model)
+    checks.check_length(config, model)
     params = build.abstract(config, model)
     n, length = config.rollout.prompts, config.data.max_prompt_len
     prompts = PromptBatch(

@@ -36,7 +36,7 @@ from dppo_jax.sampling import step_key
 from dppo_jax.sharding import from_first_host, rows, to_host
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, make_recompute, state_shardings
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
-from experiments import build, cli
+from experiments import build, checks, cli
 from experiments.compilations import Compilations, keep_compiled
 from experiments.critic import Critic
 from experiments.report import Report
@@ -46,15 +46,15 @@ from experiments.trace import trace
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes a run. UserError, one sentence, for whatever the user can mend."""
-    build.check(config)
+    checks.check(config)
     keep_compiled(config.compile_cache)
     with contextlib.ExitStack() as stack:
         # Mesh, policy, optimizer.
         directory = build.model_directory(config)
         model = load_config(directory)
-        build.check_length(config, model)
+        checks.check_length(config, model)
         mesh = build.on_devices(config, stack)
-        build.check_mesh(config, mesh, model)
+        checks.check_mesh(config, mesh, model)
         text = build.text(directory, model)
         optimizer = build.optimizer(config)
         learning_rate = build.schedule(config)

@@ -22,7 +22,7 @@ from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch
-from experiments import build
+from experiments import build, checks
 from tests.fixtures import EOS, PAD, TINY, random_params, small_config
 
 ALONE = (1, 1, 1)
@@ -60,8 +60,8 @@ def run(sizes, devices, folder):
     config = config_of(sizes)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        build.check(config)
-        build.check_mesh(config, mesh, TINY)
+        checks.check(config)
+        checks.check_mesh(config, mesh, TINY)
         optimizer = build.optimizer(config)
         shardings = state_shardings(param_axes(TINY), optimizer, abstract_params(TINY), mesh)
         state = init_state(random_params(), optimizer, shardings)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.sharding import MESH_AXES
-from experiments import build, train
+from experiments import checks, train
 from experiments.cli import load_config
 from tests.fixtures import (
     TINY,
@@ -341,7 +341,7 @@ def test_a_workdir_that_cannot_be(refusal, tmp_path):
 def test_a_batch_that_the_mesh_does_not_divide(folder):
     eight = AbstractMesh((2, 4, 1), MESH_AXES)
     for slots in (0, 8, 16):
-        build.check_mesh(small_config(folder, rollout__slots=slots), eight, TINY)
+        checks.check_mesh(small_config(folder, rollout__slots=slots), eight, TINY)
     for changes, sentence in (
         (
             dict(rollout__prompts=12, train__minibatches=1),
@@ -352,9 +352,9 @@ def test_a_batch_that_the_mesh_does_not_divide(folder):
         (dict(eval__every=1, eval__prompts=12), "eval.prompts is 12 rows, which mesh.data x mesh.fsdp = 8"),
     ):
         with pytest.raises(UserError, match=sentence):
-            build.check_mesh(small_config(folder, **changes), eight, TINY)
+            checks.check_mesh(small_config(folder, **changes), eight, TINY)
     with pytest.raises(UserError, match="parameter embed has vocab = 16, which mesh.tensor = 3 does not divide"):
-        build.check_mesh(small_config(folder), AbstractMesh((1, 1, 3), MESH_AXES), TINY)
+        checks.check_mesh(small_config(folder), AbstractMesh((1, 1, 3), MESH_AXES), TINY)
 
 
 # --- once through the real command ---

@@ -6,7 +6,7 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
-from experiments import build
+from experiments import checks
 from experiments.cli import load_config
 from experiments.trace import trace
 
@@ -54,13 +54,13 @@ def at_root(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_a_config_validates(path):
-    build.check(load_config(path, []))
+    checks.check(load_config(path, []))
 
 
 @pytest.mark.parametrize("path", PAPER)
 def test_a_paper_config_holds_the_papers_numbers(path):
     config = load_config(path, [])
-    assert {key: build.value(config, key) for key in PAPER[path]} == PAPER[path]
+    assert {key: checks.value(config, key) for key in PAPER[path]} == PAPER[path]
     assert config.rollout.prompts // config.train.minibatches == (16 if "sanity" in path else 32)
 
 
@@ -81,9 +81,9 @@ def test_a_loss_can_be_swapped_in_by_name(name):
     swap = [f"--config.loss.name={name}"]
     if name.startswith("relax_"):
         with pytest.raises(UserError, match="needs loss.alpha"):
-            build.check(load_config("configs/quickstart.py", swap))
+            checks.check(load_config("configs/quickstart.py", swap))
         swap.append("--config.loss.alpha=0.1")
-    build.check(load_config("configs/quickstart.py", swap))
+    checks.check(load_config("configs/quickstart.py", swap))
 
 
 def test_a_model_that_is_neither_here_nor_described_cannot_be_traced():

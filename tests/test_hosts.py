@@ -18,7 +18,7 @@ from dppo_jax.run_log import read_scalars
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, named, to_host
 from dppo_jax.types import PromptBatch, RolloutBatch
-from experiments import build
+from experiments import build, checks
 from tests.fixtures import EOS, HURRIED_FLAGS, PAD, TINY, hurried, random_params, run, run_config, small_config, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -59,8 +59,8 @@ def rollouts(sizes, devices) -> tuple[list[RolloutBatch], int]:
     config = config_of(sizes)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        build.check(config)
-        build.check_mesh(config, mesh, TINY)
+        checks.check(config)
+        checks.check_mesh(config, mesh, TINY)
         text = build.Text(tokenizer=None, eos_ids=(EOS,), pad_id=PAD)
         generate = build.on_mesh(build.rollout(config, TINY, text, mesh), mesh)
         params, prompts = place(random_params(), mesh), prompt_batch(config)

@@ -15,7 +15,7 @@ from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.run_log import read_scalars
 from dppo_jax.train_step import init_state, make_recompute
-from experiments import build, methods
+from experiments import build, checks, methods
 from experiments.cli import load_config
 from experiments.probe import Probe
 from experiments.resample import chosen
@@ -58,7 +58,7 @@ def drawn():
 def test_a_method_takes_a_step_on_the_embedded_default(name, drawn):
     probe, batch, plan, params = drawn
     c = load_config(str(ROOT / "configs" / "methods" / f"{name}.py"), [])
-    build.check(c)
+    checks.check(c)
     needed = build.needed_fields(c)
     absent = [field for field in ("proximal_logp", "reference_logp") if field not in needed]
     absent += [] if "topk" in needed else ["topk_ids", "topk_behavior_logp", "topk_proximal_logp"]
@@ -206,4 +206,4 @@ REFUSED = {
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_what_does_not_compose_is_refused_in_a_sentence(sentence, folder):
     with pytest.raises(UserError, match=sentence):
-        build.check(small_config(folder, **REFUSED[sentence]))
+        checks.check(small_config(folder, **REFUSED[sentence]))

@@ -22,7 +22,7 @@ from dppo_jax.losses import LOSSES, required_fields
 from dppo_jax.models import load_policy
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.run_log import plain, read_config, read_scalars
-from experiments import build, eval
+from experiments import build, checks, eval
 from tests.fixtures import (
     TINY,
     config_file,
@@ -323,8 +323,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(folder, tmp_path):
 def test_every_loss_passes_the_check_with_its_defaults(folder, name):
     alpha = dict(loss__alpha=0.3) if name.startswith("relax_") else {}
     config = small_config(folder, loss__name=name, **alpha)
-    build.check(config)
-    recomputed = (*build.CORRECTED, "ppo_clip_recomputed", "minirl", "minirl_tis")
+    checks.check(config)
+    recomputed = (*checks.CORRECTED, "ppo_clip_recomputed", "minirl", "minirl_tis")
     needed = {"proximal_logp"} if name.endswith("_proximal") or name in recomputed else set()
     needed |= {field for field in ("topk", "exact") if f"_{field}_" in name}
     assert required_fields(build.loss(config)) == needed

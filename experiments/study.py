@@ -1,0 +1,165 @@
+"""A question put to several losses: the same prompts and keys for all, several seeds, and what they show.
+
+Each question has a folder with its arms:
+
+    python -m experiments.necessity --config configs/reuse.py --workdir runs/study --out DIR --config.eval.every=0
+
+Every arm is trained by `experiments.sweep` in WORKDIR/ARM, or, with --separate, run by run by `experiments.train`, for
+models that fill the machine. Finished runs stay, and questions that share a workdir share their arms. Then DIR gets a
+table (.md), its numbers (.json) and the curves (.png).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.errors import UserError
+from dppo_jax.run_log import Scalars, read_scalars
+from experiments import cli
+from experiments.plot import Method, bootstrap_interval, draw
+from experiments.sweep import Run, Sweep, config_of
+from experiments.train import train as train_one
+
+LAST = 10  # steps at a run's end whose mean reward is its outcome
+TAGS = ("reward/mean", "mismatch/abs_prob_diff_mean", "policy/abs_prob_diff_mean", "trust_region/masked")
+SMOOTH = 5
+THRESHOLDS = ("delta", "eps")  # hyperparameters that begin so are scaled by Arm.scale
+
+
+class Arm(NamedTuple):
+    """A loss with its loss_defaults, but for thresholds `scale` times as wide and the `numbers` given."""
+
+    loss: str
+    scale: float = 1.0
+    numbers: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folder and curve."""
+        scaled = [] if self.scale == 1 else [f"x{self.scale:g}"]
+        return "_".join([self.loss, *scaled, *(f"{key}{value:g}" for key, value in self.numbers)])
+
+    def config(self, config: ConfigDict) -> ConfigDict:
+        """The config whose defaults for this loss are the arm's."""
+        own = config.copy_and_resolve_references()
+        numbers = own.loss_defaults[self.loss].to_dict()
+        wide = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
+        with own.unlocked():
+            own.loss_defaults[self.loss] = {**numbers, **wide, **dict(self.numbers)}
+        return own
+
+
+def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequence[int], *, separate: bool) -> None:
+    """Trains what is not trained yet."""
+    for arm in arms:
+        own, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
+        if separate:
+            for run in runs:
+                train_one(config_of(own, run), workdir / arm.name / run.folder)
+            continue
+        folder = workdir / arm.name
+        with Checkpoints(folder, keep=1) as checkpoints:
+            if checkpoints.latest() == config.steps:
+                continue
+        sweep = Sweep(own, runs, folder)
+        try:
+            sweep.train()
+        finally:
+            sweep.close()
+
+
+def read(workdir: Path, arm: Arm, seeds: Sequence[int]) -> list[Scalars]:
+    """The arm's runs, by seed."""
+    return [read_scalars(workdir / arm.name / Run(arm.loss, seed, 1.0).folder) for seed in seeds]
+
+
+def outcome(run: Scalars) -> float:
+    """Mean reward of the last steps."""
+    return float(np.mean(run["reward/mean"][1][-LAST:]))
+
+
+def mean_and_interval(values: Sequence[float]) -> list[float]:
+    """[mean, low, high], 95% bootstrap over seeds."""
+    low, high = bootstrap_interval(np.asarray(values))
+    return [round(float(x), 5) for x in (np.mean(values), low, high)]
+
+
+def summary(runs: dict[str, list[Scalars]]) -> dict[str, Any]:
+    """By arm. `collapsed` counts seeds that end below the mean reward that all arms begin with."""
+    start = float(np.mean([run["reward/mean"][1][0] for own in runs.values() for run in own]))
+    first = [outcome(run) for run in next(iter(runs.values()))]
+    arms = {}
+    for name, own in runs.items():
+        ends = [outcome(run) for run in own]
+        arms[name] = {
+            "by seed": [round(end, 4) for end in ends],
+            "outcome": mean_and_interval(ends),
+            "minus the first": mean_and_interval(np.subtract(ends, first).tolist()),
+            "whole run": mean_and_interval([float(np.mean(run["reward/mean"][1])) for run in own]),
+            "collapsed": sum(end < start for end in ends),
+            **{tag: mean_and_interval([float(np.mean(run[tag][1])) for run in own]) for tag in TAGS[1:]},
+        }
+    return {"start": round(start, 4), "seeds": len(first), "steps": len(own[0]["reward/mean"][1]), "arms": arms}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The summary as a table."""
+
+    def cell(values: list[float], digits: int = 2) -> str:
+        mean, low, high = (f"{x:.{digits}f}" for x in values)
+        return f"{mean} [{low}, {high}]"
+
+    lines = [
+        f"{found['seeds']} seeds, {found['steps']} steps, mean reward {found['start']:.3f} at the first. "
+        f"Outcome: mean reward of the last {LAST} steps; in brackets its 95% bootstrap interval over seeds; "
+        "differences are paired by seed; collapsed: seeds that end below the start; |π − μ|: its mean, at rollout → "
+        "over all updates.",
+        "",
+        "| arm | outcome | minus the first arm | whole run | collapsed | masked | \\|π − μ\\| |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in found["arms"].items():
+        mismatch, shift, masked = (arm[tag][0] for tag in TAGS[1:])
+        lines.append(
+            f"| `{name}` | {cell(arm['outcome'])} | {cell(arm['minus the first'])} | {cell(arm['whole run'])} "
+            f"| {arm['collapsed']} of {found['seeds']} | {100 * masked:.2f}% | {mismatch:.1e} → {shift:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(description: str, arms: Sequence[Arm]) -> None:
+    """The command line of a question."""
+    config, arguments = cli.parse(
+        description.split("\n")[0],
+        {
+            "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each arm; resumes"),
+            "--out": dict(type=Path, required=True, metavar="F", help="writes F.md, F.json and F.png"),
+            "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
+            "--arms": dict(metavar="NAMES", help=f"some of {', '.join(arm.name for arm in arms)}, by commas"),
+            "--separate": dict(action="store_true", help="one run after another, by experiments.train"),
+        },
+    )
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
+    named = {arm.name: arm for arm in arms}
+    chosen = list(named) if arguments.arms is None else arguments.arms.split(",")
+    for name in chosen:
+        if name not in named:
+            raise UserError(f"--arms has {name!r}; the arms are {', '.join(named)}")
+    seeds = range(config.seed, config.seed + arguments.seeds)
+    train(config, [named[name] for name in chosen], arguments.workdir, seeds, separate=arguments.separate)
+    runs = {name: read(arguments.workdir, named[name], seeds) for name in chosen}
+    found = summary(runs)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(found)
+    arguments.out.with_suffix(".md").write_text(text)
+    arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    draw([Method(name, own) for name, own in runs.items()], SMOOTH, TAGS).savefig(
+        arguments.out.with_suffix(".png"), dpi=120
+    )
+    print(text, end="")

@@ -1,0 +1,124 @@
+"""What the cells of a survival map show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dppo_jax.errors import UserError
+from dppo_jax.run_log import read_config, read_scalars
+from experiments.study import LAST, mean_and_interval, outcome
+
+DRIFT = "mismatch/abs_prob_diff_mean"  # before any update: what the rollout's arithmetic and age make
+
+
+def cells(workdir: Path) -> list[dict[str, Any]]:
+    """One entry for each mismatch, lag, method and learning rate, with the outcomes of its seeds. Unfinished runs are
+    left out."""
+    groups: dict[tuple, list] = {}
+    folders = sorted({path.parent for path in workdir.glob("*/*/seed_*/config.json")})
+    if not folders:
+        raise UserError(f"{workdir} holds no runs of a survival map; train them first, without --report")
+    for folder in folders:
+        config, run = read_config(folder), read_scalars(folder)
+        if len(run["reward/mean"][1]) < config["steps"]:
+            continue
+        rollout = config["rollout"]
+        mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
+        rate = float(f"{config['optimizer']['learning_rate']:.2g}")
+        groups.setdefault((mismatch, rollout["lag"], config["loss"]["name"], rate), []).append(run)
+    start = float(np.mean([run["reward/mean"][1][0] for runs in groups.values() for run in runs]))
+    return [
+        {
+            "mismatch": mismatch,
+            "lag": lag,
+            "method": method,
+            "learning_rate": rate,
+            "seeds": len(runs),
+            "start": round(start, 4),
+            "survived": sum(outcome(run) >= start for run in runs),
+            "outcome": mean_and_interval([outcome(run) for run in runs]),
+            "abs_prob_diff": float(f"{np.mean([run[DRIFT][1][0] for run in runs]):.3g}"),
+        }
+        for (mismatch, lag, method, rate), runs in sorted(groups.items())
+    ]
+
+
+def _axes(found: list[dict[str, Any]]) -> tuple[list, list, list]:
+    """(mismatch, lag) from small to large, methods from most to least survivors, learning rates."""
+    drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in found}
+    lived: dict[str, int] = {}
+    for cell in found:
+        lived[cell["method"]] = lived.get(cell["method"], 0) + cell["survived"]
+    columns = sorted(drift, key=lambda key: (key[1], drift[key]))
+    return columns, sorted(lived, key=lived.__getitem__, reverse=True), sorted({c["learning_rate"] for c in found})
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Survivors and mean outcome, a row for each method and learning rate."""
+    columns, methods, rates = _axes(found)
+    at = {(c["mismatch"], c["lag"], c["method"], c["learning_rate"]): c for c in found}
+    drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in found}
+    heads = [f"{mismatch}, lag {lag} ({drift[mismatch, lag]:.0e})" for mismatch, lag in columns]
+    lines = [
+        f"Seeds that survive (mean reward of the last {LAST} steps at least {found[0]['start']:.2f}, that of the first "
+        f"step) of {max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean abs(π − μ) before "
+        "the first update.",
+        "",
+        "| method | learning rate | " + " | ".join(heads) + " |",
+        "|---" * (2 + len(heads)) + "|",
+    ]
+    for method in methods:
+        for rate in rates:
+            row = [at.get((*column, method, rate)) for column in columns]
+            cells = ["" if c is None else f"{c['survived']} · {c['outcome'][0]:.2f}" for c in row]
+            lines.append(f"| `{method}` | {rate:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """A square for each cell, coloured by the mean outcome, with the number of seeds that survive in it."""
+    columns, methods, rates = _axes(found)
+    lags = sorted({lag for _, lag in columns})
+    figure, panels = plt.subplots(
+        len(lags), len(methods), figsize=(2.1 * len(methods) + 1, 1.9 * len(lags) + 0.9), squeeze=False,
+        layout="constrained", sharey=True,
+    )  # fmt: skip
+    image = None
+    for row, lag in zip(panels, lags, strict=True):
+        names = [mismatch for mismatch, own in columns if own == lag]
+        for axis, method in zip(row, methods, strict=True):
+            grid = np.full((len(rates), len(names)), np.nan)
+            for cell in found:
+                if cell["lag"] == lag and cell["method"] == method:
+                    y, x = rates.index(cell["learning_rate"]), names.index(cell["mismatch"])
+                    grid[y, x] = cell["outcome"][0]
+                    axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
+            image = axis.imshow(grid, cmap="RdYlGn", vmin=0.1, vmax=0.9, origin="lower", aspect="auto")
+            axis.set_xticks(range(len(names)), names, fontsize=8)
+            axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
+            if lag == lags[0]:
+                axis.set_title(method, fontsize=9)
+            if lag == lags[-1]:
+                axis.set_xlabel("rollout rounded to", fontsize=8)
+        row[0].set_ylabel(f"lag {lag}\nlearning rate", fontsize=8)
+    figure.colorbar(image, ax=panels, label=f"mean reward, last {LAST} steps", shrink=0.8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(workdir: Path, out: Path) -> str:
+    """Writes map.json, map.md and map.png into `out`; returns the table."""
+    found, text = cells(workdir), ""
+    if found:
+        text = markdown(found)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "map.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / "map.md").write_text(text)
+        draw(found, out / "map.png")
+    return text
