@@ -19,7 +19,7 @@ from experiments.sweep import Run, Sweep
 METHODS = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1", "m1+m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
 LAGS = ("0", "16")  # rollout.lag, in updates; a rollout batch takes 16
-RATES = ("0.3", "1", "3")  # of optimizer.learning_rate
+RATES = ("0.3", "0.6", "1")  # of optimizer.learning_rate; at 3, no method survives even without mismatch
 SEEDS = 6
 
 

@@ -21,7 +21,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
     """One entry for each mismatch, lag, method and learning rate, with the outcomes of its seeds. Unfinished runs are
     left out."""
     groups: dict[tuple, list] = {}
-    folders = sorted({path.parent for path in workdir.glob("*/*/seed_*/config.json")})
+    folders = sorted({path.parent for path in workdir.glob("**/seed_*/config.json")})
     if not folders:
         raise UserError(f"{workdir} holds no runs of a survival map; train them first, without --report")
     for folder in folders:
@@ -32,7 +32,10 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
         groups.setdefault((mismatch, rollout["lag"], config["loss"]["name"], rate), []).append(run)
-    start = float(np.mean([run["reward/mean"][1][0] for runs in groups.values() for run in runs]))
+    starts: dict[tuple, list[float]] = {}
+    for key, runs in groups.items():
+        starts.setdefault(key[:2], []).extend(run["reward/mean"][1][0] for run in runs)
+    start = {key: float(np.mean(values)) for key, values in starts.items()}
     return [
         {
             "mismatch": mismatch,
@@ -40,8 +43,8 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
             "method": method,
             "learning_rate": rate,
             "seeds": len(runs),
-            "start": round(start, 4),
-            "survived": sum(outcome(run) >= start for run in runs),
+            "start": round(start[mismatch, lag], 4),
+            "survived": sum(outcome(run) >= start[mismatch, lag] for run in runs),
             "outcome": mean_and_interval([outcome(run) for run in runs]),
             "abs_prob_diff": float(f"{np.mean([run[DRIFT][1][0] for run in runs]):.3g}"),
         }
@@ -64,11 +67,12 @@ def markdown(found: list[dict[str, Any]]) -> str:
     columns, methods, rates = _axes(found)
     at = {(c["mismatch"], c["lag"], c["method"], c["learning_rate"]): c for c in found}
     drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in found}
-    heads = [f"{mismatch}, lag {lag} ({drift[mismatch, lag]:.0e})" for mismatch, lag in columns]
+    start = {(c["mismatch"], c["lag"]): c["start"] for c in found}
+    heads = [f"{key[0]}, lag {key[1]} ({drift[key]:.0e}, {start[key]:.2f})" for key in columns]
     lines = [
-        f"Seeds that survive (mean reward of the last {LAST} steps at least {found[0]['start']:.2f}, that of the first "
-        f"step) of {max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean abs(π − μ) before "
-        "the first update.",
+        f"Seeds that survive (mean reward of the last {LAST} steps at least that of the first step) of "
+        f"{max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean |π − μ| before any update "
+        "and the first reward.",
         "",
         "| method | learning rate | " + " | ".join(heads) + " |",
         "|---" * (2 + len(heads)) + "|",
