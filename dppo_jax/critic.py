@@ -15,9 +15,9 @@ from dppo_jax import packing
 from dppo_jax.advantages import EPSILON, gae
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, forward, param_axes
+from dppo_jax.models.decoder import Params, param_axes
 from dppo_jax.packing import Plan
-from dppo_jax.train_step import TrainState, before, sum_of_pieces
+from dppo_jax.train_step import TrainState, states_before, sum_of_pieces
 from dppo_jax.types import PackedBatch, TrainBatch
 
 Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]
@@ -52,18 +52,8 @@ def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str =
     config = critic_config(config)
 
     def values(params: Params, packed: PackedBatch) -> Float32[Array, "M Q"]:
-        hidden = forward(
-            config,
-            params["body"],
-            packed.tokens,
-            packed.segments,
-            packed.positions,
-            dtype=dtype,
-            remat=remat,
-            attention=attention,
-        )
-        hidden = before(hidden, packed).astype(jnp.float32)
-        return hidden @ params["value"]["weight"] + params["value"]["bias"]
+        states = states_before(config, params["body"], packed, dtype=dtype, remat=remat, attention=attention)
+        return states.astype(jnp.float32) @ params["value"]["weight"] + params["value"]["bias"]
 
     return values
 

@@ -64,8 +64,11 @@ Oracle = Callable[[Params, PackedBatch], Behavior]
 Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and the behavior parameters with an oracle
 
 
-def before(hidden: Array, packed: PackedBatch) -> Float[Array, "M Q E"]:
-    """The hidden states that predict the response tokens."""
+def states_before(
+    config: ModelConfig, params: Params, packed: PackedBatch, **settings: Any
+) -> Float[Array, "M Q E"]:
+    """The hidden states that predict the response tokens, teacher-forced; `settings` are those of `forward`."""
+    hidden = forward(config, params, packed.tokens, packed.segments, packed.positions, **settings)
     return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
 
 
@@ -85,18 +88,9 @@ def make_oracle(
 
     def oracle(params: Params, packed: PackedBatch) -> Behavior:
         params = params if weights is None else weights(params)
-        hidden = forward(
-            config,
-            params,
-            packed.tokens,
-            packed.segments,
-            packed.positions,
-            dtype=dtype,
-            attention=attention,
-            narrow=activations,
-        )
+        states = states_before(config, params, packed, dtype=dtype, attention=attention, narrow=activations)
         kind = jnp.float32 if head_float32 else dtype
-        states, weight = before(hidden, packed).astype(kind), head_weight(params).astype(kind)
+        states, weight = states.astype(kind), head_weight(params).astype(kind)
         return jax.lax.stop_gradient(Behavior(states, weight))
 
     return oracle
@@ -126,18 +120,9 @@ def make_score(
         behavior: Behavior | None = None,
         noise_key: Key[Array, ""] | None = None,
     ) -> HeadOutput:
-        hidden = forward(
-            config,
-            params,
-            packed.tokens,
-            packed.segments,
-            packed.positions,
-            dtype=dtype,
-            remat=remat,
-            attention=attention,
-            noise_key=noise_key,
+        states = states_before(
+            config, params, packed, dtype=dtype, remat=remat, attention=attention, noise_key=noise_key
         )
-        states = before(hidden, packed)
         states = states.astype(jnp.float32) if head_float32 else states
         head = token_head(
             states,

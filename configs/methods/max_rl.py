@@ -1,4 +1,4 @@
-"""MaxRL (Maximum Likelihood Reinforcement Learning, 2026), on the embedded default.
+"""MaxRL (Tajwar et al., 2602.02710), on the embedded default.
 
 For rewards of 0 and 1. The clip is PPO's: the advantage is the method.
 
@@ -13,7 +13,7 @@ METHOD = {
     "masked": "A>0: r > 1+ε_high; A<0: r < 1−ε_low",
     "cap": "∞",
     "anchor": "behavior",
-    "source": "Maximum Likelihood Reinforcement Learning, 2026",
+    "source": "Tajwar et al., 2602.02710",
 }
 
 
