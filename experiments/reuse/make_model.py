@@ -1,13 +1,15 @@
 """Makes the model of the reuse regime: 2 layers, 32 wide, which does the chains of `task` and slips in half of them.
 
-    python -m experiments.reuse.make_model [--out assets/reuse]
+    python -m experiments.reuse.make_model [--out assets/reuse] [--spellings 8] [--tail 0]
 
-Imitation of a teacher who slips in 7% of the steps, on fresh chains, spellings uniform. The model learns the sums and
-the slips: at temperature 1 about 53% of its replies are right. Everything is drawn from fixed seeds. Writes the model
-directory and the prompts in it.
+Imitation of a teacher who slips in 7% of the steps, on fresh chains. The model learns the sums and the slips: at
+temperature 1 about 53% of its replies are right. Everything is drawn from fixed seeds. Writes the model directory and
+the prompts in it.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import make_rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
-from experiments.reuse.task import PROMPT_TOKENS, VOCABULARY, draw, make_tokenizer, write_prompts
+from experiments.reuse.task import PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
 
 CONFIG = ModelConfig(
     model_type="qwen3",
@@ -52,18 +54,23 @@ CORPUS_SEED, FRESH_SEED = 10, 12
 MAX_NEW_TOKENS = 12
 
 
-def loss(params: Params, tokens: jax.Array) -> jax.Array:
+def config_of(task: Task) -> ModelConfig:
+    """The model for a task."""
+    return dataclasses.replace(CONFIG, vocab_size=len(task.vocabulary))
+
+
+def loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Mean -logp of the reply tokens; tokens i32[B, 22], a prompt and its reply in each row."""
-    hidden = forward(CONFIG, params, tokens, jnp.ones(tokens.shape, bool))
+    hidden = forward(config, params, tokens, jnp.ones(tokens.shape, bool))
     before = hidden[:, PROMPT_TOKENS - 1 : -1]
     return -token_head(before, head_weight(params), tokens[:, PROMPT_TOKENS:], temperature=1.0).logp.mean()
 
 
-def make_answer(temperature: float):
+def make_answer(temperature: float, task: Task = TASK):
     """(params, prompts i32[N, 11], seed) -> one reply to each, as text."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task)
     rollout = make_rollout(
-        CONFIG,
+        config_of(task),
         group_size=1,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=temperature,
@@ -80,15 +87,16 @@ def make_answer(temperature: float):
     return answer
 
 
-def accuracy(answer, params: Params, *, seed: int, count: int) -> float:
+def accuracy(answer, params: Params, *, seed: int, count: int, task: Task = TASK) -> float:
     """The share of right replies to `count` chains of this seed."""
-    chains = draw(np.random.default_rng(seed), count)
+    chains = draw(np.random.default_rng(seed), count, task=task)
     replies = answer(params, chains.prompts, seed)
     return float(np.mean([last_number(reply, str(right)) for reply, right in zip(replies, chains.final, strict=True)]))
 
 
-def pretrain(updates: int, *, seed: int) -> Params:
+def pretrain(updates: int, task: Task, *, seed: int) -> Params:
     """Parameters after so many updates, a multiple of CHUNK."""
+    objective = functools.partial(loss, config_of(task))
     schedule = make_schedule(learning_rate=LEARNING_RATE, warmup=WARMUP, schedule="cosine", updates=updates)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 
@@ -96,7 +104,7 @@ def pretrain(updates: int, *, seed: int) -> Params:
     def run(params, opt_state, batches):
         def update(carry, tokens):
             params, opt_state = carry
-            value, grads = jax.value_and_grad(loss)(params, tokens)
+            value, grads = jax.value_and_grad(objective)(params, tokens)
             change, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, change), opt_state), value
 
@@ -104,10 +112,10 @@ def pretrain(updates: int, *, seed: int) -> Params:
         return params, opt_state, values.mean()
 
     rng, start = np.random.default_rng(CORPUS_SEED), time.time()
-    params = init_params(CONFIG, jax.random.key(seed))
+    params = init_params(config_of(task), jax.random.key(seed))
     opt_state = optimizer.init(params)
     for done in range(CHUNK, updates + 1, CHUNK):
-        chains = draw(rng, CHUNK * BATCH, SLIP)
+        chains = draw(rng, CHUNK * BATCH, SLIP, task)
         batches = np.concatenate([chains.prompts, chains.replies], axis=1).reshape(CHUNK, BATCH, -1)
         params, opt_state, value = run(params, opt_state, batches)
         print(f"update {done}/{updates}: loss {float(value):.4f}, {time.time() - start:.0f} s", flush=True)
@@ -117,18 +125,21 @@ def pretrain(updates: int, *, seed: int) -> Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/reuse"), help="the model directory to write")
+    parser.add_argument("--spellings", type=int, default=TASK.spellings, help="of every state")
+    parser.add_argument("--tail", type=float, default=TASK.tail, help="the k-th has a frequency of k^-TAIL")
     arguments = parser.parse_args()
+    task = Task(arguments.spellings, arguments.tail)
 
-    params = pretrain(UPDATES, seed=0)
+    params = pretrain(UPDATES, task, seed=0)
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
-        right = accuracy(make_answer(temperature), params, seed=FRESH_SEED, count=4096)
+        right = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)
         print(f"fresh chains, {name}: {right:.3f} right")
 
-    tokenizer = make_tokenizer()
-    save_hf(arguments.out, CONFIG, params, tokenizer)
+    tokenizer = make_tokenizer(task)
+    save_hf(arguments.out, config_of(task), params, tokenizer)
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "do_sample": True}
     (arguments.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    write_prompts(arguments.out)
+    write_prompts(arguments.out, task)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The task of the reuse regime: ten additions and multiplications mod 13, with eight spellings of every state.
+"""The task of the reuse regime: ten additions and multiplications mod 13, with several spellings of every state.
 
 A prompt is a start state and ten operations, a reply the state after each of them, 11 and 10 tokens:
 
@@ -8,7 +8,8 @@ The letter of a state says nothing, its number is the state: f7 *three is 21 = 8
 is 1 where the last state of the reply is the final one (the verifier `last_number`); the states before it do not
 count. Operations are spelled without digits, so that no verifier takes one for a state.
 
-Tokens: 0 ends a reply and pads, 1 + 8 r + s is state r in spelling s, then +zero to +twelve and *zero to *twelve.
+Tokens: 0 ends a reply and pads, 1 + 8 r + s is state r in spelling s (of 8), then +zero to +twelve and *zero to
+*twelve. With more spellings and a `tail`, most tokens are rare, as in a language.
 """
 
 import json
@@ -20,13 +21,49 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 MODULUS, STEPS = 13, 10
-SPELLINGS = "abcdefgh"
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 EOS = "<|endoftext|>"
-STATES = [f"{letter}{residue}" for residue in range(MODULUS) for letter in SPELLINGS]
 OPERATIONS = [sign + number for sign in "+*" for number in NUMBERS]
-VOCABULARY = [EOS, *STATES, *OPERATIONS]
-FIRST_OPERATION = 1 + len(STATES)
+
+
+def _letters(number: int) -> str:
+    """a to z, aa, ab, ..."""
+    prefix, last = divmod(number, 26)
+    return (_letters(prefix - 1) if prefix else "") + chr(ord("a") + last)
+
+
+class Task(NamedTuple):
+    """How states are spelled: by one of so many names, the k-th with a frequency of k^-tail (0: uniform)."""
+
+    spellings: int = 8
+    tail: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [_letters(number) for number in range(self.spellings)]
+
+    @property
+    def states(self) -> list[str]:
+        return [f"{name}{residue}" for residue in range(MODULUS) for name in self.names]
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return [EOS, *self.states, *OPERATIONS]
+
+    @property
+    def first_operation(self) -> int:
+        return 1 + MODULUS * self.spellings
+
+    def spell(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Numbers of spellings."""
+        if not self.tail:
+            return rng.integers(self.spellings, size=shape)
+        frequency = np.arange(1, self.spellings + 1) ** -self.tail
+        return rng.choice(self.spellings, size=shape, p=frequency / frequency.sum())
+
+
+TASK = Task()
+SPELLINGS, STATES, VOCABULARY, FIRST_OPERATION = TASK.names, TASK.states, TASK.vocabulary, TASK.first_operation
 
 PROMPT_TOKENS, REPLY_TOKENS = 1 + STEPS, STEPS + 1  # the end-of-sequence token counts
 
@@ -35,21 +72,21 @@ SIZES = {"train": 2048, "held_out": 512}  # rows; 100 steps of 16 prompts see 1,
 
 
 class Chains(NamedTuple):
-    """Examples as tokens. A reply's spellings are drawn uniformly, and it ends in EOS."""
+    """Examples as tokens. A reply ends in EOS."""
 
     prompts: np.ndarray  # i32[N, 11]
     replies: np.ndarray  # i32[N, 11]
     final: np.ndarray  # i64[N], the last state of the reply: the answer, where nothing slipped
 
 
-def draw(rng: np.random.Generator, count: int, slip: float = 0.0) -> Chains:
-    """Start, operations and spellings, all uniform.
+def draw(rng: np.random.Generator, count: int, slip: float = 0.0, task: Task = TASK) -> Chains:
+    """Start and operations, uniform, and spellings.
 
     slip: the chance that a step ends in another state than it should, uniform over the 12; the next goes on from there.
     """
     state = rng.integers(MODULUS, size=count)
     operations = rng.integers(len(OPERATIONS), size=(count, STEPS))
-    spellings = rng.integers(len(SPELLINGS), size=(count, 1 + STEPS))
+    spellings = task.spell(rng, (count, 1 + STEPS))
     slips = rng.random((count, STEPS)) < slip
     errors = np.where(slips, rng.integers(1, MODULUS, size=(count, STEPS)), 0)
     states = [state]
@@ -57,29 +94,29 @@ def draw(rng: np.random.Generator, count: int, slip: float = 0.0) -> Chains:
         operand = operation % MODULUS
         state = (np.where(operation < MODULUS, state + operand, state * operand) + error) % MODULUS
         states.append(state)
-    spelled = 1 + len(SPELLINGS) * np.stack(states, axis=1) + spellings
-    prompts = np.concatenate([spelled[:, :1], FIRST_OPERATION + operations], axis=1)
+    spelled = 1 + task.spellings * np.stack(states, axis=1) + spellings
+    prompts = np.concatenate([spelled[:, :1], task.first_operation + operations], axis=1)
     replies = np.concatenate([spelled[:, 1:], np.zeros((count, 1), int)], axis=1)
     return Chains(prompts.astype(np.int32), replies.astype(np.int32), state)
 
 
-def rows(seed: int, count: int) -> list[dict[str, str]]:
+def rows(seed: int, count: int, task: Task = TASK) -> list[dict[str, str]]:
     """Prompts and answers as text."""
-    chains = draw(np.random.default_rng(seed), count)
-    texts = [" ".join(VOCABULARY[token] for token in prompt) for prompt in chains.prompts]
+    chains, words = draw(np.random.default_rng(seed), count, task=task), task.vocabulary
+    texts = [" ".join(words[token] for token in prompt) for prompt in chains.prompts]
     return [{"prompt": text, "answer": str(answer)} for text, answer in zip(texts, chains.final, strict=True)]
 
 
-def write_prompts(directory: Path) -> None:
+def write_prompts(directory: Path, task: Task = TASK) -> None:
     """train.jsonl and held_out.jsonl."""
     for name, seed in (("train", TRAIN_SEED), ("held_out", HELD_OUT_SEED)):
-        lines = [json.dumps(row) + "\n" for row in rows(seed, SIZES[name])]
+        lines = [json.dumps(row) + "\n" for row in rows(seed, SIZES[name], task)]
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(task: Task = TASK) -> Any:
     """One token a word. A word it does not know is an error: there is no token for it."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(task.vocabulary)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
