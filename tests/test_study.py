@@ -77,6 +77,7 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
             steps=12,
             rollout=dict(activations=activations, weights=weights, lag=lag),
             loss=dict(name="pg_is"),
+            loss_defaults={},
             optimizer=dict(learning_rate=3e-4),
         )
         write_config(folder, config, resuming=False)

@@ -28,7 +28,7 @@ from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import make_rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
-from experiments.reuse.task import PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
+from experiments.reuse.task import MODULUS, PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
 
 CONFIG = ModelConfig(
     model_type="qwen3",
@@ -49,6 +49,7 @@ CONFIG = ModelConfig(
 )
 SLIP = 0.07  # per step
 UPDATES, BATCH, CHUNK = 4000, 128, 500  # CHUNK: updates in one compiled call
+MORE_UPDATES = 2000  # with other spellings, from the model of the default ones
 LEARNING_RATE, WARMUP = 3e-3, 100
 CORPUS_SEED, FRESH_SEED = 10, 12
 MAX_NEW_TOKENS = 12
@@ -94,7 +95,17 @@ def accuracy(answer, params: Params, *, seed: int, count: int, task: Task = TASK
     return float(np.mean([last_number(reply, str(right)) for reply, right in zip(replies, chains.final, strict=True)]))
 
 
-def pretrain(updates: int, task: Task, *, seed: int) -> Params:
+def widened(params: Params, task: Task) -> Params:
+    """The default task's model, every spelling of a state at the mean of its eight."""
+    embed = params["embed"]
+    end = TASK.first_operation
+    means = embed[1:end].reshape(MODULUS, TASK.spellings, -1).mean(axis=1)
+    noise = 0.02 * jax.random.normal(jax.random.key(1), (MODULUS * task.spellings, embed.shape[1]))
+    states = jnp.repeat(means, task.spellings, axis=0) + noise
+    return {**params, "embed": jnp.concatenate([embed[:1], states, embed[end:]])}
+
+
+def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None) -> Params:
     """Parameters after so many updates, a multiple of CHUNK."""
     objective = functools.partial(loss, config_of(task))
     schedule = make_schedule(learning_rate=LEARNING_RATE, warmup=WARMUP, schedule="cosine", updates=updates)
@@ -111,14 +122,14 @@ def pretrain(updates: int, task: Task, *, seed: int) -> Params:
         (params, opt_state), values = jax.lax.scan(update, (params, opt_state), batches)
         return params, opt_state, values.mean()
 
-    rng, start = np.random.default_rng(CORPUS_SEED), time.time()
-    params = init_params(config_of(task), jax.random.key(seed))
+    rng, began = np.random.default_rng(CORPUS_SEED), time.time()
+    params = init_params(config_of(task), jax.random.key(seed)) if start is None else start
     opt_state = optimizer.init(params)
     for done in range(CHUNK, updates + 1, CHUNK):
         chains = draw(rng, CHUNK * BATCH, SLIP, task)
         batches = np.concatenate([chains.prompts, chains.replies], axis=1).reshape(CHUNK, BATCH, -1)
         params, opt_state, value = run(params, opt_state, batches)
-        print(f"update {done}/{updates}: loss {float(value):.4f}, {time.time() - start:.0f} s", flush=True)
+        print(f"update {done}/{updates}: loss {float(value):.4f}, {time.time() - began:.0f} s", flush=True)
     return params
 
 
@@ -130,7 +141,9 @@ def main() -> None:
     arguments = parser.parse_args()
     task = Task(arguments.spellings, arguments.tail)
 
-    params = pretrain(UPDATES, task, seed=0)
+    params = pretrain(UPDATES, TASK, seed=0)
+    if task != TASK:
+        params = pretrain(MORE_UPDATES, task, seed=0, start=widened(params, task))
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
         right = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)
         print(f"fresh chains, {name}: {right:.3f} right")

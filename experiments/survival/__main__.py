@@ -13,6 +13,7 @@ from pathlib import Path
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.errors import UserError, run_main
 from experiments import cli
+from experiments.study import Arm
 from experiments.survival.report import report
 from experiments.sweep import Run, Sweep
 
@@ -40,6 +41,7 @@ def main() -> None:
             "--mismatch": dict(default=",".join(MISMATCH), metavar="FORMATS", help="of activations[+weights]"),
             "--lag": dict(default=",".join(LAGS), metavar="NUMBERS", help="of rollout.lag"),
             "--rates": dict(default=",".join(RATES), metavar="NUMBERS", help="factors of optimizer.learning_rate"),
+            "--scale": dict(type=float, default=1.0, metavar="X", help="of the methods' thresholds (1)"),
             "--seeds": dict(type=int, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
             "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
         },
@@ -47,9 +49,12 @@ def main() -> None:
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
+    methods = listed(arguments.methods, "--methods")
+    for method in methods:
+        config = Arm(method, arguments.scale).config(config)
     runs = [
         Run(method, seed, rate)
-        for method in listed(arguments.methods, "--methods")
+        for method in methods
         for rate in listed(arguments.rates, "--rates", float)
         for seed in range(config.seed, config.seed + arguments.seeds)
     ]

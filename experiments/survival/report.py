@@ -17,6 +17,13 @@ from experiments.study import LAST, mean_and_interval, outcome
 DRIFT = "mismatch/abs_prob_diff_mean"  # before any update: what the rollout's arithmetic and age make
 
 
+def method_of(config: dict[str, Any]) -> str:
+    """The loss, and its threshold on a divergence if it has one."""
+    name = config["loss"]["name"]
+    delta = config["loss_defaults"].get(name, {}).get("delta_high")
+    return name if delta is None else f"{name}, δ {delta:g}"
+
+
 def cells(workdir: Path) -> list[dict[str, Any]]:
     """One entry for each mismatch, lag, method and learning rate, with the outcomes of its seeds. Unfinished runs are
     left out."""
@@ -31,7 +38,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         rollout = config["rollout"]
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
-        groups.setdefault((mismatch, rollout["lag"], config["loss"]["name"], rate), []).append(run)
+        groups.setdefault((mismatch, rollout["lag"], method_of(config), rate), []).append(run)
     starts: dict[tuple, list[float]] = {}
     for key, runs in groups.items():
         starts.setdefault(key[:2], []).extend(run["reward/mean"][1][0] for run in runs)
