@@ -1,6 +1,6 @@
 """The survival map: mismatch × staleness × learning rate, and which methods live through it.
 
-    python -m experiments.survival --config configs/survival.py --workdir runs/survival [--mismatch m4 --lag 0]
+    python -m experiments.survival --config configs/studies/survival.py --workdir runs/survival [--mismatch m4 --lag 0]
 
 A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every method,
 learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the cells

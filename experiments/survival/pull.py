@@ -1,6 +1,6 @@
 """What masks do before any update, where the rollout is rounded: how much they drop, and where the rest points.
 
-    python -m experiments.survival.pull --config configs/pull.py --out DIR --config.rollout.activations=m1
+    python -m experiments.survival.pull --config configs/studies/pull.py --out DIR --config.rollout.activations=m1
 
 Pull is sum c sign(mu - pi) / sum |c| over the tokens of some batches at equal parameters: 1 if every coefficient that
 is left moves its token's probability to where the rounded rollout has it, 0 if the mismatch and the gradient have
