@@ -1,4 +1,4 @@
-"""Studies in the reuse regime with a long tail: 256 spellings of every state, the k-th as frequent as 1/k; 3,355 tokens.
+"""Studies in the reuse regime with a long tail: 256 spellings of a state, the k-th as frequent as 1/k; 3,355 tokens.
 
 python -m experiments.reuse.make_model --out models/reuse_tail --spellings 256 --tail 1
 python -m experiments.necessity --config configs/studies/tail.py --workdir runs/studies/tail --seeds 6 --out runs/tail
