@@ -60,13 +60,14 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _axes(found: list[dict[str, Any]]) -> tuple[list, list, list]:
-    """(mismatch, lag) from small to large, methods from most to least survivors, learning rates."""
+    """(mismatch, lag) from small to large, methods from the largest share of survivors on, learning rates."""
     drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in found}
-    lived: dict[str, int] = {}
+    lived: dict[str, list[float]] = {}
     for cell in found:
-        lived[cell["method"]] = lived.get(cell["method"], 0) + cell["survived"]
+        lived.setdefault(cell["method"], []).append(cell["survived"] / cell["seeds"])
     columns = sorted(drift, key=lambda key: (key[1], drift[key]))
-    return columns, sorted(lived, key=lived.__getitem__, reverse=True), sorted({c["learning_rate"] for c in found})
+    methods = sorted(lived, key=lambda method: -float(np.mean(lived[method])))
+    return columns, methods, sorted({c["learning_rate"] for c in found})
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
