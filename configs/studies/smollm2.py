@@ -1,8 +1,8 @@
-"""Studies on SmolLM2-135M-Instruct, as short as two CPU cores make them: three steps of four updates.
+"""Studies on SmolLM2-135M-Instruct, as short as two CPU cores make them: two steps of four updates.
 
 make smollm2
 python -m experiments.necessity --separate --config configs/studies/smollm2.py --workdir runs/studies/smollm2 \
-    --arms dppo_binary_tv,clip_higher,pg_is --out runs/smollm2
+    --arms dppo_binary_tv,pg_is --out runs/smollm2
 """
 
 from configs import smollm2_products
@@ -10,7 +10,7 @@ from configs import smollm2_products
 
 def get_config():
     c = smollm2_products.get_config()
-    c.steps = 3
+    c.steps = 2
     c.rollout.prompts = 2
     c.rollout.max_new_tokens = 16
     c.rollout.activations = "bfloat16"  # against float32 training: the mismatch
