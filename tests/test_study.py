@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from configs import reuse
 from dppo_jax.run_log import RunLog, read_scalars, write_config
 from experiments import checks
+from experiments.cli import load_config
 from experiments.study import TAGS, Arm, markdown, summary, train
 from experiments.survival import report as survival
+from experiments.survival.pull import measure
 from experiments.sweep import Run, config_of
 from tests.fixtures import hurried, small_config, tiny
 
+ROOT = Path(__file__).parents[1]
 QUESTIONS = ("necessity", "anchor", "minimal_mask", "low_probability", "approximations", "sensitivity")
 
 
@@ -98,3 +102,12 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     assert found["m1", 0]["outcome"][0] == 0.5
     assert "| `pg_is` | 0.0003 | 1 · 0.50 | 0 · 0.25 |" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+
+
+def test_a_region_around_a_rounded_rollout_masks_before_any_update(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/studies/pull.py", ["--config.rollout.activations=m1", "--config.compile_cache="])
+    found = measure(config, ["pg_is", "clip_higher", "clip_unsigned", "minirl"], batches=1)["losses"]
+    assert found["pg_is"]["masked"] == found["minirl"]["masked"] == 0
+    assert 0.03 < found["clip_higher"]["masked"] < found["clip_unsigned"]["masked"]
+    assert found["clip_higher"]["pull"] > found["clip_unsigned"]["pull"]

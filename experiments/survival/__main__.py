@@ -11,15 +11,16 @@ import sys
 from pathlib import Path
 
 from dppo_jax.checkpoint import Checkpoints
-from dppo_jax.errors import UserError, run_main
+from dppo_jax.errors import UserError, lookup, run_main
+from dppo_jax.losses import LOSSES
 from experiments import cli
 from experiments.study import Arm
 from experiments.survival.report import report
 from experiments.sweep import Run, Sweep
 
 METHODS = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
-MISMATCH = ("none", "m2", "m1", "m1+m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
-LAGS = ("0", "16")  # rollout.lag, in updates; a rollout batch takes 16
+MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
+LAGS = ("0",)  # rollout.lag, in updates; a rollout batch takes 16
 RATES = ("0.3", "0.6", "1")  # of optimizer.learning_rate; at 3, no method survives even without mismatch
 SEEDS = 6
 
@@ -49,8 +50,11 @@ def main() -> None:
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     methods = listed(arguments.methods, "--methods")
     for method in methods:
+        lookup(LOSSES, method, "--methods")
         config = Arm(method, arguments.scale).config(config)
     runs = [
         Run(method, seed, rate)
