@@ -11,8 +11,6 @@ from configs import smollm2_products
 def get_config():
     c = smollm2_products.get_config()
     c.steps = 2
-    c.rollout.prompts = 2
-    c.rollout.max_new_tokens = 16
     c.rollout.activations = "bfloat16"  # against float32 training: the mismatch
     c.train.epochs = 2
     c.optimizer.learning_rate = 1e-4  # five times that of smollm2_products, so that four updates move the policy

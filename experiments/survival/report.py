@@ -14,7 +14,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.run_log import read_config, read_scalars
 from experiments.study import LAST, mean_and_interval, outcome
 
-DRIFT = "mismatch/abs_prob_diff_mean"  # before any update: what the rollout's arithmetic and age make
+DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
+FIRST = 5  # steps over which it is averaged
 
 
 def method_of(config: dict[str, Any]) -> str:
@@ -53,7 +54,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
             "start": round(start[mismatch, lag], 4),
             "survived": sum(outcome(run) >= start[mismatch, lag] for run in runs),
             "outcome": mean_and_interval([outcome(run) for run in runs]),
-            "abs_prob_diff": float(f"{np.mean([run[DRIFT][1][0] for run in runs]):.3g}"),
+            "abs_prob_diff": float(f"{np.mean([np.mean(run[DRIFT][1][:FIRST]) for run in runs]):.3g}"),
         }
         for (mismatch, lag, method, rate), runs in sorted(groups.items())
     ]
@@ -79,8 +80,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
     heads = [f"{key[0]}, lag {key[1]} ({drift[key]:.0e}, {start[key]:.2f})" for key in columns]
     lines = [
         f"Seeds that survive (mean reward of the last {LAST} steps at least that of the first step) of "
-        f"{max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean |π − μ| before any update "
-        "and the first reward.",
+        f"{max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean |π − μ| between rollout "
+        f"and updates over the first {FIRST} steps, and the first reward.",
         "",
         "| method | learning rate | " + " | ".join(heads) + " |",
         "|---" * (2 + len(heads)) + "|",
@@ -111,11 +112,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
                     y, x = rates.index(cell["learning_rate"]), names.index(cell["mismatch"])
                     grid[y, x] = cell["outcome"][0]
                     axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
-            image = axis.imshow(grid, cmap="RdYlGn", vmin=0.1, vmax=0.9, origin="lower", aspect="auto")
+            image = axis.imshow(grid, cmap="RdYlBu", vmin=0.1, vmax=0.9, origin="lower", aspect="auto")
             axis.set_xticks(range(len(names)), names, fontsize=8)
             axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
             if lag == lags[0]:
-                axis.set_title(method, fontsize=9)
+                axis.set_title(method.replace(", ", "\n"), fontsize=8)
             if lag == lags[-1]:
                 axis.set_xlabel("rollout rounded to", fontsize=8)
         row[0].set_ylabel(f"lag {lag}\nlearning rate", fontsize=8)
