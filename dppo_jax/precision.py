@@ -53,11 +53,11 @@ def weights(name: str) -> Callable[[Params], Params] | None:
     """Parameters with their matrices rounded (norms and biases are not); None for ""."""
     if not name:
         return None
-    layers = _rounding(name, "rollout.weights", lambda w: (0, 2))  # [L, in, out]
+    layers = _rounding(name, "rollout.weights", lambda w: (*range(w.ndim - 2), w.ndim - 1))  # [L, in, out], [L, X, in, out]
     tables = _rounding(name, "rollout.weights", lambda w: (0,))  # [V, E]
 
     def rounded(params: Params) -> Params:
-        matrices = {key: layers(w) if w.ndim == 3 else w for key, w in params["layers"].items()}
+        matrices = {key: layers(w) if w.ndim >= 3 else w for key, w in params["layers"].items()}
         return {key: tables(w) if w.ndim == 2 else w for key, w in params.items() if key != "layers"} | {
             "layers": matrices
         }

@@ -5,15 +5,20 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from dppo_jax.errors import UserError
 from dppo_jax.models.config import DEFAULTS, FIXED, INERT, READ, RopeConfig, config_from_hf, config_to_hf
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]
-CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe"]
+CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+NAMES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 # The fields of published models' config.json, as far as they differ in kind.
 PUBLISHED = {
@@ -55,6 +60,17 @@ PUBLISHED = {
         "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 32768,
         "max_window_layers": 36, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
         "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen3-30B-A3B-Base": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151643, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 32768, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
         "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
     },
@@ -101,11 +117,12 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         original_max_position=rope.get("original_max_position_embeddings", 8192),
     )
     attention_bias = getattr(theirs, "attention_bias", False)
+    mixture = theirs.model_type == "qwen3_moe"
     assert dataclasses.asdict(ours) | {"rope": None} == {
         "model_type": theirs.model_type,
         "vocab_size": theirs.vocab_size,
         "hidden_size": theirs.hidden_size,
-        "intermediate_size": theirs.intermediate_size,
+        "intermediate_size": theirs.moe_intermediate_size if mixture else theirs.intermediate_size,
         "num_layers": theirs.num_hidden_layers,
         "num_heads": theirs.num_attention_heads,
         "num_kv_heads": theirs.num_key_value_heads,
@@ -116,8 +133,11 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         "tie_embeddings": theirs.tie_word_embeddings,
         "qkv_bias": attention_bias or theirs.model_type == "qwen2",
         "o_bias": attention_bias,
-        "qk_norm": theirs.model_type == "qwen3",
+        "qk_norm": theirs.model_type in ("qwen3", "qwen3_moe"),
         "logit_softcap": None,
+        "num_experts": theirs.num_experts if mixture else 0,
+        "experts_per_token": theirs.num_experts_per_tok if mixture else 0,
+        "norm_topk": mixture and theirs.norm_topk_prob,
     }
 
 
@@ -272,6 +292,7 @@ def test_the_three_lists_of_fields_are_disjoint():
     ({"num_key_value_heads": 5}, ["num_attention_heads 32", "num_key_value_heads 5"]),
     ({"hidden_size": 65, "head_dim": None}, ["hidden_size 65", "num_attention_heads 32"]),
     ({"head_dim": 7}, ["head_dim", "7"]),
+    ({"num_experts": 4}, ["unknown field 'num_experts'"]),
 ])  # fmt: skip
 def test_bad_fields_are_refused(change, words):
     message = refusal(minimal("llama") | change)
@@ -283,8 +304,21 @@ def test_bad_fields_are_refused(change, words):
                                   "num_attention_heads"])  # fmt: skip
 def test_missing_fields_are_named(model_type, name):
     d = minimal(model_type)
+    if (model_type, name) == ("qwen3_moe", "intermediate_size"):
+        return  # of layers that are no mixture, which are refused
     del d[name]
     assert f"lacks the required field {name!r}" in refusal(d)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_experts_per_tok": 129}, ["num_experts_per_tok 129", "128 experts"]),
+    ({"num_experts": 4, "num_local_experts": 5}, ["disagree"]),
+    ({"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]"]),
+    ({"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+])  # fmt: skip
+def test_a_bad_mixture_is_refused(change, words):
+    message = refusal(minimal("qwen3_moe") | change)
+    assert all(word in message for word in words), message
 
 
 def test_either_name_of_the_architecture_will_do():

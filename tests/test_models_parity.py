@@ -15,7 +15,7 @@ from dppo_jax.models import Policy, load_policy
 from dppo_jax.models.rotary import inverse_frequencies
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe"]
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -90,6 +90,7 @@ ROPE_CHANGES = {
     "llama_linear": [{"theta": 400.0}, {"kind": "default"}, {"factor": 2.0}],
     "qwen2": [{"theta": 240.0}],
     "qwen3": [{"theta": 480.0}],
+    "qwen3_moe": [{"theta": 720.0}],
 }  # fmt: skip
 
 

@@ -8,19 +8,33 @@ place gives fluent nonsense), so anything unknown is refused by name. Meanings a
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dppo_jax.errors import UserError
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 # What transformers takes where config.json is silent. A kv_heads or head_dim of None follows from the other sizes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
     "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "max_position_embeddings": 32768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 DEFAULT_THETA = 10000.0
 DEFAULT_EPS = 1e-6
@@ -30,6 +44,9 @@ READ = frozenset(
     "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias "
     "rope_theta rope_scaling rope_parameters layer_types".split()
 )
+
+# Read for a mixture of experts, and for no other model. transformers 5 writes num_local_experts for num_experts.
+READ_MOE = frozenset("num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob".split())
 
 # Fields that would change the computation, with the values under which they do not.
 FIXED: dict[str, tuple] = {
@@ -50,6 +67,8 @@ FIXED: dict[str, tuple] = {
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),
+    "decoder_sparse_step": (1, None),  # every layer is a mixture
+    "mlp_only_layers": ([], None),
     "pruned_heads": ({}, None),
     "chunk_size_feed_forward": (0, None),
 }
@@ -66,8 +85,11 @@ INERT = frozenset(
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id "
+    "router_aux_loss_coef output_router_logits "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
 )
+
+QK_NORM = ("qwen3", "qwen3_moe")  # models that normalise queries and keys
 
 # The fields each kind of rope takes, besides the theta.
 ROPE_FIELDS: dict[str, frozenset[str]] = {
@@ -98,10 +120,10 @@ class RopeConfig:
 class ModelConfig:
     """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"]
+    model_type: Family
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of each expert, in a mixture
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -114,6 +136,9 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
     logit_softcap: float | None = None
+    num_experts: int = 0  # 0: no mixture
+    experts_per_token: int = 0
+    norm_topk: bool = False  # the chosen experts' weights sum to 1
 
 
 def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
@@ -161,11 +186,14 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
         )
     max_position = size("max_position_embeddings")
     attention_bias = _boolean(d, "attention_bias", source)
+    mixture: dict[str, Any] = {}
+    if model_type == "qwen3_moe":
+        mixture = _mixture(d, size, source)
     return ModelConfig(
         model_type=model_type,
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=size("moe_intermediate_size" if mixture else "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -176,8 +204,21 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
         tie_embeddings=_boolean(d, "tie_word_embeddings", source),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=model_type != "qwen2" and attention_bias,
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in QK_NORM,
+        **mixture,
     )
+
+
+def _mixture(d: Mapping[str, Any], size: Callable[[str], int], source: str) -> dict[str, Any]:
+    """The fields of a mixture of experts."""
+    both = [d[name] for name in ("num_experts", "num_local_experts") if name in d]
+    if len(both) == 2 and both[0] != both[1]:
+        raise UserError(f"{source}: num_experts {both[0]!r} and num_local_experts {both[1]!r} disagree")
+    experts = size("num_local_experts" if "num_local_experts" in d else "num_experts")
+    chosen = size("num_experts_per_tok")
+    if chosen > experts:
+        raise UserError(f"{source}: num_experts_per_tok {chosen} is more than the {experts} experts")
+    return dict(num_experts=experts, experts_per_token=chosen, norm_topk=_boolean(d, "norm_topk_prob", source))
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -192,10 +233,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.logit_softcap is not None:
         raise UserError(f"logit_softcap {config.logit_softcap} cannot be written for model_type {config.model_type!r}")
     attention_bias = config.qkv_bias and config.model_type != "qwen2"
+    if bool(config.num_experts) != (config.model_type == "qwen3_moe"):
+        raise UserError(f"num_experts = {config.num_experts} cannot be written for model_type {config.model_type!r}")
     biases = (config.qkv_bias, config.o_bias)
     if biases != ((True, False) if config.model_type == "qwen2" else (attention_bias, attention_bias)):
         raise UserError(f"qkv_bias, o_bias = {biases} cannot be written for model_type {config.model_type!r}")
-    if config.qk_norm != (config.model_type == "qwen3"):
+    if config.qk_norm != (config.model_type in QK_NORM):
         raise UserError(f"qk_norm = {config.qk_norm} cannot be written for model_type {config.model_type!r}")
     d: dict[str, Any] = {
         "architectures": [name for name, kind in ARCHITECTURES.items() if kind == config.model_type],
@@ -221,10 +264,19 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         d["use_sliding_window"] = False
     if config.model_type != "qwen2":
         d["attention_bias"] = attention_bias
+    if config.num_experts:
+        d |= {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.intermediate_size,
+            "norm_topk_prob": config.norm_topk,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     return d
 
 
-def _model_type(d: Mapping[str, Any], source: str) -> Literal["llama", "qwen2", "qwen3"]:
+def _model_type(d: Mapping[str, Any], source: str) -> Family:
     supported = ", ".join(ARCHITECTURES)
     names, model_type = d.get("architectures"), d.get("model_type")
     if names is None and model_type is None:
@@ -250,14 +302,15 @@ def _check_fields(d: Mapping[str, Any], model_type: str, source: str) -> None:
         fixed["sliding_window"] = (None,)
     else:
         inert.add("sliding_window")  # without use_sliding_window
+    read = READ | READ_MOE if model_type == "qwen3_moe" else READ
     for name, value in d.items():
         if name in fixed:
             if not any(_same(value, allowed) for allowed in fixed[name]):
                 supported = fixed[name][0]
                 only = "leave it out" if supported is None else f"supported: {supported!r}"
                 raise UserError(f"{source}: {name} = {value!r} is not supported for {model_type}; {only}")
-        elif name not in READ and name not in inert:
-            close = difflib.get_close_matches(name, [*READ, *fixed], n=1, cutoff=0.5)
+        elif name not in read and name not in inert:
+            close = difflib.get_close_matches(name, [*read, *fixed], n=1, cutoff=0.5)
             hint = f"; the nearest known is {close[0]!r}" if close else ", and it might change the model"
             raise UserError(f"{source} has the unknown field {name!r}{hint}")
 

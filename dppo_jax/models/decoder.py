@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2 and Qwen3, in Flax NNX at the edges.
+"""One decoder for Llama, Qwen2, Qwen3 and Qwen3-MoE, in Flax NNX at the edges.
 
 `Decoder` is split once: parameters are a plain nested dict from then on, and `bind(config, params)` gives back the
 module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
 from dppo_jax.sharding import constrain
 
@@ -83,7 +84,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP. Each weight's shape, logical axes and initialisation are here."""
+    """Pre-norm attention and gated MLP, or a mixture of them. Each weight's shape, logical axes and initialisation are here."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
@@ -103,9 +104,12 @@ class Layer(nnx.Module):
             self.q_norm = _filled(1.0, c.head_dim, "norm")
             self.k_norm = _filled(1.0, c.head_dim, "norm")
         self.mlp_norm = _filled(1.0, d, "norm")
-        self.gate = _normal(rngs, (d, c.intermediate_size), "embed", "mlp")
-        self.up = _normal(rngs, (d, c.intermediate_size), "embed", "mlp")
-        self.down = _normal(rngs, (c.intermediate_size, d), "mlp", "embed")
+        several, expert = ((c.num_experts,), ("expert",)) if c.num_experts else ((), ())
+        if c.num_experts:
+            self.router = _normal(rngs, (d, c.num_experts), "embed", "norm")
+        self.gate = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
+        self.up = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
+        self.down = _normal(rngs, (*several, c.intermediate_size, d), *expert, "mlp", "embed")
 
     def __call__(
         self, x: Float[Array, "B T E"], cos: Array, sin: Array, attend: Attend, cache: Any, narrow: Rounding | None
@@ -125,9 +129,18 @@ class Layer(nnx.Module):
         mixed = linear(narrow(mixed.reshape(batch, length, -1)), self.o[...])
         x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
         h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
-        h = narrow(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]))
-        x = x + linear(h, self.down[...])
+        x = x + (self._mixture(h, narrow) if c.num_experts else self._mlp(h, narrow))
         return constrain(x, "batch", "length", "residual"), cache
+
+    def _mlp(self, h: Array, narrow: Rounding) -> Array:
+        h = narrow(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]))
+        return linear(h, self.down[...])
+
+    def _mixture(self, h: Array, narrow: Rounding) -> Array:
+        c, tokens = self.config, h.reshape(-1, h.shape[-1])
+        weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=None)
+        mixed = mixture(tokens, weights, chosen, self.gate[...], self.up[...], self.down[...], narrow)
+        return mixed.reshape(h.shape)
 
 
 class Decoder(nnx.Module):

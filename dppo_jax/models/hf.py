@@ -53,6 +53,13 @@ HF_NAMES = {
     "layers/up": "model.layers.{}.mlp.up_proj.weight",
     "layers/down": "model.layers.{}.mlp.down_proj.weight",
 }
+# Where they differ in a mixture: an expert has a tensor of its own.
+HF_NAMES_MOE = {
+    "layers/router": "model.layers.{}.mlp.gate.weight",
+    "layers/gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers/up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "layers/down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+}
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -89,8 +96,9 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
             names = list(_hf_names(path, config))
             if path.startswith("layers/"):
                 stacked: np.ndarray = np.empty(shape, np.float32)
-                for layer, name in enumerate(names):
-                    stacked[layer] = _read(name, tensors, shape[1:], transpose=len(shape) == 3)
+                one = shape[_stacked_axes(path, config) :]
+                for place, name in zip(stacked.reshape(len(names), *one), names, strict=True):
+                    place[...] = _read(name, tensors, one, transpose=len(one) == 2)
                 params["layers"][path.removeprefix("layers/")] = stacked
             else:
                 params[path] = _read(names[0], tensors, shape, transpose=False).astype(np.float32)
@@ -179,8 +187,15 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _hf_names(path: str, config: ModelConfig) -> Iterator[str]:
-    template = HF_NAMES[path]
-    return (template.format(layer) for layer in range(config.num_layers)) if "{}" in template else iter([template])
+    """In the order of the stacked tensor's leading axes: layers, and experts within them."""
+    template = (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[path]
+    sizes = (config.num_layers, config.num_experts)[: template.count("{}")]
+    return (template.format(*index) for index in np.ndindex(*sizes))
+
+
+def _stacked_axes(path: str, config: ModelConfig) -> int:
+    """How many leading axes of a parameter are tensors of their own there."""
+    return (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[path].count("{}")
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
@@ -244,6 +259,7 @@ def _unstack(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndar
         array = np.asarray(given[path])
         if array.shape != shape:
             raise UserError(f"parameter {path!r} has shape {list(array.shape)}; the config says {list(shape)}")
-        stacked = path.startswith("layers/")
-        for name, tensor in zip(_hf_names(path, config), array if stacked else [array], strict=True):
+        stacked = _stacked_axes(path, config)
+        tensors = array.reshape(-1, *shape[stacked:])
+        for name, tensor in zip(_hf_names(path, config), tensors, strict=True):
             yield name, tensor.T if stacked and tensor.ndim == 2 else tensor

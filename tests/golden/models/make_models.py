@@ -127,6 +127,30 @@ CONFIGS = {
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     },
+    # Five experts, two a token, an odd width; 4.x spelling.
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 20,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 0.04,
+        "rope_theta": 600.0,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -142,6 +166,21 @@ def draw(name: str, shape: tuple[int, ...], random: np.random.RandomState) -> np
     return random.uniform(low, high, shape).astype(np.float32)
 
 
+def apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """With a tensor for every expert, as published checkpoints have them; transformers 5 holds them stacked."""
+    single = {}
+    for name, shape in shapes.items():
+        stem, _, kind = name.rpartition(".experts.")
+        if not stem:
+            single[name] = shape
+            continue
+        count, rows, columns = shape
+        kinds = {"gate_proj": rows // 2, "up_proj": rows // 2} if kind == "gate_up_proj" else {"down_proj": rows}
+        for expert in range(count):
+            single |= {f"{stem}.experts.{expert}.{k}.weight": (r, columns) for k, r in kinds.items()}
+    return single
+
+
 def write_model(directory: Path, family: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIGS[family] | COMMON, indent=2) + "\n")
@@ -150,6 +189,7 @@ def write_model(directory: Path, family: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
+    shapes = apart(shapes)
     random = np.random.RandomState(sorted(CONFIGS).index(family))
     weights = {name: draw(name, shapes[name], random) for name in sorted(shapes)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -158,7 +198,7 @@ def write_model(directory: Path, family: str) -> None:
 def transformers_values(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits f32[B, T, V], each row run alone without its padding, zero there; rotary inverse frequencies f32[D/2]."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )
     wrong = {kind: names for kind, names in info.items() if names}
     if wrong:
