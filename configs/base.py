@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     c.rollout.lag = 0  # mismatch: updates by which the behavior parameters are older than the policy's
     c.rollout.resample = 0  # at most so many more batches, until every group has unequal rewards (DAPO)
     c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them
+    c.rollout.router_replay = False  # a mixture's experts are recorded, and training goes through the same ones (R3)
     c.rollout.tracked = 20  # K: tracked tokens, recorded when the loss needs them (§4: 20)
 
     c.reward = ConfigDict()

@@ -135,8 +135,11 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
     width = batch.prompt_tokens.shape[1]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
     # Prompts end in column P - 1, responses start in column P.
-    both = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
-    tokens = both[row, jnp.where(real, width - prompt + plan.offset, 0)]
+    column = jnp.where(real, width - prompt + plan.offset, 0)
+    tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)[row, column]
+    experts = None
+    if batch.experts is not None:
+        experts = jnp.concatenate([batch.prompt_experts, batch.experts], axis=1)[row, column]
 
     source, column, mask = _sources(batch, plan)
 
@@ -164,6 +167,7 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         proximal_logp=take(batch.proximal_logp),
         topk_proximal_logp=take(batch.topk_proximal_logp),
         reference_logp=take(batch.reference_logp),
+        experts=experts,
     )
 
 

@@ -53,7 +53,8 @@ def weights(name: str) -> Callable[[Params], Params] | None:
     """Parameters with their matrices rounded (norms and biases are not); None for ""."""
     if not name:
         return None
-    layers = _rounding(name, "rollout.weights", lambda w: (*range(w.ndim - 2), w.ndim - 1))  # [L, in, out], [L, X, in, out]
+    # [L, in, out], and [L, X, in, out] of experts
+    layers = _rounding(name, "rollout.weights", lambda w: (*range(w.ndim - 2), w.ndim - 1))
     tables = _rounding(name, "rollout.weights", lambda w: (0,))  # [V, E]
 
     def rounded(params: Params) -> Params:

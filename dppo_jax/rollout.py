@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
 
 from dppo_jax import sampling, token_head
 from dppo_jax.models import cache as kv_cache
@@ -51,6 +51,7 @@ class _Slots:
     cache: list[Cache]  # per layer; P + R - 1 columns, since no response is attended to by what follows it
     handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
     out: _Drawn  # [B, R]
+    experts: Integer[Array, "B R L k"] | None  # of the tokens that were decoded from, if they are recorded
 
 
 def make_rollout(
@@ -70,6 +71,7 @@ def make_rollout(
     weights: Callable[[Params], Params] | None = None,
     activations: Callable[[Array], Array] | None = None,
     head_float32: bool = False,
+    record_experts: bool = False,
 ) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
     """A pure function (params, prompts, key) -> RolloutBatch; jit it.
 
@@ -78,11 +80,14 @@ def make_rollout(
     `tracked` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
     `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
+    `record_experts` of a mixture, so that training can go through the same ones.
     `weights` and `activations` round what they are given to a narrower format (dppo_jax.precision).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
     if not 0 <= tracked <= config.vocab_size:
         raise ValueError(f"tracked = {tracked} tokens of a vocabulary of {config.vocab_size}")
+    if record_experts and not config.num_experts:
+        raise ValueError(f"record_experts: a {config.model_type} has no experts")
 
     def distribution(hidden: Array, weight: Array) -> Array:
         """What is drawn from, up to a constant."""
@@ -148,7 +153,7 @@ def make_rollout(
             return self_attention(q, k, v, segments, implementation=attention), pair
 
         stacked = bind(config, params, dtype=dtype)  # scanned: the decode loop alone needs its layers one by one
-        hidden, (keys_of_layers, values_of_layers) = stacked(
+        hidden, (keys_of_layers, values_of_layers), prompt_experts = stacked(
             prompts.tokens, positions(prompts.mask), prefill, None, narrow=activations
         )
         filled = list(zip(keys_of_layers, values_of_layers, strict=True))
@@ -200,7 +205,7 @@ def make_rollout(
                 return kv_cache.attend(q[:, 0], cache, visible, used)[:, None], cache
 
             position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
-            hidden, cache = decoder(
+            hidden, cache, chosen = decoder(
                 state.token[:, None], position[:, None], attend, state.cache, narrow=activations
             )
             z, row = distribution(hidden[:, 0], weight), within(state.row)
@@ -208,6 +213,9 @@ def make_rollout(
             token, logp, lse = draw(z, look_up(uniforms, *index))
             new = _Drawn(token, logp, *track(z, lse))
             drawn = state.drawn + live
+            experts = state.experts
+            if experts is not None:
+                experts = put(experts, row, state.drawn - 1, as_recorded(chosen)[:, 0])
             last = live & (is_end(token) | (drawn >= state.limit))
             return dataclasses.replace(
                 state,
@@ -216,6 +224,7 @@ def make_rollout(
                 token=new.token,
                 cache=cache,
                 out=jax.tree.map(lambda out, x: put(out, row, state.drawn, x), state.out, new),
+                experts=experts,
             )
 
         def refillable(state: _Slots) -> Array:
@@ -231,6 +240,10 @@ def make_rollout(
         def buffer(x: Array, fill: int = 0) -> Array:
             return jnp.full((batch, max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
 
+        def as_recorded(experts: Array) -> Array:
+            """[L, b, t, k] -> [b, t, L, k], as small as the number of experts allows."""
+            return jnp.moveaxis(experts, 0, 2).astype(jnp.uint8 if config.num_experts <= 256 else jnp.int32)
+
         columns = prompt_length + max_new_tokens - 1
         cache = kv_cache.empty(slot_count, config.num_kv_heads, config.head_dim, columns, dtype)
         state = _Slots(
@@ -242,7 +255,12 @@ def make_rollout(
             cache=[cache] * config.num_layers,
             handed=jnp.zeros(shards, jnp.int32),
             out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, pad_id)),
+            experts=None,
         )
+        if record_experts:
+            prompt_experts = as_recorded(prompt_experts)
+            empty = jnp.zeros((batch, max_new_tokens, *prompt_experts.shape[2:]), prompt_experts.dtype)
+            state = dataclasses.replace(state, experts=empty)
         state = jax.lax.while_loop(
             lambda state: jnp.any(state.row < batch) | jnp.any(state.handed < waiting),
             lambda state: jax.lax.while_loop(decoding, step, admit(state)),
@@ -259,6 +277,8 @@ def make_rollout(
             group=jnp.repeat(prompts.group, group_size),
             topk_ids=state.out.topk_ids if tracked else None,
             topk_logp=state.out.topk_logp if tracked else None,
+            prompt_experts=prompt_experts if record_experts else None,
+            experts=state.experts,
         )
 
     return rollout

@@ -68,7 +68,9 @@ def states_before(
     config: ModelConfig, params: Params, packed: PackedBatch, **settings: Any
 ) -> Float[Array, "M Q E"]:
     """The hidden states that predict the response tokens, teacher-forced; `settings` are those of `forward`."""
-    hidden = forward(config, params, packed.tokens, packed.segments, packed.positions, **settings)
+    hidden = forward(
+        config, params, packed.tokens, packed.segments, packed.positions, experts=packed.experts, **settings
+    )
     return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
 
 
@@ -187,6 +189,8 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
         group=rollout.group,
         topk_ids=rollout.topk_ids,
         topk_behavior_logp=rollout.topk_logp,
+        prompt_experts=None if rollout.experts is None else jnp.repeat(rollout.prompt_experts, repeat, axis=0),
+        experts=rollout.experts,
     )
 
 

@@ -233,6 +233,8 @@ def rollout(
         tracked = c.rollout.tracked if "topk" in needed_fields(c) else 0
     if tracked > model.vocab_size:
         raise UserError(f"rollout.tracked = {tracked} is more than the model's vocabulary of {model.vocab_size}")
+    if c.rollout.router_replay and not model.num_experts:
+        raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
     return make_rollout(
         model,
         group_size=c.rollout.group_size,
@@ -240,6 +242,7 @@ def rollout(
         tracked=tracked,
         weights=precision.weights(c.rollout.weights),
         activations=precision.activations(c.rollout.activations),
+        record_experts=c.rollout.router_replay,
         **_rollout_settings(config, model, text, mesh, c.rollout.prompts * c.rollout.group_size, [c.data]),
     )
 

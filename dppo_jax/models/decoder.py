@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int32, Key, Shaped, UInt32
+from jaxtyping import Array, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
@@ -84,7 +84,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, or a mixture of them. Each weight's shape, logical axes and initialisation are here."""
+    """Pre-norm attention and gated MLP, or a mixture of those. Here are each weight's shape, axes and initialisation."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
@@ -112,8 +112,16 @@ class Layer(nnx.Module):
         self.down = _normal(rngs, (*several, c.intermediate_size, d), *expert, "mlp", "embed")
 
     def __call__(
-        self, x: Float[Array, "B T E"], cos: Array, sin: Array, attend: Attend, cache: Any, narrow: Rounding | None
+        self,
+        x: Float[Array, "B T E"],
+        cos: Array,
+        sin: Array,
+        attend: Attend,
+        cache: Any,
+        narrow: Rounding | None,
+        experts: Integer[Array, "B T k"] | None,
     ):
+        """(x, cache, experts): those chosen, or those given; None without a mixture."""
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
         h = narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps))
@@ -129,18 +137,22 @@ class Layer(nnx.Module):
         mixed = linear(narrow(mixed.reshape(batch, length, -1)), self.o[...])
         x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
         h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
-        x = x + (self._mixture(h, narrow) if c.num_experts else self._mlp(h, narrow))
-        return constrain(x, "batch", "length", "residual"), cache
+        if c.num_experts:
+            h, experts = self._mixture(h, narrow, experts)
+        else:
+            h, experts = self._mlp(h, narrow), None
+        return constrain(x + h, "batch", "length", "residual"), cache, experts
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
         h = narrow(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]))
         return linear(h, self.down[...])
 
-    def _mixture(self, h: Array, narrow: Rounding) -> Array:
+    def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, Array]:
         c, tokens = self.config, h.reshape(-1, h.shape[-1])
-        weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=None)
+        given = None if experts is None else experts.reshape(-1, c.experts_per_token).astype(jnp.int32)
+        weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
         mixed = mixture(tokens, weights, chosen, self.gate[...], self.up[...], self.down[...], narrow)
-        return mixed.reshape(h.shape)
+        return mixed.reshape(h.shape), chosen.reshape(*h.shape[:-1], c.experts_per_token)
 
 
 class Decoder(nnx.Module):
@@ -167,9 +179,11 @@ class Decoder(nnx.Module):
         remat: str = "none",
         narrow: Rounding | None = None,
         noise: Noise | None = None,
-    ) -> tuple[Float[Array, "B T E"], Any]:
-        """Hidden states after the final norm, and the layers' caches.
+        experts: Integer[Array, "L B T k"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Any, Integer[Array, "L B T k"] | None]:
+        """Hidden states after the final norm, the layers' caches, and the experts of a mixture.
 
+        Given `experts`, every token goes through those (a replay of the rollout's; stacked layers only).
         `narrow` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state that
         enters each layer (stacked layers only).
         """
@@ -178,20 +192,24 @@ class Decoder(nnx.Module):
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
-            def block(layer, x, cache, noise):
-                return layer(x if noise is None else noise.added(x), cos, sin, attend, cache, narrow)
+            def block(layer, x, cache, noise, experts):
+                x = x if noise is None else noise.added(x)
+                x, cache, experts = layer(x, cos, sin, attend, cache, narrow, experts)
+                return x, (cache, experts)
 
             if remat != "none":
                 block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
-            scan = nnx.scan(block, in_axes=(0, nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
-            x, caches = scan(self.layers, x, cache, noise)
+            scan = nnx.scan(block, in_axes=(0, nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
+            x, (caches, experts) = scan(self.layers, x, cache, noise, experts)
         else:
-            caches = []
+            caches, chosen = [], []
             for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x, layer_cache = layer(x, cos, sin, attend, layer_cache, narrow)
+                x, layer_cache, layer_experts = layer(x, cos, sin, attend, layer_cache, narrow, None)
                 caches.append(layer_cache)
+                chosen.append(layer_experts)
+            experts = jnp.stack(chosen) if self.config.num_experts else None
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
-        return x if narrow is None else narrow(x), caches
+        return x if narrow is None else narrow(x), caches, experts
 
 
 @functools.cache
@@ -258,10 +276,12 @@ def forward(
     attention: str = "xla",
     narrow: Rounding | None = None,
     noise_key: Key[Array, ""] | None = None,
+    experts: Integer[Array, "B T L k"] | None = None,
 ) -> Float[Array, "B T E"]:
     """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
 
-    With a `noise_key`, each layer's input is perturbed with deviation exp(params["log_sigma"]).
+    With a `noise_key`, each layer's input is perturbed with deviation exp(params["log_sigma"]). Given the `experts` of
+    every layer, tokens go through those.
 
     A mask will do for segments where each row holds one sample; `position` is then counted from its first token.
     """
@@ -275,5 +295,6 @@ def forward(
     if noise_key is not None:
         keys = jax.random.split(noise_key, config.num_layers)
         noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
-    hidden, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow, noise)
+    experts = None if experts is None else jnp.moveaxis(experts, 2, 0)
+    hidden, _, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow, noise, experts)
     return hidden

@@ -198,7 +198,11 @@ def write_model(directory: Path, family: str) -> None:
 def transformers_values(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logits f32[B, T, V], each row run alone without its padding, zero there; rotary inverse frequencies f32[D/2]."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+        directory,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     wrong = {kind: names for kind, names in info.items() if names}
     if wrong:

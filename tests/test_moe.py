@@ -1,0 +1,125 @@
+"""The mixture of experts against a loop in float64, its rollout against training, and router replay."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dppo_jax.models.config import ModelConfig, RopeConfig
+from dppo_jax.models.decoder import forward, head_weight, init_params
+from dppo_jax.models.moe import mixture, route
+from dppo_jax.packing import Layout, plan
+from dppo_jax.rollout import make_rollout
+from dppo_jax.token_head import token_head
+from dppo_jax.train_step import assemble, make_recompute, make_score
+from dppo_jax.types import PromptBatch
+
+MOE = ModelConfig(
+    model_type="qwen3_moe", vocab_size=40, hidden_size=32, intermediate_size=16, num_layers=3, num_heads=4,
+    num_kv_heads=2, head_dim=8, rms_norm_eps=1e-6, rope=RopeConfig(theta=1e4), max_position=64, tie_embeddings=False,
+    qkv_bias=False, o_bias=False, qk_norm=True, num_experts=8, experts_per_token=3, norm_topk=True,
+)  # fmt: skip
+
+
+def params(scale: float = 8.0):
+    """Random, far from uniform: matrices `scale` times as large as at the start of training."""
+    return jax.tree.map(lambda w: scale * w if w.ndim > 1 else w, init_params(MOE, jax.random.key(0)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_mixture_is_the_sum_over_its_experts(norm, replayed):
+    rng = np.random.default_rng(0)
+    h, router = rng.normal(size=(30, 6)), rng.normal(size=(6, 5))
+    gate, up, down = rng.normal(size=(5, 6, 4)), rng.normal(size=(5, 6, 4)), rng.normal(size=(5, 4, 6))
+    given = np.stack([rng.permutation(5)[:2] for _ in range(30)]) if replayed else None
+    single = [jnp.asarray(x, jnp.float32) for x in (h, router, gate, up, down)]
+    weights, chosen = route(*single[:2], k=2, norm=norm, chosen=None if given is None else jnp.asarray(given))
+    ours = mixture(single[0], weights, chosen, *single[2:], lambda x: x)
+    for token in range(30):
+        z = h[token] @ router
+        probs = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        ids = given[token] if replayed else np.argsort(-probs)[:2]
+        assert set(np.asarray(chosen[token]).tolist()) == set(ids.tolist())
+        w = probs[ids] / (probs[ids].sum() if norm else 1)
+        right = sum(a * (silu(h[token] @ gate[e]) * (h[token] @ up[e]) @ down[e]) for a, e in zip(w, ids, strict=True))
+        np.testing.assert_allclose(ours[token], right, rtol=2e-4, atol=2e-5)
+
+
+def drawn(dtype, record: bool):
+    rollout = make_rollout(
+        MOE, group_size=4, max_new_tokens=10, temperature=1.0, eos_ids=(0,), pad_id=0, dtype=dtype, slots=6,
+        record_experts=record,
+    )  # fmt: skip
+    tokens = np.random.default_rng(1).integers(1, 40, (8, 7)).astype(np.int32)
+    mask = np.arange(7) >= np.array([0, 2, 5, 0, 1, 3, 6, 4])[:, None]
+    prompts = PromptBatch(tokens, mask, np.arange(8, dtype=np.int32))
+    return prompts, jax.jit(rollout)(params(), prompts, jax.random.key(3))
+
+
+def gap(dtype, record: bool) -> np.ndarray:
+    """|pi - mu| of every response token: training in float32 against the rollout."""
+    prompts, found = drawn(dtype, record)
+    batch = assemble(prompts, found)
+    lengths, widths = np.asarray(found.response_mask.sum(1)), np.repeat(prompts.mask.sum(1), 4)
+    where = plan(np.arange(32), widths, lengths, Layout(rows=8, length=34, responses=20), packed=True)
+    score = make_score(MOE, temperature=1.0, dtype=jnp.float32, remat="none", pieces=1)
+    logp = jax.jit(make_recompute(score, "proximal"))(params(), batch, where).proximal_logp
+    return np.abs(np.exp(logp) - np.exp(found.behavior_logp))[np.asarray(batch.mask)]
+
+
+def test_rollout_and_training_agree_packed_and_replayed():
+    for record in (False, True):
+        assert gap(jnp.float32, record).max() < 1e-4
+
+
+def test_experts_are_those_that_training_would_choose():
+    prompts, found = drawn(jnp.float32, True)
+    row = 5
+    kept = np.asarray(prompts.mask[row // 4])
+    ours = np.concatenate([found.prompt_experts[row // 4][kept], found.experts[row]])
+    tokens = np.concatenate([prompts.tokens[row // 4][kept], found.tokens[row]])[None]
+    length = int(kept.sum() + found.response_mask[row].sum()) - 1  # the last token goes through no expert
+
+    def experts(tokens):
+        from dppo_jax.models.attention import self_attention
+        from dppo_jax.models.decoder import bind
+
+        ones = jnp.ones(tokens.shape, jnp.int32)
+        attend = lambda q, k, v, cache: (self_attention(q, k, v, ones, implementation="xla"), cache)  # noqa: E731
+        return bind(MOE, params())(tokens, jnp.arange(tokens.shape[1])[None], attend, None)[2]
+
+    theirs = np.moveaxis(np.asarray(jax.jit(experts)(tokens)), 0, 2)[0]
+    assert np.array_equal(np.sort(ours[:length], -1), np.sort(theirs[:length], -1))
+
+
+def test_replay_lowers_the_mismatch():
+    """A bfloat16 rollout against float32 training: other experts are a jump, that replay takes away."""
+    free, replayed = gap(jnp.bfloat16, False), gap(jnp.bfloat16, True)
+    print(free.mean(), replayed.mean())
+    assert free.mean() > 2 * replayed.mean() > 0
+
+
+def test_every_parameter_has_a_gradient():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 12)), jnp.int32)
+
+    def loss(params):
+        hidden = forward(MOE, params, tokens, jnp.ones(tokens.shape, bool))
+        return token_head(hidden[:, :-1], head_weight(params), tokens[:, 1:], temperature=1.0).logp.mean()
+
+    for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params())):
+        assert float(jnp.abs(grad).max()) > 0, path
+
+
+def test_a_dense_model_has_no_experts_to_record():
+    dense = dataclasses.replace(MOE, model_type="qwen3", num_experts=0)
+    with pytest.raises(ValueError, match="no experts"):
+        make_rollout(
+            dense, group_size=1, max_new_tokens=2, temperature=1.0, eos_ids=(0,), pad_id=0, record_experts=True
+        )
