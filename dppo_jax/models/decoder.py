@@ -84,7 +84,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, or a mixture of those. Here are each weight's shape, axes and initialisation."""
+    """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
@@ -125,7 +125,7 @@ class Layer(nnx.Module):
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
         h = narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps))
-        q, k, v = linear(h, self.q[...]), linear(h, self.k[...]), linear(h, self.v[...])
+        q, k, v = self._product("q", h), self._product("k", h), self._product("v", h)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = q.reshape(batch, length, c.num_heads, c.head_dim)
@@ -134,7 +134,7 @@ class Layer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        mixed = linear(narrow(mixed.reshape(batch, length, -1)), self.o[...])
+        mixed = self._product("o", narrow(mixed.reshape(batch, length, -1)))
         x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
         h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
         if c.num_experts:
@@ -143,9 +143,13 @@ class Layer(nnx.Module):
             h, experts = self._mlp(h, narrow), None
         return constrain(x + h, "batch", "length", "residual"), cache, experts
 
+    def _product(self, name: str, x: Array) -> Array:
+        """x times the weight of that name."""
+        return linear(x, getattr(self, name)[...])
+
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
-        h = narrow(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]))
-        return linear(h, self.down[...])
+        h = narrow(jax.nn.silu(self._product("gate", h)) * self._product("up", h))
+        return self._product("down", h)
 
     def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, Array]:
         c, tokens = self.config, h.reshape(-1, h.shape[-1])
