@@ -27,7 +27,7 @@ from dppo_jax.models.decoder import Params, forward, head_weight, init_params
 from dppo_jax.models.hf import save_hf
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.rewards.verifiers import last_number
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch, TrainBatch
 
@@ -155,7 +155,7 @@ def answer(
         tokenizer.pad_token_id,
         left=True,
     )
-    rollout = make_rollout(
+    rollout = Rollout(
         config,
         group_size=1,
         max_new_tokens=NEW_TOKENS,

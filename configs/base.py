@@ -179,6 +179,7 @@ def get_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
+    c.mesh.expert = 1
     c.lock()
     c.eval.sets.unlock()
     c.data.settings.unlock()

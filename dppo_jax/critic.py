@@ -53,7 +53,7 @@ def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str =
 
     def values(params: Params, packed: PackedBatch) -> Float32[Array, "M Q"]:
         packed = dataclasses.replace(packed, experts=None)  # the policy's
-        states = states_before(config, params["body"], packed, dtype=dtype, remat=remat, attention=attention)
+        states, _ = states_before(config, params["body"], packed, dtype=dtype, remat=remat, attention=attention)
         return states.astype(jnp.float32) @ params["value"]["weight"] + params["value"]["bias"]
 
     return values

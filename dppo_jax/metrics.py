@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from dppo_jax.divergences import prob_diff
 from dppo_jax.losses.core import bounded_exp, log_ratio
-from dppo_jax.types import LossInputs, LossOutput
+from dppo_jax.types import LossInputs, LossOutput, Routing
 
 RATIO_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61), [np.inf]])  # of pi / mu
 PROB_DIFF_EDGES = np.linspace(-1.0, 1.0, 81)  # of pi - mu
@@ -101,6 +101,20 @@ def trust_region_metrics(
             "prob_diff": _histogram(diff, mask, PROB_DIFF_EDGES),
         },
         minima={"policy/prob_diff_min": jnp.min(jnp.where(mask, diff, 0.0), initial=0.0)},
+    )
+
+
+def routing_metrics(routing: Routing) -> Metrics:
+    """`moe/load_max`: what the busiest expert of any layer takes, over an equal share; `moe/unused`: experts that no
+    token of a piece chose; `moe/routing_entropy`: the router's, in nats, over tokens and layers."""
+    share = jnp.sum(routing.load, axis=-1, keepdims=True) / routing.load.shape[-1]
+    return Metrics(
+        sums={
+            "moe/routing_entropy": (jnp.mean(routing.entropy), routing.tokens),
+            "moe/unused": (jnp.mean((routing.load == 0).astype(jnp.float32)), jnp.float32(1.0)),
+        },
+        maxima={"moe/load_max": jnp.max(routing.load / jnp.maximum(share, 1.0))},
+        histograms={},
     )
 
 

@@ -5,11 +5,13 @@ a slot whose response has ended takes the next one waiting, so that nobody waits
 jitted function, scheduling included: whatever runs it, on however many hosts, takes the same decisions. What is drawn
 depends on the row alone, never on its slot or its neighbours.
 
-The cache is one pair of buffers per layer, carried through the loop and written in place. A slot holds its prompt in
-columns 0 .. P-1 and its response from column P on.
+The cache is carried through the loop and written in place. A slot holds its prompt in columns 0 .. P-1 and its
+response from column P on. Layers are `unrolled`, each with a cache of its own, which XLA's CPU backend wants, or
+scanned over one cache of all, which compiles in a time that does not grow with their number.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +25,9 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, bind, head_weight, unstack
+from dppo_jax.models.decoder import Decoder, Params, Routed, bind, head_weight, param_axes, unstack
 from dppo_jax.models.rotary import positions
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
@@ -48,32 +50,28 @@ class _Slots:
     token: Int32[Array, "S"]  # the last of them
     limit: Int32[Array, "S"]  # of the row's tokens
     prompt_mask: Bool[Array, "S P"]
-    cache: list[Cache]  # per layer; P + R - 1 columns, since no response is attended to by what follows it
+    cache: Cache | list[Cache]  # of all layers, or of each; P + R - 1 columns: no last token is attended to
     handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
     out: _Drawn  # [B, R]
     experts: Integer[Array, "B R L k"] | None  # of the tokens that were decoded from, if they are recorded
 
 
-def make_rollout(
-    config: ModelConfig,
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    dtype: Any = jnp.float32,
-    tracked: int = 0,
-    top_p: float = 1.0,
-    slots: int | None = None,
-    shards: int = 1,
-    attention: str = "xla",
-    weights: Callable[[Params], Params] | None = None,
-    activations: Callable[[Array], Array] | None = None,
-    head_float32: bool = False,
-    record_experts: bool = False,
-) -> Callable[[Params, PromptBatch, Key[Array, ""]], RolloutBatch]:
-    """A pure function (params, prompts, key) -> RolloutBatch; jit it.
+@struct.dataclass
+class _Waiting:
+    """What the prefill leaves for the slots: which rows need more than their first token, what they begin with."""
+
+    first: _Drawn  # [B]
+    limit: Int32[Array, "B"]
+    prompt_mask: Bool[Array, "N P"]
+    prompts: Any  # keys [L, N, KV, D, P] and values [L, N, KV, P, D]; of unrolled layers, a list of L pairs
+    queue: Int32[Array, "D b"]  # the rows of each shard, those that wait first
+    count: Int32[Array, "D"]  # that wait
+    uniforms: Float32[Array, "B R 2"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+    """A pure function (params, prompts, key) -> RolloutBatch, in stages; jit it, or a stage.
 
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
@@ -84,201 +82,286 @@ def make_rollout(
     `weights` and `activations` round what they are given to a narrower format (dppo_jax.precision).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
-    if not 0 <= tracked <= config.vocab_size:
-        raise ValueError(f"tracked = {tracked} tokens of a vocabulary of {config.vocab_size}")
-    if record_experts and not config.num_experts:
-        raise ValueError(f"record_experts: a {config.model_type} has no experts")
 
-    def distribution(hidden: Array, weight: Array) -> Array:
+    config: ModelConfig
+    _: dataclasses.KW_ONLY
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    dtype: Any = jnp.float32
+    tracked: int = 0
+    top_p: float = 1.0
+    slots: int | None = None
+    shards: int = 1
+    attention: str = "xla"
+    unrolled: bool = True
+    weights: Callable[[Params], Params] | None = None
+    activations: Callable[[Array], Array] | None = None
+    head_float32: bool = False
+    record_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tracked <= self.config.vocab_size:
+            raise ValueError(f"tracked = {self.tracked} tokens of a vocabulary of {self.config.vocab_size}")
+        if self.record_experts and not self.config.num_experts:
+            raise ValueError(f"record_experts: a {self.config.model_type} has no experts")
+
+    def __call__(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
+        with using(ROLLOUT):
+            published = self.publish(params)
+            waiting, state, prompt_experts = self.prefill(published, prompts, key)
+            decoder = self._decoder(published)
+            state = jax.lax.while_loop(
+                lambda state: jnp.any(state.row < len(waiting.limit)) | jnp.any(state.handed < waiting.count),
+                lambda state: jax.lax.while_loop(
+                    functools.partial(self._decoding, waiting),
+                    functools.partial(self._step, published, decoder, waiting),
+                    self._admit(waiting, state),
+                ),
+                state,
+            )
+            return self._result(prompts, waiting, state, prompt_experts)
+
+    def publish(self, params: Params) -> Params:
+        """The training parameters as the rollout holds them: rounded, cast, and laid out by its own table, all on the
+        devices. Beside them, under "head_float32", the head as it was, where it is wanted in float32."""
+        with using(ROLLOUT):
+            axes = param_axes(self.config)
+            params = {name: value for name, value in params.items() if name in axes}
+            params = params if self.weights is None else self.weights(params)
+            cast = reshard(jax.tree.map(lambda p: p.astype(self.dtype), params), axes)
+            if self.head_float32:
+                cast["head_float32"] = constrain(head_weight(params), "vocab", "embed")
+            return cast
+
+    def prefill(
+        self, published: Params, prompts: PromptBatch, key: Key[Array, ""]
+    ) -> tuple[_Waiting, _Slots, Integer[Array, "N P L k"] | None]:
+        """Every prompt through the model once: what waits, empty slots, and the prompts' experts."""
+        with using(ROLLOUT):
+            return self._prefill(published, prompts, key)
+
+    def step(self, published: Params, waiting: _Waiting, state: _Slots) -> _Slots:
+        """One token more in every live slot."""
+        with using(ROLLOUT):
+            return self._step(published, self._decoder(published), waiting, state)
+
+    def _decoder(self, published: Params) -> Decoder:
+        layers = unstack(published) if self.unrolled else published
+        return bind(self.config, {k: v for k, v in layers.items() if k != "head_float32"}, stacked=not self.unrolled)
+
+    def _distribution(self, published: Params, hidden: Array) -> Array:
         """What is drawn from, up to a constant."""
-        hidden = hidden.astype(jnp.float32) if head_float32 else hidden
-        z = token_head.logits(hidden, weight, temperature=temperature or 1.0, softcap=config.logit_softcap)
+        weight = published["head_float32"] if self.head_float32 else head_weight(published)
+        hidden = hidden.astype(jnp.float32) if self.head_float32 else hidden
+        z = token_head.logits(hidden, weight, temperature=self.temperature or 1.0, softcap=self.config.logit_softcap)
         z = constrain(z, "batch", "vocab")
-        return sampling.nucleus(z, top_p) if top_p < 1.0 else z
+        return sampling.nucleus(z, self.top_p) if self.top_p < 1.0 else z
 
-    def draw(z: Array, uniforms: Array) -> tuple[Array, Array, Array]:
+    def _draw(self, z: Array, uniforms: Array) -> tuple[Array, Array, Array]:
         """Tokens, their logp, and log sum exp(z)."""
-        if temperature == 0:
+        if self.temperature == 0:
             token, lse = jnp.argmax(z, axis=-1).astype(jnp.int32), token_head.log_normaliser(z)
         else:
             token, lse = sampling.draw(z, uniforms)
         return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
 
-    def track(z: Array, lse: Array) -> tuple[Array, Array]:
-        top, ids = jax.lax.top_k(z, tracked)
+    def _track(self, z: Array, lse: Array) -> tuple[Array, Array]:
+        top, ids = jax.lax.top_k(z, self.tracked)
         return ids.astype(jnp.int32), top - lse[:, None]
 
-    def is_end(token: Array) -> Array:
-        return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+    def _is_end(self, token: Array) -> Array:
+        return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
-    def rollout(params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
+    def _recorded(self, routed: Routed) -> Array:
+        """[L, b, t, k] -> [b, t, L, k], as small as the number of experts allows."""
+        kind = jnp.uint8 if self.config.num_experts <= 256 else jnp.int32
+        return jnp.moveaxis(routed.experts, 0, 2).astype(kind)
+
+    # Shard d owns rows d * B/D .. and slots d * S/D ..: rows and prompts are moved within a shard only.
+
+    def _local(self, x: Array) -> Array:
+        return x.reshape(self.shards, len(x) // self.shards, *x.shape[1:])
+
+    def _within(self, row: Array, batch: int) -> Array:
+        """A slot's row, counted from its shard's first; B/D where the slot is idle."""
+        first = jnp.arange(self.shards)[:, None] * (batch // self.shards)
+        return jnp.where(self._local(row) < batch, self._local(row) - first, batch // self.shards)
+
+    def _look_up(self, table: Array, row: Array, column: Array | None = None) -> Array:
+        if column is None:
+            found = jax.vmap(lambda table, row: table[row])(self._local(table), row)
+            return found.reshape(row.size, *table.shape[1:])
+        one = jax.vmap(lambda table, row, column: table[row, column])
+        return one(self._local(table), row, self._local(column)).reshape(row.size, *table.shape[2:])
+
+    def _put(self, table: Array, row: Array, column: Array, value: Array) -> Array:
+        one = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
+        return one(self._local(table), row, self._local(column), self._local(value)).reshape(table.shape)
+
+    def _prefill(self, published: Params, prompts: PromptBatch, key: Key[Array, ""]):
         prompt_count, prompt_length = prompts.tokens.shape
-        batch = prompt_count * group_size
-        slot_count = batch if slots is None else min(slots, batch)
+        group, limit_all = self.group_size, self.max_new_tokens
+        batch = prompt_count * group
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
-        members = jnp.arange(group_size)
-        keys = jax.vmap(lambda k: sampling.row_keys(k, members))(sampling.row_keys(key, prompts.group)).reshape(-1)
-        every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(max_new_tokens))
-        uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)  # [B, R, 2]
-        limit = jnp.full(batch, max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
-        params = params if weights is None else weights(params)
-        listed = unstack(params, dtype)
-        decoder, weight = bind(config, listed, stacked=False), head_weight(params if head_float32 else listed)
-
-        # Shard d owns rows d * B/D .. and slots d * S/D ..: rows and prompts are moved within a shard only.
-        def local(x: Array) -> Array:
-            return x.reshape(shards, len(x) // shards, *x.shape[1:])
-
-        def within(row: Array) -> Array:
-            """A slot's row, counted from its shard's first; B/D where the slot is idle."""
-            first = jnp.arange(shards)[:, None] * (batch // shards)
-            return jnp.where(local(row) < batch, local(row) - first, batch // shards)
-
-        def look_up(table: Array, row: Array, column: Array | None = None) -> Array:
-            if column is None:
-                found = jax.vmap(lambda table, row: table[row])(local(table), row)
-                return found.reshape(row.size, *table.shape[1:])
-            found = jax.vmap(lambda table, row, column: table[row, column])(local(table), row, local(column))
-            return found.reshape(row.size, *table.shape[2:])
-
-        def put(table: Array, row: Array, column: Array, value: Array) -> Array:
-            one = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
-            return one(local(table), row, local(column), local(value)).reshape(table.shape)
-
-        # Prefill, and the first token of every row.
+        keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(group)))(sampling.row_keys(key, prompts.group))
+        keys = keys.reshape(-1)
+        every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(limit_all))
+        uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)
+        limit = jnp.full(batch, limit_all, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
         segments = prompts.mask.astype(jnp.int32)
 
-        def prefill(q, k, v, _):
+        def attend(q, k, v, cache, _):
             pair = kv_cache.place(jnp.einsum("btkd->bkdt", k)), kv_cache.place(jnp.einsum("btkd->bktd", v))
-            return self_attention(q, k, v, segments, implementation=attention), pair
+            return self_attention(q, k, v, segments, implementation=self.attention), cache, pair
 
-        stacked = bind(config, params, dtype=dtype)  # scanned: the decode loop alone needs its layers one by one
-        hidden, (keys_of_layers, values_of_layers), prompt_experts = stacked(
-            prompts.tokens, positions(prompts.mask), prefill, None, narrow=activations
+        stacked = bind(self.config, {k: v for k, v in published.items() if k != "head_float32"})
+        hidden, _, filled, routed = stacked(
+            prompts.tokens, positions(prompts.mask), attend, None, narrow=self.activations
         )
-        filled = list(zip(keys_of_layers, values_of_layers, strict=True))
-        z = distribution(hidden[:, -1], weight)
-        by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group_size, 2), 0, 1)
-        token, logp, lse = jax.lax.map(lambda uniforms: draw(z, uniforms), by_member)
-        top = (jnp.repeat(x, group_size, 0) for x in track(z, lse[0]))
+        if self.unrolled:
+            filled = list(zip(*filled, strict=True))
+        z = self._distribution(published, hidden[:, -1])
+        by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group, 2), 0, 1)
+        token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
+        top = (jnp.repeat(x, group, 0) for x in self._track(z, lse[0]))
         first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *top)
 
         # Rows that need more than their first token wait, shard by shard, in order.
-        waits = local(~is_end(first.token) & (limit > 1))
-        queue = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(shards)[:, None] * (batch // shards)
-        waiting = jnp.sum(waits, axis=1, dtype=jnp.int32)
+        waits = self._local(~self._is_end(first.token) & (limit > 1))
+        queue = jnp.argsort(~waits, axis=1, stable=True) + jnp.arange(self.shards)[:, None] * (batch // self.shards)
+        waiting = _Waiting(
+            first=first,
+            limit=limit,
+            prompt_mask=prompts.mask,
+            prompts=filled,
+            queue=queue,
+            count=jnp.sum(waits, axis=1, dtype=jnp.int32),
+            uniforms=uniforms,
+        )
+        prompt_experts = self._recorded(routed) if self.record_experts else None
+        return waiting, self._empty(waiting, prompt_length, prompt_experts), prompt_experts
 
-        def admit(state: _Slots) -> _Slots:
-            idle = local(state.row == batch)
-            index = state.handed[:, None] + jnp.cumsum(idle, axis=1) - 1
-            taken = idle & (index < waiting[:, None])
-            next_row = jnp.take_along_axis(queue, jnp.clip(index, 0, queue.shape[1] - 1), axis=1)
-            fresh, row = taken.reshape(-1), jnp.where(taken, next_row, local(state.row)).reshape(-1)
-            index = jnp.minimum(within(row), batch // shards - 1)
-
-            def choose(new: Array, old: Array) -> Array:
-                return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-            def filled_anew(cache: Cache, prompt: tuple[Array, Array]) -> Cache:
-                return kv_cache.fill(cache, fresh, *(look_up(x, index // group_size) for x in prompt))
-
-            return dataclasses.replace(
-                state,
-                row=row,
-                drawn=choose(jnp.ones_like(row), state.drawn),
-                token=choose(look_up(first.token, index), state.token),
-                limit=choose(look_up(limit, index), state.limit),
-                prompt_mask=choose(look_up(prompts.mask, index // group_size), state.prompt_mask),
-                cache=[filled_anew(*pair) for pair in zip(state.cache, filled, strict=True)],
-                handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
-            )
-
-        def step(state: _Slots) -> _Slots:
-            live = state.row < batch
-            column = prompt_length + state.drawn - 1
-            responses = jnp.arange(max_new_tokens - 1) < state.drawn[:, None]
-            visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
-            used = jnp.max(jnp.where(live, column, 0)) + 1
-
-            def attend(q, k, v, cache):
-                cache = kv_cache.write(cache, column, k[:, 0], v[:, 0])
-                return kv_cache.attend(q[:, 0], cache, visible, used)[:, None], cache
-
-            position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
-            hidden, cache, chosen = decoder(
-                state.token[:, None], position[:, None], attend, state.cache, narrow=activations
-            )
-            z, row = distribution(hidden[:, 0], weight), within(state.row)
-            index = jnp.minimum(row, batch // shards - 1), jnp.minimum(state.drawn, max_new_tokens - 1)
-            token, logp, lse = draw(z, look_up(uniforms, *index))
-            new = _Drawn(token, logp, *track(z, lse))
-            drawn = state.drawn + live
-            experts = state.experts
-            if experts is not None:
-                experts = put(experts, row, state.drawn - 1, as_recorded(chosen)[:, 0])
-            last = live & (is_end(token) | (drawn >= state.limit))
-            return dataclasses.replace(
-                state,
-                row=jnp.where(last, batch, state.row),
-                drawn=drawn,
-                token=new.token,
-                cache=cache,
-                out=jax.tree.map(lambda out, x: put(out, row, state.drawn, x), state.out, new),
-                experts=experts,
-            )
-
-        def refillable(state: _Slots) -> Array:
-            idle = jnp.sum(local(state.row == batch), axis=1)
-            return jnp.sum(jnp.minimum(idle, waiting - state.handed))
-
-        def decoding(state: _Slots) -> Array:
-            """Until a sixteenth of the slots can be filled anew, or all that wait can be."""
-            remaining = jnp.sum(waiting - state.handed)
-            enough = jnp.clip(remaining, 1, max(1, slot_count // 16))
-            return jnp.any(state.row < batch) & (refillable(state) < enough)
+    def _empty(self, waiting: _Waiting, prompt_length: int, prompt_experts: Array | None) -> _Slots:
+        """Idle slots, and a batch that holds each row's first token."""
+        batch, c, first = len(waiting.limit), self.config, waiting.first
+        slots = batch if self.slots is None else min(self.slots, batch)
 
         def buffer(x: Array, fill: int = 0) -> Array:
-            return jnp.full((batch, max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
+            return jnp.full((batch, self.max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
 
-        def as_recorded(experts: Array) -> Array:
-            """[L, b, t, k] -> [b, t, L, k], as small as the number of experts allows."""
-            return jnp.moveaxis(experts, 0, 2).astype(jnp.uint8 if config.num_experts <= 256 else jnp.int32)
-
-        columns = prompt_length + max_new_tokens - 1
-        cache = kv_cache.empty(slot_count, config.num_kv_heads, config.head_dim, columns, dtype)
-        state = _Slots(
-            row=jnp.full(slot_count, batch, jnp.int32),
-            drawn=jnp.ones(slot_count, jnp.int32),
-            token=jnp.zeros(slot_count, jnp.int32),
-            limit=jnp.ones(slot_count, jnp.int32),
-            prompt_mask=jnp.zeros((slot_count, prompt_length), bool),
-            cache=[cache] * config.num_layers,
-            handed=jnp.zeros(shards, jnp.int32),
-            out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, pad_id)),
-            experts=None,
+        columns = prompt_length + self.max_new_tokens - 1
+        shape = (slots, c.num_kv_heads, c.head_dim, columns, self.dtype)
+        experts = None
+        if prompt_experts is not None:
+            experts = jnp.zeros((batch, self.max_new_tokens, *prompt_experts.shape[2:]), prompt_experts.dtype)
+        return _Slots(
+            row=jnp.full(slots, batch, jnp.int32),
+            drawn=jnp.ones(slots, jnp.int32),
+            token=jnp.zeros(slots, jnp.int32),
+            limit=jnp.ones(slots, jnp.int32),
+            prompt_mask=jnp.zeros((slots, prompt_length), bool),
+            cache=[kv_cache.empty(*shape)] * c.num_layers if self.unrolled else kv_cache.empty(*shape, c.num_layers),
+            handed=jnp.zeros(self.shards, jnp.int32),
+            out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, self.pad_id)),
+            experts=experts,
         )
-        if record_experts:
-            prompt_experts = as_recorded(prompt_experts)
-            empty = jnp.zeros((batch, max_new_tokens, *prompt_experts.shape[2:]), prompt_experts.dtype)
-            state = dataclasses.replace(state, experts=empty)
-        state = jax.lax.while_loop(
-            lambda state: jnp.any(state.row < batch) | jnp.any(state.handed < waiting),
-            lambda state: jax.lax.while_loop(decoding, step, admit(state)),
+
+    def _admit(self, waiting: _Waiting, state: _Slots) -> _Slots:
+        """Idle slots take the next rows that wait."""
+        batch, group = len(waiting.limit), self.group_size
+        idle = self._local(state.row == batch)
+        index = state.handed[:, None] + jnp.cumsum(idle, axis=1) - 1
+        taken = idle & (index < waiting.count[:, None])
+        next_row = jnp.take_along_axis(waiting.queue, jnp.clip(index, 0, waiting.queue.shape[1] - 1), axis=1)
+        fresh, row = taken.reshape(-1), jnp.where(taken, next_row, self._local(state.row)).reshape(-1)
+        index = jnp.minimum(self._within(row, batch), batch // self.shards - 1)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        def filled_anew(cache: Cache, prompt: tuple[Array, Array]) -> Cache:
+            return kv_cache.fill(cache, fresh, *(self._look_up(x, index // group) for x in prompt))
+
+        if self.unrolled:
+            cache: Any = [filled_anew(*pair) for pair in zip(state.cache, waiting.prompts, strict=True)]
+        else:
+
+            def fill_layer(layer: Array, cache: Cache) -> Cache:
+                own = jax.tree.map(lambda x: x[layer], (cache, waiting.prompts))
+                return jax.tree.map(lambda all, x: all.at[layer].set(x), cache, filled_anew(*own))
+
+            cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
+        return dataclasses.replace(
             state,
+            row=row,
+            drawn=choose(jnp.ones_like(row), state.drawn),
+            token=choose(self._look_up(waiting.first.token, index), state.token),
+            limit=choose(self._look_up(waiting.limit, index), state.limit),
+            prompt_mask=choose(self._look_up(waiting.prompt_mask, index // group), state.prompt_mask),
+            cache=cache,
+            handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
         )
+
+    def _step(self, published: Params, decoder: Decoder, waiting: _Waiting, state: _Slots) -> _Slots:
+        batch, longest = len(waiting.limit), self.max_new_tokens
+        live = state.row < batch
+        column = state.prompt_mask.shape[1] + state.drawn - 1
+        responses = jnp.arange(longest - 1) < state.drawn[:, None]
+        visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
+        used = jnp.max(jnp.where(live, column, 0)) + 1
+
+        def attend(q, k, v, cache, number):
+            layer = None if self.unrolled else number
+            cache = kv_cache.write(cache, column, k[:, 0], v[:, 0], layer)
+            return kv_cache.attend(q[:, 0], cache, visible, used, layer)[:, None], cache, None
+
+        position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
+        hidden, cache, _, routed = decoder(
+            state.token[:, None], position[:, None], attend, state.cache, narrow=self.activations
+        )
+        z, row = self._distribution(published, hidden[:, 0]), self._within(state.row, batch)
+        index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
+        token, logp, lse = self._draw(z, self._look_up(waiting.uniforms, *index))
+        new = _Drawn(token, logp, *self._track(z, lse))
+        drawn = state.drawn + live
+        experts = state.experts
+        if experts is not None:
+            experts = self._put(experts, row, state.drawn - 1, self._recorded(routed)[:, 0])
+        last = live & (self._is_end(token) | (drawn >= state.limit))
+        return dataclasses.replace(
+            state,
+            row=jnp.where(last, batch, state.row),
+            drawn=drawn,
+            token=new.token,
+            cache=cache,
+            out=jax.tree.map(lambda out, x: self._put(out, row, state.drawn, x), state.out, new),
+            experts=experts,
+        )
+
+    def _decoding(self, waiting: _Waiting, state: _Slots) -> Array:
+        """Until a sixteenth of the slots can be filled anew, or all that wait can be."""
+        batch, remaining = len(waiting.limit), waiting.count - state.handed
+        idle = jnp.sum(self._local(state.row == batch), axis=1)
+        enough = jnp.clip(jnp.sum(remaining), 1, max(1, len(state.row) // 16))
+        return jnp.any(state.row < batch) & (jnp.sum(jnp.minimum(idle, remaining)) < enough)
+
+    def _result(
+        self, prompts: PromptBatch, waiting: _Waiting, state: _Slots, prompt_experts: Array | None
+    ) -> RolloutBatch:
         # Up to the first end-of-sequence token, or the limit: what pads the rest may be an end-of-sequence token too.
-        column = jnp.arange(max_new_tokens)
-        end = jnp.min(jnp.where(is_end(state.out.token), column, max_new_tokens), axis=1)
+        column, limit = jnp.arange(self.max_new_tokens), waiting.limit
+        end = jnp.min(jnp.where(self._is_end(state.out.token), column, self.max_new_tokens), axis=1)
         return RolloutBatch(
             tokens=state.out.token,
             response_mask=column < jnp.minimum(end + 1, limit)[:, None],
             behavior_logp=state.out.logp,
             truncated=end >= limit,
-            group=jnp.repeat(prompts.group, group_size),
-            topk_ids=state.out.topk_ids if tracked else None,
-            topk_logp=state.out.topk_logp if tracked else None,
-            prompt_experts=prompt_experts if record_experts else None,
+            group=jnp.repeat(prompts.group, self.group_size),
+            topk_ids=state.out.topk_ids if self.tracked else None,
+            topk_logp=state.out.topk_logp if self.tracked else None,
+            prompt_experts=prompt_experts,
             experts=state.experts,
         )
-
-    return rollout

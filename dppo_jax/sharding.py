@@ -1,40 +1,77 @@
-"""Where arrays live: one table from logical axis names to mesh axes.
+"""Where arrays live: tables from logical axis names to mesh axes, one for training and one for the rollout.
 
-Model code names logical axes only. A mesh has the axes data, fsdp and tensor; sizes come from the config.
+Model code names logical axes only. A mesh has the axes data, fsdp, tensor and expert; sizes come from the config.
 """
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from dppo_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "residual": None,
-    # weights: over fsdp by their residual side, over tensor by the other
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": None,
-    "norm": None,
-}
+Rules = Mapping[str, tuple[str, ...]]
+
+# Weights lie over fsdp (and expert) by their residual side, over tensor by the other; the residual stream between
+# layers lies over tensor by its length. A layer gathers each as it needs it.
+TRAINING: Rules = MappingProxyType(
+    {
+        # activations
+        "batch": ("data", "fsdp", "expert"),
+        "length": (),
+        "stream": ("tensor",),  # the length, between layers
+        "residual": (),
+        # weights
+        "layers": (),
+        "vocab": ("tensor",),
+        "embed": ("fsdp", "expert"),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "mlp": ("tensor",),
+        "norm": (),
+        # of a mixture: whole experts, each cut by its residual side alone
+        "expert": ("expert", "tensor"),
+        "expert_embed": ("fsdp",),
+        "expert_mlp": (),
+    }
+)
+# Few tokens a step, and every weight read in each: nothing is gathered over fsdp but once, before the first step.
+ROLLOUT: Rules = MappingProxyType({**TRAINING, "stream": (), "embed": (), "expert_embed": ()})
+
+_RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=TRAINING)
+
+
+@contextlib.contextmanager
+def using(rules: Rules) -> Iterator[None]:
+    """This table instead of TRAINING for what is traced inside."""
+    token = _RULES.set(rules)
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes of a logical one, by the table in force."""
+    return _RULES.get()[name]
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; a size of -1 takes what the others leave. UserError if it does not fit."""
+    """A mesh over all devices; a size of -1 takes what the others leave. UserError if it does not fit.
+
+    On TPUs, axes follow the links between chips.
+    """
     devices = jax.devices() if devices is None else devices
     shape = {axis: int(sizes[axis]) for axis in MESH_AXES}
     free = [axis for axis, size in shape.items() if size == -1]
@@ -45,36 +82,78 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         shape[free[0]] = len(devices) // fixed
     if np.prod(list(shape.values())) != len(devices):
         raise UserError(f"mesh {shape} does not use exactly the {len(devices)} devices there are")
-    grid = np.asarray(devices).reshape(tuple(shape.values()))
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(*axes: str | None) -> P:
-    """The PartitionSpec of an array whose dimensions have these logical names."""
-    mapped = [None if axis is None else RULES[axis] for axis in axes]
-    flat = [m for part in mapped for m in (part if isinstance(part, tuple) else (part,)) if m is not None]
+def spec(*axes: str | None, rules: Rules | None = None) -> P:
+    """The PartitionSpec of an array whose dimensions have these logical names, by the table in force unless given."""
+    rules = _RULES.get() if rules is None else rules
+    mapped = [() if axis is None else rules[axis] for axis in axes]
+    flat = [m for part in mapped for m in part]
     if len(flat) != len(set(flat)):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {mapped}")
-    return P(*mapped)
+    return P(*(part[0] if len(part) == 1 else part or None for part in mapped))
+
+
+def parts(mesh: Mesh | jax.sharding.AbstractMesh, *mesh_axes: str) -> int:
+    """Into how many pieces these mesh axes cut."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes)
+
+
+def dividing(mesh: jax.sharding.AbstractMesh, x: Array, *axes: str | None) -> tuple[str | None, ...]:
+    """The logical names without those that do not divide their dimension of x."""
+    fits = lambda size, axis: axis is not None and size % parts(mesh, *mesh_axes(axis)) == 0  # noqa: E731
+    return tuple(axis if fits(size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Asks XLA to lay x out by the logical names of its dimensions; nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Asks XLA to lay x out by the logical names of its dimensions; nothing outside a mesh.
+
+    A dimension that its mesh axes do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    return jax.lax.with_sharding_constraint(x, spec(*dividing(mesh, x, *axes)))
 
 
-def named(mesh: Mesh, axes_tree):
+def is_cut(name: str) -> bool:
+    """Whether the mesh in force cuts this logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and parts(mesh, *mesh_axes(name)) > 1
+
+
+def whole(w: Array, mesh_axes: tuple[str, ...], axis: int) -> Array:
+    """Inside shard_map: w with `axis` gathered over these mesh axes. Its gradient is summed and cut again.
+
+    It is gathered along a leading axis: of the others, XLA sums the whole on every device.
+    """
+    if not mesh_axes:
+        return w
+    parts = jnp.moveaxis(jax.lax.all_gather(w, mesh_axes), 0, axis)
+    return parts.reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
+
+
+def named(mesh: Mesh, axes_tree, rules: Rules = TRAINING):
     """NamedShardings for a tree whose leaves are tuples of logical names."""
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes)), axes_tree, is_leaf=is_axes)
+    return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes, rules=rules)), axes_tree, is_leaf=is_axes)
+
+
+def reshard(tree, axes_tree):
+    """Arrays laid out by the table in force, one collective for each that moves; nothing outside a mesh."""
+    leaves, structure = jax.tree.flatten(tree)
+    axes = structure.flatten_up_to(axes_tree)
+    return jax.tree.unflatten(structure, [constrain(x, *names) for x, names in zip(leaves, axes, strict=True)])
 
 
 def batch_shards(mesh: Mesh) -> int:
     """How many pieces the batch dimension is cut into."""
-    axes = RULES["batch"]
-    return int(np.prod([mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]))
+    return parts(mesh, *TRAINING["batch"])
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -103,15 +182,21 @@ def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tr
     for name, count in rows_by_name.items():
         if count % shards:
             raise UserError(
-                f"{name} is {count} rows, which mesh.data x mesh.fsdp = {shards} does not divide; "
+                f"{name} is {count} rows, which {_written(TRAINING['batch'])} = {shards} does not divide; "
                 f"the nearest that fits is {max(1, round(count / shards)) * shards}"
             )
 
     def check(path, shape, axes):
         for size, axis in zip(shape.shape, axes, strict=True):
-            mapped = RULES[axis]
-            if mapped is not None and size % (parts := mesh.shape[mapped]):
+            count = parts(mesh, *TRAINING[axis])
+            if size % count:
                 where = "/".join(str(getattr(key, "key", key)) for key in path)
-                raise UserError(f"parameter {where} has {axis} = {size}, which mesh.{mapped} = {parts} does not divide")
+                raise UserError(
+                    f"parameter {where} has {axis} = {size}, which {_written(TRAINING[axis])} = {count} does not divide"
+                )
 
     jax.tree_util.tree_map_with_path(check, shapes, axes_tree)
+
+
+def _written(mesh_axes: tuple[str, ...]) -> str:
+    return " x ".join(f"mesh.{axis}" for axis in mesh_axes)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, is_cut
 from dppo_jax.types import ExactDivergence, HeadOutput
 
 LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0
@@ -45,7 +45,8 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
 
 
 def piece_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
-    """In how many pieces the vocabulary passes through the head, for `tokens` positions of one device.
+    """In how many pieces the vocabulary passes through the head, for `tokens` positions and the share of the vocabulary
+    of one device.
 
     As many as make one piece's logits 1/64 of the device's `memory` in bytes. Where that is not known: one if all
     logits are 64 MiB, else 48. From there up to twice as many, if such a number divides the vocabulary.
@@ -231,7 +232,12 @@ def _head_backward(static, residuals, cotangents):
         part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
         d_hidden = jnp.einsum("brv,ve->bre", d_z, part, preferred_element_type=jnp.float32)
         flat = [x.reshape(-1, x.shape[-1]) for x in (d_z, hidden)]  # in one dimension XLA's CPU backend copies less
-        return d_hidden, jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
+        if is_cut("embed"):  # the sum over the batch is cut by its leading side, as a layer's weights are
+            d_part = jnp.einsum("nv,ne->ev", *flat, preferred_element_type=jnp.float32)
+            d_part = constrain(constrain(d_part, None, "vocab"), "embed", "vocab").T
+        else:
+            d_part = jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
+        return constrain(d_hidden, "batch", None, None), d_part
 
     if pieces == 1:
         d_hidden, d_weight = one(0, kept)
@@ -240,7 +246,7 @@ def _head_backward(static, residuals, cotangents):
         def add(number, carry):
             d_hidden, d_part = one(number, None)
             d_weight = jax.lax.dynamic_update_index_in_dim(carry[1], d_part.astype(weight.dtype), number, axis=1)
-            return carry[0] + d_hidden, constrain(d_weight, "vocab", None, None)
+            return carry[0] + d_hidden, constrain(d_weight, "vocab", None, "embed")
 
         zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(cut.shape, weight.dtype)
         d_hidden, d_weight = jax.lax.fori_loop(0, pieces, add, zeros)

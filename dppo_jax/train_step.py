@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing, sampling
@@ -20,7 +20,7 @@ from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.losses.core import BoundLoss, policy_objective
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, forward, head_weight
+from dppo_jax.models.decoder import Params, Routed, forward_routed, head_weight
 from dppo_jax.packing import Plan
 from dppo_jax.sharding import constrain, named, rows
 from dppo_jax.token_head import exact_divergence, token_head
@@ -30,6 +30,7 @@ from dppo_jax.types import (
     PackedBatch,
     PromptBatch,
     RolloutBatch,
+    Routing,
     TopKPair,
     TrainBatch,
 )
@@ -66,12 +67,13 @@ Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and 
 
 def states_before(
     config: ModelConfig, params: Params, packed: PackedBatch, **settings: Any
-) -> Float[Array, "M Q E"]:
-    """The hidden states that predict the response tokens, teacher-forced; `settings` are those of `forward`."""
-    hidden = forward(
+) -> tuple[Float[Array, "M Q E"], Routed | None]:
+    """The hidden states that predict the response tokens, teacher-forced, and where all tokens went in a mixture of
+    experts; `settings` are those of `forward_routed`."""
+    hidden, routed = forward_routed(
         config, params, packed.tokens, packed.segments, packed.positions, experts=packed.experts, **settings
     )
-    return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1)
+    return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1), routed
 
 
 def make_oracle(
@@ -85,12 +87,12 @@ def make_oracle(
 ) -> Oracle:
     """A pure function (behavior parameters, packed) -> Behavior: a teacher-forced pass in the rollout's precision.
 
-    Arguments as those of `make_rollout`; no gradient flows.
+    Arguments as those of `Rollout`; no gradient flows.
     """
 
     def oracle(params: Params, packed: PackedBatch) -> Behavior:
         params = params if weights is None else weights(params)
-        states = states_before(config, params, packed, dtype=dtype, attention=attention, narrow=activations)
+        states, _ = states_before(config, params, packed, dtype=dtype, attention=attention, narrow=activations)
         kind = jnp.float32 if head_float32 else dtype
         states, weight = states.astype(kind), head_weight(params).astype(kind)
         return jax.lax.stop_gradient(Behavior(states, weight))
@@ -113,7 +115,7 @@ def make_score(
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
     it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. `head_float32`
-    as in `make_rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
+    as in `Rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
     """
 
     def score(
@@ -122,7 +124,7 @@ def make_score(
         behavior: Behavior | None = None,
         noise_key: Key[Array, ""] | None = None,
     ) -> HeadOutput:
-        states = states_before(
+        states, routed = states_before(
             config, params, packed, dtype=dtype, remat=remat, attention=attention, noise_key=noise_key
         )
         states = states.astype(jnp.float32) if head_float32 else states
@@ -135,6 +137,8 @@ def make_score(
             ids=packed.topk_ids,
             pieces=pieces,
         )
+        if routed is not None:
+            head = dataclasses.replace(head, routing=routing(routed, packed.segments > 0, config.num_experts))
         if behavior is None:
             return head
         exact = exact_divergence(
@@ -150,6 +154,18 @@ def make_score(
         return dataclasses.replace(head, exact=exact)
 
     return score
+
+
+def routing(routed: Routed, mask: Bool[Array, "M T"], experts: int) -> Routing:
+    """What the real tokens of a pass did."""
+    chosen = jnp.where(mask[..., None], routed.experts, experts)[..., None] == jnp.arange(experts)
+    return jax.lax.stop_gradient(
+        Routing(
+            load=jnp.sum(chosen, axis=(1, 2, 3), dtype=jnp.float32),
+            entropy=jnp.sum(jnp.where(mask, routed.entropy, 0.0), axis=(1, 2)),
+            tokens=jnp.sum(mask, dtype=jnp.float32),
+        )
+    )
 
 
 def make_recompute(score: Score, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
@@ -245,6 +261,8 @@ def make_update(
         inputs = loss_inputs(packed, head)
         output = loss(inputs)
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
+        if head.routing is not None:
+            measured |= metrics_lib.routing_metrics(head.routing)
         if regions:
             measured |= metrics_lib.region_metrics(inputs, regions, packed.weights)
         if count_tokens:

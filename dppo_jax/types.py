@@ -121,6 +121,15 @@ class LossOutput:
 
 
 @struct.dataclass
+class Routing:
+    """How the tokens of one pass spread over a mixture's X experts."""
+
+    load: Float32[Array, "L X"]  # tokens that each expert took
+    entropy: Float32[Array, "L"]  # of the router's softmax over all X, in nats, summed over tokens
+    tokens: Float32[Array, ""]
+
+
+@struct.dataclass
 class HeadOutput:
     """What the token head says of each position."""
 
@@ -128,3 +137,4 @@ class HeadOutput:
     entropy: Float32[Array, "B R"]
     ids_logp: Float32[Array, "B R K"] | None = None  # of the given token ids
     exact: ExactDivergence | None = None  # from the behavior policy, where it was asked for
+    routing: Routing | None = None  # of a mixture of experts

@@ -28,9 +28,9 @@ from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Layout
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.shaping import overlong_penalty
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import batch_shards, make_mesh, rows
+from dppo_jax.sharding import TRAINING, batch_shards, make_mesh, parts, rows
 from dppo_jax.token_head import piece_count
 from dppo_jax.train_step import Oracle, Score, Update, make_oracle, make_score, make_update
 from dppo_jax.weights import WEIGHTS
@@ -174,10 +174,11 @@ def abstract(config: ConfigDict, model: ModelConfig) -> Params:
 
 def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Score:
     """The teacher-forced pass."""
-    shards = 1 if mesh is None else batch_shards(mesh)
     pieces = config.policy.head_pieces
     if pieces == 0:
-        pieces = piece_count(shape.rows * shape.responses // shards, model.vocab_size, memory_bytes(mesh))
+        shards = 1 if mesh is None else batch_shards(mesh)
+        vocabulary = model.vocab_size // (1 if mesh is None else parts(mesh, *TRAINING["vocab"]))
+        pieces = piece_count(shape.rows * shape.responses // shards, vocabulary, memory_bytes(mesh))
     return make_score(
         model,
         temperature=config.policy.temperature or config.rollout.temperature,
@@ -235,7 +236,7 @@ def rollout(
         raise UserError(f"rollout.tracked = {tracked} is more than the model's vocabulary of {model.vocab_size}")
     if c.rollout.router_replay and not model.num_experts:
         raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
-    return make_rollout(
+    return Rollout(
         model,
         group_size=c.rollout.group_size,
         temperature=c.rollout.temperature,
@@ -250,7 +251,7 @@ def rollout(
 def eval_rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None) -> Generate:
     """The policy as it is evaluated: its own temperature and truncation."""
     c = config
-    return make_rollout(
+    return Rollout(
         model,
         group_size=c.eval.samples,
         temperature=c.eval.temperature,

@@ -13,7 +13,7 @@ import numpy as np
 
 from dppo_jax.models import load_policy
 from dppo_jax.models.decoder import forward, head_weight
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.types import PromptBatch, RolloutBatch
 from tests.fixtures import COMPILER_OPTIONS
 
@@ -54,7 +54,7 @@ def compiled(temperature: float, like: float, group_size: int = G, length: int =
 
     @functools.partial(jax.jit, compiler_options=quickly)
     def run(params, prompts, key, eos_ids, pad_id):
-        return make_rollout(
+        return Rollout(
             config, group_size=group_size, max_new_tokens=length, temperature=temperature,
             eos_ids=tuple(eos_ids), pad_id=pad_id, **{"tracked": K} | options,
         )(params, prompts, key)  # fmt: skip

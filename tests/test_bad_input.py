@@ -339,22 +339,22 @@ def test_a_workdir_that_cannot_be(refusal, tmp_path):
 
 
 def test_a_batch_that_the_mesh_does_not_divide(folder):
-    eight = AbstractMesh((2, 4, 1), MESH_AXES)
+    eight = AbstractMesh((2, 4, 1, 1), MESH_AXES)
     for slots in (0, 8, 16):
         checks.check_mesh(small_config(folder, rollout__slots=slots), eight, TINY)
     for changes, sentence in (
         (
             dict(rollout__prompts=12, train__minibatches=1),
-            "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp = 8",
+            "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp x mesh.expert = 8",
         ),
-        (dict(rollout__slots=12), "rollout.slots is 12 rows, which mesh.data x mesh.fsdp = 8 does not divide; the "),
+        (dict(rollout__slots=12), "rollout.slots is 12 rows, which mesh.data x mesh.fsdp x mesh.expert = 8"),
         (dict(rollout__slots=3), "rollout.slots is 3 rows, which .* does not divide; the nearest that fits is 8"),
-        (dict(eval__every=1, eval__prompts=12), "eval.prompts is 12 rows, which mesh.data x mesh.fsdp = 8"),
+        (dict(eval__every=1, eval__prompts=12), "eval.prompts is 12 rows, which mesh.data x .* mesh.expert = 8"),
     ):
         with pytest.raises(UserError, match=sentence):
             checks.check_mesh(small_config(folder, **changes), eight, TINY)
     with pytest.raises(UserError, match="parameter embed has vocab = 16, which mesh.tensor = 3 does not divide"):
-        checks.check_mesh(small_config(folder), AbstractMesh((1, 1, 3), MESH_AXES), TINY)
+        checks.check_mesh(small_config(folder), AbstractMesh((1, 1, 3, 1), MESH_AXES), TINY)
 
 
 # --- once through the real command ---
@@ -382,7 +382,8 @@ def test_the_command_exits_with_a_sentence(command):
 def test_the_command_refuses_rows_that_eight_devices_do_not_divide(command):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     assert command("--config.rollout.prompts=4", XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == (
-        "error: rollout.prompts is 4 rows, which mesh.data x mesh.fsdp = 8 does not divide; the nearest that fits is 8"
+        "error: rollout.prompts is 4 rows, which mesh.data x mesh.fsdp x mesh.expert = 8 does not divide; "
+        "the nearest that fits is 8"
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import Jaxpr, Literal
 
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.types import RolloutBatch
 from tests.fixtures import COMPILER_OPTIONS
 from tests.rollouts import (
@@ -200,7 +200,7 @@ def traced(slots: int, **options):
     config, params = policy("llama")
 
     def run(params, batch, eos_ids):
-        return make_rollout(
+        return Rollout(
             config, group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=tuple(eos_ids), pad_id=0, slots=slots,
             **options,
         )(params, batch, jax.random.key(0))  # fmt: skip

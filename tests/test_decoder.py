@@ -21,7 +21,7 @@ from dppo_jax.models.decoder import (
     unstack,
 )
 from dppo_jax.models.rotary import positions
-from dppo_jax.sharding import RULES, spec
+from dppo_jax.sharding import TRAINING, spec
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]
@@ -59,10 +59,10 @@ def test_stacked_layers_equal_unrolled_ones(family):
     def unrolled(params, tokens, mask):
         segments = mask.astype(jnp.int32)
 
-        def attend(q, k, v, number):
-            return self_attention(q, k, v, segments, implementation="xla"), (number, k)
+        def attend(q, k, v, number, _):
+            return self_attention(q, k, v, segments, implementation="xla"), (number, k), None
 
-        listed = unstack(params, jnp.float32)
+        listed = unstack(params)
         assert list(listed["layers"]) == list(range(config.num_layers))
         decoder = bind(config, listed, stacked=False)
         return decoder(tokens, positions(mask), attend, list(range(config.num_layers)))[:2]
@@ -192,7 +192,7 @@ def test_shapes_and_axes_are_those_of_the_files(family):
     for (path, shape), names in zip(
         jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(axes, **is_axes), strict=True
     ):
-        assert len(names) == len(shape.shape) and set(names) <= set(RULES), path
+        assert len(names) == len(shape.shape) and set(names) <= set(TRAINING), path
         assert (names[0] == "layers") == (path[0].key == "layers")
         spec(*names)  # no mesh axis twice
     assert ("head" in params) != config.tie_embeddings

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dppo_jax.models.config import ModelConfig, RopeConfig
-from dppo_jax.models.decoder import forward, head_weight, init_params
+from dppo_jax.models.decoder import forward, forward_routed, head_weight, init_params
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.packing import Layout, plan
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.train_step import assemble, make_recompute, make_score
 from dppo_jax.types import PromptBatch
@@ -40,12 +40,16 @@ def test_a_mixture_is_the_sum_over_its_experts(norm, replayed):
     gate, up, down = rng.normal(size=(5, 6, 4)), rng.normal(size=(5, 6, 4)), rng.normal(size=(5, 4, 6))
     given = np.stack([rng.permutation(5)[:2] for _ in range(30)]) if replayed else None
     single = [jnp.asarray(x, jnp.float32) for x in (h, router, gate, up, down)]
-    weights, chosen = route(*single[:2], k=2, norm=norm, chosen=None if given is None else jnp.asarray(given))
-    ours = mixture(single[0], weights, chosen, *single[2:], lambda x: x)
+    given = None if given is None else given[None]
+    weights, chosen, entropy = route(
+        single[0][None], single[1], k=2, norm=norm, chosen=None if given is None else jnp.asarray(given)
+    )
+    ours, chosen = mixture(single[0][None], weights, chosen, tuple(single[2:]), lambda x: x)[0], chosen[0]
     for token in range(30):
         z = h[token] @ router
         probs = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        ids = given[token] if replayed else np.argsort(-probs)[:2]
+        np.testing.assert_allclose(entropy[0, token], -(probs * np.log(probs)).sum(), rtol=1e-5)
+        ids = given[0, token] if replayed else np.argsort(-probs)[:2]
         assert set(np.asarray(chosen[token]).tolist()) == set(ids.tolist())
         w = probs[ids] / (probs[ids].sum() if norm else 1)
         right = sum(a * (silu(h[token] @ gate[e]) * (h[token] @ up[e]) @ down[e]) for a, e in zip(w, ids, strict=True))
@@ -53,7 +57,7 @@ def test_a_mixture_is_the_sum_over_its_experts(norm, replayed):
 
 
 def drawn(dtype, record: bool):
-    rollout = make_rollout(
+    rollout = Rollout(
         MOE, group_size=4, max_new_tokens=10, temperature=1.0, eos_ids=(0,), pad_id=0, dtype=dtype, slots=6,
         record_experts=record,
     )  # fmt: skip
@@ -88,12 +92,7 @@ def test_experts_are_those_that_training_would_choose():
     length = int(kept.sum() + found.response_mask[row].sum()) - 1  # the last token goes through no expert
 
     def experts(tokens):
-        from dppo_jax.models.attention import self_attention
-        from dppo_jax.models.decoder import bind
-
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        attend = lambda q, k, v, cache: (self_attention(q, k, v, ones, implementation="xla"), cache)  # noqa: E731
-        return bind(MOE, params())(tokens, jnp.arange(tokens.shape[1])[None], attend, None)[2]
+        return forward_routed(MOE, params(), tokens, jnp.ones(tokens.shape, bool))[1].experts
 
     theirs = np.moveaxis(np.asarray(jax.jit(experts)(tokens)), 0, 2)[0]
     assert np.array_equal(np.sort(ours[:length], -1), np.sort(theirs[:length], -1))
@@ -120,6 +119,6 @@ def test_every_parameter_has_a_gradient():
 def test_a_dense_model_has_no_experts_to_record():
     dense = dataclasses.replace(MOE, model_type="qwen3", num_experts=0)
     with pytest.raises(ValueError, match="no experts"):
-        make_rollout(
+        Rollout(
             dense, group_size=1, max_new_tokens=2, temperature=1.0, eos_ids=(0,), pad_id=0, record_experts=True
         )

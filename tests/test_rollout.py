@@ -10,7 +10,7 @@ import pytest
 
 from dppo_jax import packing
 from dppo_jax.models.decoder import abstract_params
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.train_step import assemble, make_score
 from tests.fixtures import COMPILER_OPTIONS
 from tests.rollouts import (
@@ -226,21 +226,21 @@ def test_bfloat16_rollout_differs_a_little_from_float32_training():
 def test_top_k_is_left_out_unless_asked_for():
     config, params = policy("llama")
     for tracked in (0, V):
-        generate = make_rollout(
+        generate = Rollout(
             config, group_size=2, max_new_tokens=3, temperature=1.0, eos_ids=(2,), pad_id=0, tracked=tracked
         )
         out = jax.eval_shape(generate, params, prompts(), jax.random.key(0))
         assert (out.topk_ids is None) == (out.topk_logp is None) == (tracked == 0)
         assert tracked == 0 or out.topk_ids.shape == out.topk_logp.shape == (2 * N, 3, V)
     with pytest.raises(ValueError, match="97 tokens of a vocabulary of 96"):
-        make_rollout(config, group_size=1, max_new_tokens=1, temperature=1.0, eos_ids=(), pad_id=0, tracked=V + 1)
+        Rollout(config, group_size=1, max_new_tokens=1, temperature=1.0, eos_ids=(), pad_id=0, tracked=V + 1)
 
 
 def test_the_cache_is_carried_in_place():
     """Memory beside arguments and results: one cache of four layers and scratch for one layer, not a second cache."""
     config = dataclasses.replace(policy("llama")[0], num_layers=4)
     length, rows = 1500, len(LENGTHS) * G
-    run = make_rollout(config, group_size=G, max_new_tokens=length, temperature=1.0, eos_ids=(0,), pad_id=0)
+    run = Rollout(config, group_size=G, max_new_tokens=length, temperature=1.0, eos_ids=(0,), pad_id=0)
     compiled = jax.jit(run).lower(abstract_params(config), prompts(), jax.random.key(0)).compile()
     cache = config.num_layers * 2 * rows * (P + length) * config.num_kv_heads * config.head_dim * 4
     assert cache < compiled.memory_analysis().temp_size_in_bytes < 1.5 * cache

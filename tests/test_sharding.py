@@ -16,7 +16,19 @@ from jax.sharding import PartitionSpec as P
 from dppo_jax.checkpoint import Checkpoints, abstract_state, restore_params
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import abstract_params, param_axes
-from dppo_jax.sharding import MESH_AXES, RULES, batch_shards, check_divisible, constrain, make_mesh, named, rows, spec
+from dppo_jax.sharding import (
+    MESH_AXES,
+    ROLLOUT,
+    TRAINING,
+    batch_shards,
+    check_divisible,
+    constrain,
+    make_mesh,
+    named,
+    rows,
+    spec,
+    using,
+)
 from dppo_jax.train_step import init_state, state_shardings
 from experiments import build
 from tests.fixtures import HURRIED_FLAGS, TINY, small_config
@@ -25,23 +37,27 @@ ROOT = Path(__file__).parent.parent
 MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}  # data, fsdp, tensor
 
 
-def sizes(data=1, fsdp=1, tensor=1):
-    return dict(data=data, fsdp=fsdp, tensor=tensor)
+def sizes(data=1, fsdp=1, tensor=1, expert=1):
+    return dict(data=data, fsdp=fsdp, tensor=tensor, expert=expert)
 
 
 def fake_mesh(*shape) -> AbstractMesh:
-    return AbstractMesh(shape, MESH_AXES)
+    return AbstractMesh((*shape, *[1] * (len(MESH_AXES) - len(shape))), MESH_AXES)
 
 
 def test_every_parameter_axis_is_in_the_table():
     for axes in jax.tree.leaves(param_axes(TINY), is_leaf=lambda x: isinstance(x, tuple)):
-        assert set(axes) <= set(RULES)
+        assert set(axes) <= set(TRAINING)
 
 
 def test_spec_follows_the_table():
-    assert spec("batch", "length", "vocab") == P(("data", "fsdp"), None, "tensor")
-    assert spec("layers", "embed", "heads") == P(None, "fsdp", "tensor")
-    assert spec("batch", None) == P(("data", "fsdp"), None)
+    assert spec("batch", "length", "vocab") == P(("data", "fsdp", "expert"), None, "tensor")
+    assert spec("layers", "embed", "heads") == P(None, ("fsdp", "expert"), "tensor")
+    assert spec("batch", None) == P(("data", "fsdp", "expert"), None)
+    assert spec("layers", "expert", "expert_embed", "expert_mlp") == P(None, ("expert", "tensor"), "fsdp", None)
+    with using(ROLLOUT):
+        assert spec("layers", "embed", "heads") == P(None, None, "tensor")
+    assert spec("embed") == P(("fsdp", "expert"))
 
 
 def test_spec_refuses_to_use_a_mesh_axis_twice():
@@ -54,8 +70,9 @@ def test_spec_refuses_to_use_a_mesh_axis_twice():
 def test_named_and_rows_place_by_the_table():
     mesh = fake_mesh(2, 2, 2)
     placed = named(mesh, {"a": ("vocab", "embed"), "b": {"c": ("norm",)}})
-    assert placed == {"a": NamedSharding(mesh, P("tensor", "fsdp")), "b": {"c": NamedSharding(mesh, P(None))}}
-    assert rows(mesh) == NamedSharding(mesh, P(("data", "fsdp")))
+    cut = NamedSharding(mesh, P("tensor", ("fsdp", "expert")))
+    assert placed == {"a": cut, "b": {"c": NamedSharding(mesh, P(None))}}
+    assert rows(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
     assert batch_shards(mesh) == 4
 
 
@@ -66,7 +83,7 @@ def test_constrain_does_nothing_outside_a_mesh():
 
 def test_a_free_axis_takes_what_the_others_leave():
     mesh = make_mesh(sizes(fsdp=-1), jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +114,8 @@ def test_rows_that_do_not_divide_are_named_with_the_nearest_that_do():
         return str(caught.value)
 
     assert refusal(12) == (
-        "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp = 8 does not divide; the nearest that fits is 16"
+        "rollout.prompts is 12 rows, which mesh.data x mesh.fsdp x mesh.expert = 8 does not divide; "
+        "the nearest that fits is 16"
     )
     assert refusal(3).endswith("the nearest that fits is 8")
     assert refusal(17).endswith("the nearest that fits is 16")
@@ -106,7 +124,7 @@ def test_rows_that_do_not_divide_are_named_with_the_nearest_that_do():
 def test_parameters_that_do_not_divide_are_named():
     with pytest.raises(UserError, match=r"parameter embed has vocab = 16, which mesh.tensor = 3 does not divide"):
         check_divisible(fake_mesh(1, 1, 3), {}, abstract_params(TINY), param_axes(TINY))
-    with pytest.raises(UserError, match=r"parameter layers/down has embed = 32, which mesh.fsdp = 5 does not divide"):
+    with pytest.raises(UserError, match="layers/down has embed = 32, which mesh.fsdp x mesh.expert = 5"):
         tree = {"layers": {"down": abstract_params(TINY)["layers"]["down"]}}
         check_divisible(fake_mesh(1, 5, 1), {}, tree, {"layers": {"down": param_axes(TINY)["layers"]["down"]}})
 

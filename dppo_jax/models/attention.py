@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int32
 
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.sharding import RULES, spec
+from dppo_jax.sharding import mesh_axes, parts, spec
 
 # kernel(q, k, v, segments) -> mixed values
 Kernel = Callable[[Array, Array, Array, Array], Array]
@@ -81,12 +81,11 @@ def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, segments)
-    axis = RULES["heads"]
-    pieces = mesh.shape[axis] if isinstance(axis, str) else math.prod(mesh.shape[a] for a in axis or ())
+    pieces = parts(mesh, *mesh_axes("heads"))
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % pieces:
         raise UserError(
-            f"attention cannot share {heads} heads among mesh.{axis} = {pieces} devices; "
+            f"attention cannot share {heads} heads among mesh.{mesh_axes('heads')[0]} = {pieces} devices; "
             f"the nearest size that fits is {math.gcd(heads, pieces)}"
         )
     repeats = math.lcm(kv_heads, pieces) // kv_heads

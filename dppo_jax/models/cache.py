@@ -1,4 +1,4 @@
-"""The key-value cache of one layer, for rows that decode side by side and are at different lengths.
+"""The key-value cache of one layer, or of all, for rows that decode side by side and are at different lengths.
 
 Its columns are cut into blocks of their own: 128 columns, 128 more, then 256, 512, ... A step reads the blocks that
 some row uses and leaves the others alone; nothing is copied. Keys lie [B, KV, D, C] and values [B, KV, C, D], so that
@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from dppo_jax.sharding import constrain
 
-Cache = tuple[tuple[Array, Array], ...]  # blocks of (keys [B, KV, D, c], values [B, KV, c, D])
+# Blocks of (keys [B, KV, D, c], values [B, KV, c, D]), of all layers [L, B, ...]
+Cache = tuple[tuple[Array, Array], ...]
 
 FIRST = 128  # columns of the first block
 
@@ -28,19 +29,20 @@ def edges(columns: int) -> list[int]:
     return [*starts, columns]
 
 
-def empty(rows: int, kv_heads: int, head_dim: int, columns: int, dtype) -> Cache:
-    """All zero."""
+def empty(rows: int, kv_heads: int, head_dim: int, columns: int, dtype, layers: int | None = None) -> Cache:
+    """All zero; with a leading axis of `layers`, if given."""
+    stacked = () if layers is None else (layers,)
 
     def zeros(*shape: int) -> Array:
-        return place(jnp.zeros((rows, kv_heads, *shape), dtype))
+        return place(jnp.zeros((*stacked, rows, kv_heads, *shape), dtype))
 
     widths = [end - start for start, end in itertools.pairwise(edges(columns))]
     return tuple((zeros(head_dim, width), zeros(width, head_dim)) for width in widths)
 
 
 def place(x: Array) -> Array:
-    """Keys or values laid out over the mesh."""
-    return constrain(x, "batch", "kv_heads", None, None)
+    """Keys or values laid out over the mesh, of one layer or of all."""
+    return constrain(x, *["layers"] * (x.ndim - 4), "batch", "kv_heads", None, None)
 
 
 def fill(
@@ -50,41 +52,55 @@ def fill(
     at, blocks = 0, []
     chosen = rows[:, None, None, None]
     for k, v in cache:
-        end = min(at + v.shape[2], values.shape[2])
+        end = min(at + v.shape[-2], values.shape[-2])
         if end > at:
             n = end - at
             k = k.at[..., :n].set(jnp.where(chosen, keys[..., at:end], k[..., :n]))
-            v = v.at[:, :, :n].set(jnp.where(chosen, values[:, :, at:end], v[:, :, :n]))
+            v = v.at[..., :n, :].set(jnp.where(chosen, values[..., at:end, :], v[..., :n, :]))
         blocks.append((k, v))
-        at += v.shape[2]
+        at += v.shape[-2]
     return tuple(blocks)
 
 
 def write(
-    cache: Cache, column: Int32[Array, "B"], key: Float[Array, "B KV D"], value: Float[Array, "B KV D"]
+    cache: Cache,
+    column: Int32[Array, "B"],
+    key: Float[Array, "B KV D"],
+    value: Float[Array, "B KV D"],
+    layer: Int32[Array, ""] | None = None,
 ) -> Cache:
-    """The cache with one column of every row set."""
+    """The cache with one column of every row set; of this `layer`, where it holds all."""
     rows = jnp.arange(len(column))
+    layers = () if layer is None else (layer,)
     at, blocks = 0, []
     for k, v in cache:
-        inside = (column >= at) & (column < at + v.shape[2])
-        where = jnp.where(inside, column - at, v.shape[2])
-        blocks.append((k.at[rows, :, :, where].set(key, mode="drop"), v.at[rows, :, where].set(value, mode="drop")))
-        at += v.shape[2]
+        width = v.shape[-2]
+        inside = (column >= at) & (column < at + width)
+        where = jnp.where(inside, column - at, width)
+        k = k.at[*layers, rows, :, :, where].set(key, mode="drop")
+        blocks.append((k, v.at[*layers, rows, :, where].set(value, mode="drop")))
+        at += width
     return tuple(blocks)
 
 
 def attend(
-    q: Float[Array, "B H D"], cache: Cache, visible: Bool[Array, "B C"], used: Int32[Array, ""]
+    q: Float[Array, "B H D"],
+    cache: Cache,
+    visible: Bool[Array, "B C"],
+    used: Int32[Array, ""],
+    layer: Int32[Array, ""] | None = None,
 ) -> Float[Array, "B H D"]:
-    """Attention of one query per row, of which none sees beyond the first `used` columns. Softmax in float32."""
+    """Attention of one query per row, of which none sees beyond the first `used` columns. Softmax in float32.
+
+    Of this `layer`, where the cache holds all.
+    """
     batch, heads, size = q.shape
-    q = (q * size**-0.5).reshape(batch, cache[0][0].shape[1], -1, size)
+    q = (q * size**-0.5).reshape(batch, cache[0][0].shape[-3], -1, size)
     at = edges(visible.shape[1])
 
     def over(count: int):
         def read(q, cache, visible):
-            blocks = cache[:count]
+            blocks = cache[:count] if layer is None else [tuple(x[layer] for x in pair) for pair in cache[:count]]
             score = [jnp.einsum("bkgd,bkdc->bkgc", q, k, preferred_element_type=jnp.float32) for k, _ in blocks]
             score = jnp.where(visible[:, None, None, : at[count]], jnp.concatenate(score, axis=-1), -1e30)
             p = jax.nn.softmax(score, axis=-1).astype(q.dtype)

@@ -16,16 +16,26 @@ from jaxtyping import Array, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.embedding import embed
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, is_cut
 
 Params = dict[str, Any]
-# attend(q, k, v, cache of this layer) -> (mixed values, cache of this layer)
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+# attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)
+Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 Rounding = Callable[[Array], Array]
 
 LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
+
+
+@struct.dataclass
+class Routed:
+    """Where each token went in a mixture of experts."""
+
+    experts: Integer[Array, "*L B T k"]
+    entropy: Float[Array, "*L B T"]  # of the router's softmax, in nats
+
 
 # What the backward pass keeps: everything, the matrix products, or each layer's input alone.
 REMAT = {
@@ -64,20 +74,34 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "B T I"], w: Float[Array, "I O"]) -> Float[Array, "B T O"]:
-    """x w. Its backward pass says x^T g for the weight's gradient, where JAX says (g^T x)^T: XLA's CPU backend copies
-    what it transposes, and x is already at hand in the layout that it wants (1.2 x a layer's training)."""
-    return x @ w
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Float[Array, "B T I"], w: Float[Array, "I O"], axes: tuple[str, str]) -> Float[Array, "B T O"]:
+    """x w, for a weight with these logical axes, whose residual side is gathered first.
+
+    Its backward pass says x^T g for the weight's gradient, where JAX says (g^T x)^T: XLA's CPU backend copies what it
+    transposes, and x is already at hand in the layout that it wants (1.2 x a layer's training).
+    """
+    return x @ constrain(w, *_whole(axes))
 
 
-def _linear_forward(x: Array, w: Array):
-    return x @ w, (x, w)
+def _whole(axes: tuple[str, ...]) -> tuple[str | None, ...]:
+    return tuple(None if axis == "embed" else axis for axis in axes)
 
 
-def _linear_backward(kept: tuple[Array, Array], g: Array):
+def _linear_forward(x: Array, w: Array, axes: tuple[str, str]):
+    return x @ constrain(w, *_whole(axes)), (x, w)
+
+
+def _linear_backward(axes: tuple[str, str], kept: tuple[Array, Array], g: Array):
     x, w = kept
-    return jnp.einsum("bto,io->bti", g, w), jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
+    d_x = jnp.einsum("bto,io->bti", g, constrain(w, *_whole(axes)))
+    # The sum over the batch is cut by its leading side: by the other, XLA would sum the whole on every device. Asked
+    # for the cut gradient at once, it would make it slice by slice, in narrow products.
+    turned = axes[1] == "embed" and is_cut("embed")
+    left, right, axes = (g, x, axes[::-1]) if turned else (x, g, axes)
+    d_w = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())))
+    d_w = constrain(constrain(d_w, *_whole(axes)), *axes)
+    return d_x, d_w.T if turned else d_w
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -104,12 +128,14 @@ class Layer(nnx.Module):
             self.q_norm = _filled(1.0, c.head_dim, "norm")
             self.k_norm = _filled(1.0, c.head_dim, "norm")
         self.mlp_norm = _filled(1.0, d, "norm")
-        several, expert = ((c.num_experts,), ("expert",)) if c.num_experts else ((), ())
+        several, into, out_of = (), ("embed", "mlp"), ("mlp", "embed")
         if c.num_experts:
+            several = (c.num_experts,)
+            into, out_of = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
             self.router = _normal(rngs, (d, c.num_experts), "embed", "norm")
-        self.gate = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
-        self.up = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
-        self.down = _normal(rngs, (*several, c.intermediate_size, d), *expert, "mlp", "embed")
+        self.gate = _normal(rngs, (*several, d, c.intermediate_size), *into)
+        self.up = _normal(rngs, (*several, d, c.intermediate_size), *into)
+        self.down = _normal(rngs, (*several, c.intermediate_size, d), *out_of)
 
     def __call__(
         self,
@@ -118,45 +144,47 @@ class Layer(nnx.Module):
         sin: Array,
         attend: Attend,
         cache: Any,
+        number: Any,
         narrow: Rounding | None,
         experts: Integer[Array, "B T k"] | None,
     ):
-        """(x, cache, experts): those chosen, or those given; None without a mixture."""
+        """(x, cache, what `attend` keeps, routed): through the experts chosen, or given; None without a mixture."""
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
-        h = narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps))
+        h = constrain(narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps)), "batch", "length", "residual")
         q, k, v = self._product("q", h), self._product("k", h), self._product("v", h)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        q = q.reshape(batch, length, c.num_heads, c.head_dim)
+        q = constrain(q.reshape(batch, length, c.num_heads, c.head_dim), "batch", "length", "heads", None)
         k, v = (a.reshape(batch, length, c.num_kv_heads, c.head_dim) for a in (k, v))
+        k, v = (constrain(a, "batch", "length", "kv_heads", None) for a in (k, v))
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
-        mixed = self._product("o", narrow(mixed.reshape(batch, length, -1)))
+        mixed, cache, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
+        mixed = constrain(narrow(mixed.reshape(batch, length, -1)), "batch", "length", "heads")
+        mixed = constrain(self._product("o", mixed), "batch", "stream", "residual")
         x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
         h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
-        if c.num_experts:
-            h, experts = self._mixture(h, narrow, experts)
-        else:
-            h, experts = self._mlp(h, narrow), None
-        return constrain(x + h, "batch", "length", "residual"), cache, experts
+        h, routed = self._mixture(h, narrow, experts) if c.num_experts else (self._mlp(h, narrow), None)
+        return x + constrain(h, "batch", "stream", "residual"), cache, kept, routed
 
     def _product(self, name: str, x: Array) -> Array:
         """x times the weight of that name."""
-        return linear(x, getattr(self, name)[...])
+        weight = getattr(self, name)
+        return linear(x, weight[...], weight.get_metadata()["axes"])
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
+        h = constrain(h, "batch", "length", "residual")
         h = narrow(jax.nn.silu(self._product("gate", h)) * self._product("up", h))
-        return self._product("down", h)
+        return self._product("down", constrain(h, "batch", "length", "mlp"))
 
-    def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, Array]:
-        c, tokens = self.config, h.reshape(-1, h.shape[-1])
-        given = None if experts is None else experts.reshape(-1, c.experts_per_token).astype(jnp.int32)
-        weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
-        mixed = mixture(tokens, weights, chosen, self.gate[...], self.up[...], self.down[...], narrow)
-        return mixed.reshape(h.shape), chosen.reshape(*h.shape[:-1], c.experts_per_token)
+    def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
+        c = self.config
+        given = None if experts is None else experts.astype(jnp.int32)
+        weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
+        mixed = mixture(h, weights, chosen, (self.gate[...], self.up[...], self.down[...]), narrow)
+        return mixed, Routed(chosen, entropy)
 
 
 class Decoder(nnx.Module):
@@ -184,36 +212,38 @@ class Decoder(nnx.Module):
         narrow: Rounding | None = None,
         noise: Noise | None = None,
         experts: Integer[Array, "L B T k"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Any, Integer[Array, "L B T k"] | None]:
-        """Hidden states after the final norm, the layers' caches, and the experts of a mixture.
+    ) -> tuple[Float[Array, "B T E"], Any, Any, Routed | None]:
+        """Hidden states after the final norm, the cache, what `attend` kept of the layers, and a mixture's routes.
 
+        Stacked layers hand one cache, of all layers, from each to the next; of a list, each has its own.
         Given `experts`, every token goes through those (a replay of the rollout's; stacked layers only).
         `narrow` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state that
         enters each layer (stacked layers only).
         """
-        table = constrain(self.embed[...], "vocab", None)
-        x = constrain(table[tokens], "batch", "length", "residual")
+        x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
-            def block(layer, x, cache, noise, experts):
+            def block(layer, carried, number, noise, experts):
+                x, cache = carried
                 x = x if noise is None else noise.added(x)
-                x, cache, experts = layer(x, cos, sin, attend, cache, narrow, experts)
-                return x, (cache, experts)
+                x, cache, *found = layer(x, cos, sin, attend, cache, number, narrow, experts)
+                return (x, cache), tuple(found)
 
             if remat != "none":
                 block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
             scan = nnx.scan(block, in_axes=(0, nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
-            x, (caches, experts) = scan(self.layers, x, cache, noise, experts)
+            numbers = jnp.arange(self.config.num_layers)
+            (x, cache), (kept, routed) = scan(self.layers, (x, cache), numbers, noise, experts)
         else:
-            caches, chosen = [], []
-            for layer, layer_cache in zip(self.layers, cache, strict=True):
-                x, layer_cache, layer_experts = layer(x, cos, sin, attend, layer_cache, narrow, None)
-                caches.append(layer_cache)
-                chosen.append(layer_experts)
-            experts = jnp.stack(chosen) if self.config.num_experts else None
-        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
-        return x if narrow is None else narrow(x), caches, experts
+            caches, found = [], []
+            for number, (layer, own) in enumerate(zip(self.layers, cache, strict=True)):
+                x, own, *rest = layer(x, cos, sin, attend, own, number, narrow, None)
+                caches.append(own)
+                found.append(tuple(rest))
+            cache, (kept, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *found)
+        x = constrain(rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), "batch", "length", "residual")
+        return x if narrow is None else narrow(x), cache, kept, routed
 
 
 @functools.cache
@@ -256,11 +286,10 @@ def param_axes(config: ModelConfig) -> Params:
     return axes
 
 
-def unstack(params: Params, dtype: Any) -> Params:
-    """The same parameters layer by layer, in the rollout's dtype."""
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
-    count = jax.tree.leaves(cast["layers"])[0].shape[0]
-    return {**cast, "layers": {i: jax.tree.map(lambda p, i=i: p[i], cast["layers"]) for i in range(count)}}
+def unstack(params: Params) -> Params:
+    """The same parameters layer by layer."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return {**params, "layers": {i: jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(count)}}
 
 
 def head_weight(params: Params) -> Float[Array, "V E"]:
@@ -268,7 +297,12 @@ def head_weight(params: Params) -> Float[Array, "V E"]:
     return params["head"] if "head" in params else params["embed"]
 
 
-def forward(
+def forward(config: ModelConfig, params: Params, tokens: Array, *places: Array, **settings: Any) -> Array:
+    """The hidden states f[B, T, E] of `forward_routed`, which says what the arguments are."""
+    return forward_routed(config, params, tokens, *places, **settings)[0]
+
+
+def forward_routed(
     config: ModelConfig,
     params: Params,
     tokens: Int32[Array, "B T"],
@@ -281,24 +315,25 @@ def forward(
     narrow: Rounding | None = None,
     noise_key: Key[Array, ""] | None = None,
     experts: Integer[Array, "B T L k"] | None = None,
-) -> Float[Array, "B T E"]:
+) -> tuple[Float[Array, "B T E"], Routed | None]:
     """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
 
-    With a `noise_key`, each layer's input is perturbed with deviation exp(params["log_sigma"]). Given the `experts` of
-    every layer, tokens go through those.
+    And where tokens went in a mixture of experts. With a `noise_key`, each layer's input is perturbed with deviation
+    exp(params["log_sigma"]). Given the `experts` of every layer, tokens go through those.
 
     A mask will do for segments where each row holds one sample; `position` is then counted from its first token.
     """
     position = positions(segments > 0) if position is None else position
     segments = segments.astype(jnp.int32)
 
-    def attend(q, k, v, cache):
-        return self_attention(q, k, v, segments, implementation=attention), cache
+    def attend(q, k, v, cache, _):
+        return self_attention(q, k, v, segments, implementation=attention), cache, None
 
     noise = None
     if noise_key is not None:
         keys = jax.random.split(noise_key, config.num_layers)
         noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
     experts = None if experts is None else jnp.moveaxis(experts, 2, 0)
-    hidden, _, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow, noise, experts)
-    return hidden
+    model = bind(config, params, dtype=dtype)
+    hidden, _, _, routed = model(tokens, position, attend, None, remat, narrow, noise, experts)
+    return hidden, routed

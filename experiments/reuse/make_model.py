@@ -25,7 +25,7 @@ from dppo_jax.models.decoder import Params, forward, head_weight, init_params
 from dppo_jax.models.hf import save_hf
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.rewards.verifiers import last_number
-from dppo_jax.rollout import make_rollout
+from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
 from experiments.reuse.task import MODULUS, PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
@@ -70,7 +70,7 @@ def loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
 def make_answer(temperature: float, task: Task = TASK):
     """(params, prompts i32[N, 11], seed) -> one reply to each, as text."""
     tokenizer = make_tokenizer(task)
-    rollout = make_rollout(
+    rollout = Rollout(
         config_of(task),
         group_size=1,
         max_new_tokens=MAX_NEW_TOKENS,

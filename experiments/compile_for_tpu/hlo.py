@@ -1,0 +1,263 @@
+"""What a program compiled for a TPU does, read from its text: loops with their trips, collectives, buffers, cycles.
+
+The compiler's own sums count a loop's body once and a kernel as nothing. Here every instruction counts as often as the
+loops around it turn.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+
+SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8}  # bytes; others end in their bits
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+NO_WORK = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant", "copy-done")
+SENTINEL = 1 << 60  # cycles that the compiler does not know
+
+ARRAY = re.compile(r"(pred|[a-z]+\d+(?:e\d+m\d+(?:fn)?)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+INSTRUCTION = re.compile(r"\s*(ROOT )?%([^ ]+) = (\(.*?\)|[^ ]+) ([a-z][a-z\-\d]*)\(")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([^,\s}]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """One array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool  # else in the chip's fast memory
+
+    @property
+    def bytes(self) -> int:
+        width = SIZES.get(self.dtype) or int(re.findall(r"\d+", self.dtype)[0]) / 8
+        return int(width * math.prod(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    kind: str
+    outputs: tuple[Buffer, ...]
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    cycles: int
+    text: str
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.bytes for buffer in self.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Chips exchanging something, `count` times."""
+
+    kind: str
+    count: int
+    bytes: int  # of the whole array that is exchanged, once
+    in_loop: bool
+    group: int  # chips that take part together
+    op_name: str
+
+    @property
+    def received(self) -> float:
+        """Bytes that reach each chip, all times together, by ring algorithms."""
+        share = (self.group - 1) / self.group if self.group else 1.0
+        turns = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.count * self.bytes * turns
+
+
+def buffers(text: str) -> tuple[Buffer, ...]:
+    """The arrays of an instruction's type."""
+    return tuple(
+        Buffer(dtype, tuple(int(n) for n in shape.split(",") if n), "S(1)" not in (layout or ""))
+        for dtype, shape, layout in ARRAY.findall(text)
+    )
+
+
+class Module:
+    """A compiled program. `unknown` is how often a loop turns whose trips the program decides as it runs."""
+
+    def __init__(self, text: str, unknown: int = 1):
+        self.unknown = unknown
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        current: dict[str, Instruction] = {}
+        for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+            if line == "}":
+                current = {}
+            elif line.endswith("{") and (found := re.match(r"(ENTRY )?%([^ ]+) \(", line)):
+                current = self.computations.setdefault(found[2], {})
+                if found[1]:
+                    self.entry = found[2]
+            elif found := INSTRUCTION.match(line):
+                current[found[2]] = _instruction(found, line)
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a while loop turns, from the constant that its condition compares with; None: not known."""
+        condition = self.computations[re.search(r"condition=%([^,\s]+)", loop.text)[1]]
+        compared = [i for i in condition.values() if i.kind == "compare"]
+        constants = [
+            int(found[1])
+            for i in compared
+            for name in i.operands
+            if (found := re.search(r" constant\((\d+)\)", condition[name].text if name in condition else ""))
+        ]
+        return constants[0] if len(constants) == 1 else None
+
+    @functools.cached_property
+    def executed(self) -> list[tuple[Instruction, int, bool]]:
+        """Every instruction outside fusions, how often it runs, and whether a loop is around it."""
+        found: list[tuple[Instruction, int, bool]] = []
+
+        def visit(name: str, times: int, in_loop: bool) -> None:
+            for i in self.computations[name].values():
+                found.append((i, times, in_loop))
+                if i.kind == "while":
+                    turns = self.trips(i)
+                    body = re.search(r"body=%([^,\s]+)", i.text)[1]
+                    visit(body, times * (self.unknown if turns is None else turns), True)
+                elif i.kind == "conditional":
+                    visit(max(i.called, key=lambda c: self._weight(c)), times, in_loop)
+                elif i.kind == "call":
+                    for called in i.called:
+                        visit(called, times, in_loop)
+
+        visit(self.entry, 1, False)
+        return found
+
+    def _weight(self, computation: str) -> int:
+        """Bytes that a branch touches, to tell which is the largest."""
+        return sum(i.bytes + self._weight_of_called(i) for i in self.computations[computation].values())
+
+    def _weight_of_called(self, i: Instruction) -> int:
+        return 0 if i.kind not in ("call", "while", "conditional") else sum(self._weight(c) for c in i.called)
+
+    def collectives(self) -> list[Collective]:
+        """Every exchange between chips, in the order of the program."""
+        return list(self._collectives())
+
+    def _collectives(self) -> Iterator[Collective]:
+        for i, times, in_loop in self.executed:
+            kind = i.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                size = max((buffer.bytes for buffer in i.outputs), default=0)
+                if kind == "reduce-scatter":
+                    size *= max(_group(i.text), 1)
+                yield Collective(kind, times, size, in_loop, _group(i.text), i.op_name)
+            elif i.kind in ("fusion", "async-start"):
+                inside = [j for c in i.called for j in self._deep(c) if j.kind.removesuffix("-start") in COLLECTIVES]
+                for j in inside:
+                    scattered = any("all-reduce-scatter" in c for c in i.called)
+                    kind = "reduce-scatter" if scattered else j.kind.removesuffix("-start")
+                    size = max(buffer.bytes for buffer in j.outputs)
+                    yield Collective(kind, times, size, in_loop, _group(j.text), i.op_name or j.op_name)
+
+    def _deep(self, computation: str) -> Iterator[Instruction]:
+        for i in self.computations.get(computation, {}).values():
+            yield i
+            for called in i.called:
+                yield from self._deep(called)
+
+    def cycles(self, kernel: Callable[[Instruction, "Module"], float]) -> float:
+        """The compiler's estimates, summed over trips; `kernel` gives those of custom calls, which have none."""
+        total = 0.0
+        for i, times, _ in self.executed:
+            if i.kind == "custom-call":
+                total += times * kernel(i, self)
+            elif i.cycles < SENTINEL:
+                total += times * i.cycles
+        return total
+
+    def operand(self, i: Instruction, number: int) -> Buffer | None:
+        """The first array of an operand, wherever it was made in the same computation."""
+        for computation in self.computations.values():
+            if computation.get(i.name) is i:
+                made = computation.get(i.operands[number])
+                return made.outputs[0] if made and made.outputs else None
+        return None
+
+    def largest(self) -> tuple[int, str]:
+        """The largest array that an instruction makes, in bytes, and where it comes from."""
+        made = [(b.bytes, i) for i, _, _ in self.executed if i.kind not in NO_WORK for b in i.outputs if b.in_hbm]
+        size, i = max(made, key=lambda found: found[0])
+        return size, f"{i.outputs[0].dtype}{list(i.outputs[0].shape)} {i.op_name or i.name}"
+
+    def traffic(self) -> int:
+        """Bytes that move between the chip's memory and its compute units: operands read, results written.
+
+        A fusion that reads or writes a slice of an array counts the slice.
+        """
+        return sum(times * self._moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
+
+    def _moved(self, i: Instruction) -> int:
+        if i.kind in COLLECTIVES or i.kind.endswith(("-start", "-done")):
+            return 0
+        owner = self._owner[id(i)]
+        inside = self.computations.get(i.called[0], {}) if i.kind == "fusion" and i.called else {}
+        parameters = {int(re.search(r"parameter\((\d+)\)", j.text)[1]): j for j in inside.values() if j.kind == "parameter"}
+        read = 0
+        for number, name in enumerate(i.operands):
+            made = owner.get(name)
+            if made is None or not made.outputs or made.kind == "constant":
+                continue
+            if len(made.outputs) > 1 and i.kind != "fusion":
+                continue
+            whole = sum(b.bytes for b in made.outputs if b.in_hbm)
+            users = [j for j in inside.values() if number in parameters and parameters[number].name in j.operands]
+            users = [k for j in users for k in (_through(j, inside))]
+            if users and all(j.kind in ("dynamic-slice", "dynamic-update-slice", "scatter") for j in users):
+                sliced = [j.bytes for j in users if j.kind == "dynamic-slice"]
+                whole = min(whole, sum(sliced))
+            read += whole
+        written = sum(b.bytes for b in i.outputs if b.in_hbm)
+        updates = [j for j in inside.values() if j.kind == "dynamic-update-slice"]
+        if i.kind == "dynamic-update-slice":
+            updates, inside = [i], owner
+        if updates and sum(j.bytes for j in updates) >= written > 0:
+            written = sum(inside[j.operands[1]].bytes for j in updates if j.operands[1] in inside)
+            if i.kind == "dynamic-update-slice":
+                read = written
+        return read + written
+
+    @functools.cached_property
+    def _owner(self) -> dict[int, dict[str, Instruction]]:
+        return {id(i): computation for computation in self.computations.values() for i in computation.values()}
+
+
+def _through(i: Instruction, inside: dict[str, Instruction]) -> list[Instruction]:
+    """i, or what uses it where it only renames its operand."""
+    if i.kind not in ("bitcast", "reshape"):
+        return [i]
+    return [k for j in inside.values() if i.name in j.operands for k in _through(j, inside)]
+
+
+def _instruction(found: re.Match, line: str) -> Instruction:
+    name, kind = found[2], found[4]
+    inside = line[found.end() :]
+    depth, end = 1, 0
+    for end, letter in enumerate(inside):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if not depth:
+            break
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+    called = CALLED.findall(line)
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+        called += [c.strip().removeprefix("%") for c in branches[1].split(",")]
+    operands = tuple(re.findall(r"%([^,\s)]+)", inside[:end]))
+    return Instruction(name, kind, buffers(found[3]), operands, tuple(called), int(cycles[1]) if cycles else 0, line)
+
+
+def _group(text: str) -> int:
+    """How many chips exchange among themselves."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([^}]*)\}", text):
+        return len(found[1].split(","))
+    return 0
