@@ -25,7 +25,7 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Decoder, Params, Routed, bind, head_weight, param_axes, unstack
+from dppo_jax.models.decoder import Params, Routed, bind, head_weight, param_axes, unstack
 from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -112,12 +112,12 @@ class Rollout:
         with using(ROLLOUT):
             published = self.publish(params)
             waiting, state, prompt_experts = self.prefill(published, prompts, key)
-            decoder = self._decoder(published)
+            layers = self._layers(published)
             state = jax.lax.while_loop(
                 lambda state: jnp.any(state.row < len(waiting.limit)) | jnp.any(state.handed < waiting.count),
                 lambda state: jax.lax.while_loop(
                     functools.partial(self._decoding, waiting),
-                    functools.partial(self._step, published, decoder, waiting),
+                    functools.partial(self._step, published, layers, waiting),
                     self._admit(waiting, state),
                 ),
                 state,
@@ -146,11 +146,12 @@ class Rollout:
     def step(self, published: Params, waiting: _Waiting, state: _Slots) -> _Slots:
         """One token more in every live slot."""
         with using(ROLLOUT):
-            return self._step(published, self._decoder(published), waiting, state)
+            return self._step(published, self._layers(published), waiting, state)
 
-    def _decoder(self, published: Params) -> Decoder:
-        layers = unstack(published) if self.unrolled else published
-        return bind(self.config, {k: v for k, v in layers.items() if k != "head_float32"}, stacked=not self.unrolled)
+    def _layers(self, published: Params) -> Params:
+        """The model's parameters, layer by layer where they are unrolled: before the loop, which would copy them."""
+        own = {name: value for name, value in published.items() if name != "head_float32"}
+        return unstack(own) if self.unrolled else own
 
     def _distribution(self, published: Params, hidden: Array) -> Array:
         """What is drawn from, up to a constant."""
@@ -305,7 +306,8 @@ class Rollout:
             handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
         )
 
-    def _step(self, published: Params, decoder: Decoder, waiting: _Waiting, state: _Slots) -> _Slots:
+    def _step(self, published: Params, layers: Params, waiting: _Waiting, state: _Slots) -> _Slots:
+        decoder = bind(self.config, layers, stacked=not self.unrolled)
         batch, longest = len(waiting.limit), self.max_new_tokens
         live = state.row < batch
         column = state.prompt_mask.shape[1] + state.drawn - 1

@@ -34,6 +34,7 @@ from dppo_jax.sharding import TRAINING, batch_shards, make_mesh, parts, rows
 from dppo_jax.token_head import piece_count
 from dppo_jax.train_step import Oracle, Score, Update, make_oracle, make_score, make_update
 from dppo_jax.weights import WEIGHTS
+from experiments.chips import memory_of
 
 # Purposes of randomness, folded into the seed's key beside the step.
 ROLLOUT, EVALUATION = 0, 1
@@ -58,8 +59,9 @@ def text(directory: Path, model: ModelConfig) -> Text:
     return Text(tokenizer, ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-# Row lengths that the attention kernels of a platform work with.
-LENGTH_MULTIPLE = {"tpu": 128, "gpu": 64}
+def _length_multiple(platform: str, length: int) -> int:
+    """Row lengths that the attention kernels of a platform work with, long ones in blocks of a good size."""
+    return {"tpu": 128 if length < 4096 else 512, "gpu": 64}.get(platform, 1)
 
 
 def platform(mesh: Mesh | None) -> str:
@@ -89,7 +91,7 @@ def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | No
         max_new_tokens=c.rollout.max_new_tokens,
         rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
         mean_prompt=mean_prompt if c.train.pack else None,
-        multiple=LENGTH_MULTIPLE.get(platform(mesh), 1),
+        multiple=_length_multiple(platform(mesh), c.data.max_prompt_len + c.rollout.max_new_tokens),
     )
 
 
@@ -134,6 +136,12 @@ def schedule(config: ConfigDict) -> optax.Schedule:
     o = config.optimizer
     updates = config.steps * config.train.epochs * config.train.minibatches
     return make_schedule(learning_rate=o.learning_rate, warmup=o.warmup, schedule=o.schedule, updates=updates)
+
+
+def published_axes(model: ModelConfig, published: Params) -> Params:
+    """Logical axis names of what the rollout holds."""
+    axes = param_axes(model)
+    return axes | ({"head_float32": ("vocab", "embed")} if "head_float32" in published else {})
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -194,7 +202,11 @@ def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | No
 def memory_bytes(mesh: Mesh | None) -> int | None:
     """Of one device, if it says."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
+    if device.platform == "cpu":
+        return None
+    if device.platform == "tpu":
+        return memory_of(device)
+    stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")
 
 
@@ -274,6 +286,7 @@ def _rollout_settings(
         slots=min(c.slots, rows_count) if c.slots else None,
         shards=1 if mesh is None else batch_shards(mesh),
         attention=kernels.pop() if len(kernels) == 1 else "xla",
+        unrolled=platform(mesh) != "tpu",
         head_float32=config.policy.head_float32,
     )
 

@@ -12,7 +12,7 @@ import dppo_jax.types as types
 from dppo_jax.losses import LOSSES, hyperparameters
 
 CLASSES = {name: c for name, c in vars(types).items() if isinstance(c, type) and dataclasses.is_dataclass(c)}
-N, G, P, B, R, K, M, T, Q = 2, 7, 3, 4, 5, 6, 8, 9, 10
+N, G, P, B, R, K, M, T, Q, L, k, X = 2, 7, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13
 
 
 def f32(*shape):
@@ -28,23 +28,25 @@ def yes(*shape):
 
 
 TOPK = dict(logp=f32(B, R, K), behavior_logp=f32(B, R, K), has_sampled=yes(B, R), proximal_logp=f32(B, R, K))
+ROUTING = dict(load=f32(L, X), entropy=f32(L), tokens=f32())
 EXACT = dict(tv=f32(B, R), kl=f32(B, R))
 FULL = {
     "PromptBatch": dict(tokens=i32(N, P), mask=yes(N, P), group=i32(N), limit=i32(N, G)),
     "RolloutBatch": dict(
         tokens=i32(B, R), response_mask=yes(B, R), behavior_logp=f32(B, R), truncated=yes(B), group=i32(B),
-        topk_ids=i32(B, R, K), topk_logp=f32(B, R, K),
+        topk_ids=i32(B, R, K), topk_logp=f32(B, R, K), prompt_experts=i32(N, P, L, k), experts=i32(B, R, L, k),
     ),
     "TrainBatch": dict(
         prompt_tokens=i32(B, P), prompt_mask=yes(B, P), tokens=i32(B, R), mask=yes(B, R), behavior_logp=f32(B, R),
         advantages=f32(B), group=i32(B), topk_ids=i32(B, R, K), topk_behavior_logp=f32(B, R, K),
         proximal_logp=f32(B, R), topk_proximal_logp=f32(B, R, K), reference_logp=f32(B, R),
+        prompt_experts=i32(B, P, L, k), experts=i32(B, R, L, k),
     ),
     "PackedBatch": dict(
         tokens=i32(M, T), segments=i32(M, T), positions=i32(M, T), columns=i32(M, Q), targets=i32(M, Q), mask=yes(M, Q),
         weights=f32(M, Q), behavior_logp=f32(M, Q), advantages=f32(M, Q), topk_ids=i32(M, Q, K),
         topk_behavior_logp=f32(M, Q, K), proximal_logp=f32(M, Q), topk_proximal_logp=f32(M, Q, K),
-        reference_logp=f32(M, Q),
+        reference_logp=f32(M, Q), experts=i32(M, T, L, k),
     ),
     "TopKPair": TOPK,
     "ExactDivergence": EXACT,
@@ -54,7 +56,11 @@ FULL = {
         exact=types.ExactDivergence(**EXACT),
     ),
     "LossOutput": dict(coef=f32(B, R), keep=yes(B, R), metrics={"ratio": (f32(B, R), yes(B, R))}),
-    "HeadOutput": dict(logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K), exact=types.ExactDivergence(**EXACT)),
+    "Routing": ROUTING,
+    "HeadOutput": dict(
+        logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K), exact=types.ExactDivergence(**EXACT),
+        routing=types.Routing(**ROUTING),
+    ),
 }  # fmt: skip
 
 

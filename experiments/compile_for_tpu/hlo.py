@@ -6,6 +6,7 @@ loops around it turn.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -83,10 +84,10 @@ def buffers(text: str) -> tuple[Buffer, ...]:
 
 
 class Module:
-    """A compiled program. `unknown` is how often a loop turns whose trips the program decides as it runs."""
+    """A compiled program. `unknown` says how often a loop turns whose trips the program decides as it runs."""
 
-    def __init__(self, text: str, unknown: int = 1):
-        self.unknown = unknown
+    def __init__(self, text: str, unknown: Callable[[Instruction], int] = lambda loop: 1):
+        self._unknown = unknown
         self.computations: dict[str, dict[str, Instruction]] = {}
         current: dict[str, Instruction] = {}
         for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -122,7 +123,7 @@ class Module:
                 if i.kind == "while":
                     turns = self.trips(i)
                     body = re.search(r"body=%([^,\s]+)", i.text)[1]
-                    visit(body, times * (self.unknown if turns is None else turns), True)
+                    visit(body, times * (self._unknown(i) if turns is None else turns), True)
                 elif i.kind == "conditional":
                     visit(max(i.called, key=lambda c: self._weight(c)), times, in_loop)
                 elif i.kind == "call":
@@ -201,7 +202,8 @@ class Module:
             return 0
         owner = self._owner[id(i)]
         inside = self.computations.get(i.called[0], {}) if i.kind == "fusion" and i.called else {}
-        parameters = {int(re.search(r"parameter\((\d+)\)", j.text)[1]): j for j in inside.values() if j.kind == "parameter"}
+        numbered = [(re.search(r" parameter\((\d+)\)", j.text), j) for j in inside.values() if j.kind == "parameter"]
+        parameters = {int(found[1]): j for found, j in numbered if found}
         read = 0
         for number, name in enumerate(i.operands):
             made = owner.get(name)
@@ -217,11 +219,11 @@ class Module:
                 whole = min(whole, sum(sliced))
             read += whole
         written = sum(b.bytes for b in i.outputs if b.in_hbm)
-        updates = [j for j in inside.values() if j.kind == "dynamic-update-slice"]
+        updates = [j for j in inside.values() if j.kind in ("dynamic-update-slice", "scatter")]
         if i.kind == "dynamic-update-slice":
             updates, inside = [i], owner
         if updates and sum(j.bytes for j in updates) >= written > 0:
-            written = sum(inside[j.operands[1]].bytes for j in updates if j.operands[1] in inside)
+            written = sum(inside[o].bytes for j in updates for o in [j.operands[-1 if j.kind == "scatter" else 1]] if o in inside)
             if i.kind == "dynamic-update-slice":
                 read = written
         return read + written
@@ -241,11 +243,8 @@ def _through(i: Instruction, inside: dict[str, Instruction]) -> list[Instruction
 def _instruction(found: re.Match, line: str) -> Instruction:
     name, kind = found[2], found[4]
     inside = line[found.end() :]
-    depth, end = 1, 0
-    for end, letter in enumerate(inside):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if not depth:
-            break
+    depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in inside)
+    end = next((at for at, level in enumerate(depth) if level < 0), 0)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
     called = CALLED.findall(line)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):

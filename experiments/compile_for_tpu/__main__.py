@@ -1,0 +1,96 @@
+"""Compiles a config for a TPU pod without one: does it fit, what does it exchange, how fast should it be?
+
+    python -m experiments.compile_for_tpu --config configs/paper/dense_base.py --topology v5p:4x4x4 [--json F]
+
+Needs libtpu (`make libtpu`) and no TPU. The update, the prefill and one decode step are compiled for the config's mesh
+over the topology, with every prompt and response as long as it may be. Times are estimates: the compiler's cycles,
+each loop's counted by its trips, with attention and grouped products at the chip's full rate and exchanges overlapped.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LIBTPU = Path("build/libtpu")  # where `make libtpu` puts it
+
+# Before jax is imported: it runs on the CPU, and libtpu is not to look for chips.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_STDERR_LOG_LEVEL="3")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+if LIBTPU.is_dir():
+    sys.path.append(str(LIBTPU.resolve()))
+
+import jax  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from dppo_jax.errors import UserError, run_main  # noqa: E402
+from dppo_jax.models import ModelConfig  # noqa: E402
+from experiments import checks, chips, cli  # noqa: E402
+from experiments.compile_for_tpu import report, steps  # noqa: E402
+from experiments.trace import model_config  # noqa: E402
+
+
+def compile_all(
+    config: ConfigDict, model: ModelConfig, topology: str, only: tuple[str, ...], hlo: Path | None = None
+) -> list[dict[str, Any]]:
+    """The facts of every step. UserError for one that does not fit, after the others."""
+    chip = chips.of_topology(topology)
+    checks.check(config)
+    checks.check_length(config, model)
+    mesh = steps.mesh_of(config, topology)
+    checks.check_mesh(config, mesh, model)
+    found, failures = [], []
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"jax {jax.__version__}, libtpu {_libtpu_version()}, {topology}: {mesh.size} chips, mesh {sizes}", flush=True)
+    with steps.in_force(config, mesh):
+        for step in steps.steps(config, model, mesh):
+            if step.name not in only:
+                continue
+            try:
+                program, seconds = steps.compiled(step)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) and "Oom" not in str(error):
+                    raise
+                failures.append(report.too_large(step.name, str(error)))
+                continue
+            if hlo:
+                (hlo / f"{step.name}.txt").write_text(program.as_text())
+            found.append(report.facts(config, model, step, program, seconds, chip, mesh.size))
+            print(report.text(found[-1]), flush=True)
+    if failures:
+        raise UserError("; ".join(failures))
+    return found
+
+
+def _libtpu_version() -> str:
+    from importlib import metadata
+
+    return metadata.version("libtpu")
+
+
+def main() -> None:
+    config, arguments = cli.parse(
+        __doc__.split("\n")[0],
+        {
+            "--topology": dict(required=True, metavar="CHIP:SHAPE", help="v5p:4x4x4, v6e:8x8, ..."),
+            "--json": dict(type=Path, metavar="F", help="write a list with one object per step"),
+            "--steps": dict(default="train,prefill,decode", metavar="S,...", help="only these"),
+            "--layers": dict(type=int, metavar="N", help="a model of N layers, otherwise the same: quicker"),
+            "--hlo": dict(type=Path, metavar="DIR", help="keep the compiled programs' text"),
+        },
+    )
+    model = model_config(config)
+    if arguments.layers:
+        model = dataclasses.replace(model, num_layers=arguments.layers)
+    if arguments.hlo:
+        arguments.hlo.mkdir(parents=True, exist_ok=True)
+    found = compile_all(config, model, arguments.topology, tuple(arguments.steps.split(",")), arguments.hlo)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,180 @@
+"""What was found of each compiled step, as numbers for scripts and as text for people."""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dppo_jax.models import ModelConfig
+from experiments.chips import GIB, Chip
+from experiments.compile_for_tpu.hlo import COLLECTIVES, Instruction, Module
+from experiments.compile_for_tpu.steps import Step
+
+EXPERT_PIECES = 2  # turns of the loop over a device's share of the pairs of token and expert, under an even load
+
+
+def layer_weights(model: ModelConfig) -> float:
+    """Weights of a layer's products that a token meets."""
+    d, mlp = model.hidden_size, 3 * model.hidden_size * model.intermediate_size
+    attention = 2 * d * model.head_dim * (model.num_heads + model.num_kv_heads)
+    return attention + (mlp * model.experts_per_token + d * model.num_experts if model.num_experts else mlp)
+
+
+def attention_flops(model: ModelConfig, length: int) -> float:
+    """Of one row's causal attention in one layer, forward."""
+    return 2.0 * length * length * model.num_heads * model.head_dim
+
+
+def flops(config: ConfigDict, model: ModelConfig, step: Step) -> tuple[float, float]:
+    """(of the model, as counted for MFU; of the program, with what is computed again), over all chips."""
+    length = config.data.max_prompt_len + config.rollout.max_new_tokens
+    if step.name == "prefill":
+        length = config.data.max_prompt_len
+    layers, head = 2.0 * layer_weights(model) * model.num_layers, 2.0 * model.vocab_size * model.hidden_size
+    mixing = model.num_layers * attention_flops(model, length) / length
+    if step.name == "train":
+        again = 0 if config.policy.remat == "none" else 1
+        predicted = step.tokens * config.rollout.max_new_tokens / length
+        useful = 3 * (layers * step.tokens + head * predicted) + 3.5 * mixing * step.tokens
+        recomputed = again * mixing + (layers if config.policy.remat == "full" else 0)
+        return useful, useful + recomputed * step.tokens + head * predicted
+    if step.name == "prefill":
+        forward = (layers + mixing) * step.tokens
+        return forward, forward
+    attended = 2.0 * length * model.num_heads * model.head_dim * model.num_layers * 2
+    forward = (layers + head + attended) * step.tokens
+    return forward, forward
+
+
+def kernel_cycles(chip: Chip, rows_share: float):
+    """Cycles of a Pallas kernel: its products at the chip's full rate. `rows_share`: real rows of a grouped product."""
+
+    def cycles(i: Instruction, module: Module) -> float:
+        if i.name.startswith(("splash", "ragged-dot")) and "metadata" not in i.name:
+            return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
+        return 0.0
+
+    return cycles
+
+
+def _kernel_flops(i: Instruction, module: Module, rows_share: float) -> float:
+    shapes = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
+    if i.name.startswith("splash"):
+        batch, heads, length, size = next(s for s in shapes if len(s) == 4 and s[2] > s[0])
+        heads = max(s[1] for s in shapes if len(s) == 4 and s[2] == length)
+        products = {"fwd": 2, "dkv": 4, "dq_": 3}[re.search(r"fwd|dkv|dq_", i.name)[0]]
+        return products * batch * heads * length * length * size  # causal: half the scores, two operations each
+    experts, inner, outer = next(s for s in shapes if len(s) == 3)
+    rows = max(s[0] for s in shapes if len(s) == 2)
+    return 2.0 * rows_share * rows * inner * outer
+
+
+def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seconds: float, chip: Chip, chips: int):
+    """The object of one step that --json writes."""
+
+    def turns(loop: Instruction) -> int:
+        return EXPERT_PIECES if "shard_map" in loop.op_name else step.pieces
+
+    memory, module = program.memory_analysis(), Module(program.as_text(), turns)
+    rows_share = 1 / (0.6 * EXPERT_PIECES)
+    predicted = module.cycles(kernel_cycles(chip, rows_share)) / chip.clock
+    useful, executed = flops(config, model, step)
+    exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for c in module.collectives():
+        found = exchanged[c.kind, c.in_loop]
+        found[0] += c.count
+        found[1] += c.received
+        found[2] = max(found[2], c.bytes)
+    largest, where = module.largest()
+    donated = memory.alias_size_in_bytes
+    expected = _donated_bytes(step, memory)
+    result = {
+        "step": step.name,
+        "compile_seconds": round(seconds, 1),
+        "peak_gib": memory.peak_memory_in_bytes / GIB,
+        "hbm_gib": chip.memory / GIB,
+        "argument_gib": memory.argument_size_in_bytes / GIB,
+        "output_gib": memory.output_size_in_bytes / GIB,
+        "alias_gib": donated / GIB,
+        "temp_gib": memory.temp_size_in_bytes / GIB,
+        "alias_fraction": donated / expected if expected else None,
+        "largest_buffer_bytes": largest,
+        "largest_buffer": where,
+        "logits_bytes": step.logits_bytes,
+        "collectives": [
+            {"kind": kind, "count": int(n), "bytes": int(size), "largest_bytes": int(most), "in_loop": in_loop}
+            for (kind, in_loop), (n, size, most) in sorted(exchanged.items())
+        ],
+        "predicted_seconds": predicted,
+        "exchange_seconds": sum(size for _, size, _ in exchanged.values()) / chip.links,
+        "ideal_seconds": executed / chips / chip.flops,
+        "mfu": useful / chips / chip.flops / predicted,
+        "moved_bytes": module.traffic(),
+    }
+    if step.name == "decode":
+        roofline = (step.weight_bytes + step.cache_bytes) / chip.bandwidth
+        result |= {
+            "cache_bytes": step.cache_bytes,
+            "weight_bytes": step.weight_bytes,
+            "roofline_seconds": roofline,
+            "ideal_seconds": roofline,
+            "predicted_seconds": max(predicted, result["moved_bytes"] / chip.bandwidth),
+        }
+    return result
+
+
+def _donated_bytes(step: Step, memory: Any) -> int:
+    """What comes out of a step that takes its state in: all outputs but the metrics."""
+    return memory.output_size_in_bytes if step.name in ("train", "decode") else 0
+
+
+def text(found: dict[str, Any]) -> str:
+    """One step for people."""
+    f = found
+    lines = [
+        f"{f['step']}: compiled in {f['compile_seconds']:.0f} s",
+        f"  memory     peak {f['peak_gib']:.2f} of {f['hbm_gib']:.2f} GiB: arguments {f['argument_gib']:.2f}, outputs "
+        f"{f['output_gib']:.2f} ({f['alias_gib']:.2f} in place of arguments), temporary {f['temp_gib']:.2f}",
+        f"  largest    {f['largest_buffer_bytes'] / 2**20:,.0f} MiB: {f['largest_buffer']}"
+        f" (all logits: {f['logits_bytes'] / 2**20:,.0f} MiB)",
+    ]
+    for c in f["collectives"]:
+        lines.append(
+            f"  {c['kind']:<18} {c['count']:>6} x {'in loops ' if c['in_loop'] else 'outside  '}"
+            f"{c['bytes'] / 2**20:>12,.1f} MiB to each chip, the largest {c['largest_bytes'] / 2**20:,.1f}"
+        )
+    lines.append(
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate; ideal {_time(f['ideal_seconds'])}; ratio "
+        f"{f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none overlap: {_time(f['exchange_seconds'])}"
+    )
+    if f["step"] == "decode":
+        least = f["weight_bytes"] + f["cache_bytes"]
+        lines.append(
+            f"  bytes      {f['moved_bytes'] / GIB:.2f} GiB moved a step, weights and cache {least / GIB:.2f}; ratio "
+            f"{f['moved_bytes'] / least:.2f}; temporary / cache {f['temp_gib'] * GIB / f['cache_bytes']:.4f}"
+        )
+    else:
+        lines.append(f"  MFU        {100 * f['mfu']:.0f}%, estimate (the model's operations at bfloat16 peak)")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
+
+
+ADVICE = {
+    "train": "train.micro_rows, or raise mesh.tensor or mesh.fsdp; policy.remat=full keeps least",
+    "prefill": "rollout.prompts or data.max_prompt_len, or raise mesh.tensor",
+    "decode": "rollout.slots (rows decoded at a time) or rollout.max_new_tokens, or raise mesh.tensor",
+}
+
+
+def too_large(step: str, error: str) -> str:
+    """Why a step does not fit, and what to change."""
+    said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
+    by = f"{said[1]} of {said[2]}" if said else "more memory than a chip has"
+    return f"{step} does not fit: it would use {by}; lower {ADVICE[step]}"
+
+
+__all__ = ["COLLECTIVES", "facts", "text", "too_large"]

@@ -1,0 +1,185 @@
+"""The programs that a config runs on a pod, compiled for one that is not there."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from dppo_jax import packing
+from dppo_jax.errors import UserError
+from dppo_jax.models import ModelConfig
+from dppo_jax.sharding import ROLLOUT, make_mesh, named, rows, spec
+from dppo_jax.train_step import assemble, init_state, jit_update, make_recompute, state_shardings
+from dppo_jax.types import PromptBatch
+from experiments import build
+
+
+class Step(NamedTuple):
+    """One program: how it is compiled, and what is known of it beforehand. Bytes are per chip."""
+
+    name: str
+    lower: Callable[[], Any]
+    pieces: int  # turns of the loop over packed pieces
+    tokens: int  # that it works on, over all chips
+    logits_bytes: int  # of all logits of one pass, were they held
+    weight_bytes: int = 0  # read in each decode step
+    cache_bytes: int = 0
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """Those of a topology such as v5p:4x4x4. UserError where libtpu is missing or does not know it."""
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        if "libtpu" in str(error) or isinstance(error, ImportError):
+            raise UserError("libtpu is not installed, or does not load: pip install 'jax[tpu]'") from error
+        said = str(error).splitlines()[0]
+        raise UserError(f"topology {topology!r} is not known to libtpu: {said}") from error
+
+
+@contextlib.contextmanager
+def in_force(config: ConfigDict, mesh: Mesh) -> Iterator[None]:
+    """The mesh and the precision of products, as `build.on_devices` sets them, without devices."""
+    with jax.default_matmul_precision(config.policy.matmul), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def mesh_of(config: ConfigDict, topology: str) -> Mesh:
+    """The config's mesh over a topology."""
+    return make_mesh(config.mesh, devices(topology))
+
+
+def steps(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
+    """The update, the prefill and one decode step. Every prompt and response is as long as it may be."""
+    return [train(config, model, mesh), *rollout(config, model, mesh)]
+
+
+def placed(tree, shardings):
+    """Shapes with where they live."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def local_bytes(tree) -> int:
+    """Of each chip, for shapes that say where they live."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
+    """One optimizer minibatch."""
+    c, everywhere = config, NamedSharding(mesh, P())
+    optimizer, abstract = build.optimizer(c), build.abstract(c, model)
+    shardings = state_shardings(build.axes(c, model), optimizer, abstract, mesh)
+    layout = build.layout(c, mesh)
+    prompts = _prompts(c)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.eval_shape(
+        assemble, prompts, jax.eval_shape(build.rollout(c, model, _text(), mesh), abstract, prompts, key)
+    )
+    index = next(build.minibatches(c, 0))
+    prompt, response = (np.full(len(batch.tokens), n) for n in (c.data.max_prompt_len, c.rollout.max_new_tokens))
+    plan = packing.plan(index, prompt, response, layout)
+    needed = build.needed_fields(c)
+    for policy in ("proximal", "reference"):
+        if f"{policy}_logp" in needed:
+            batch = jax.eval_shape(make_recompute(build.score(c, model, layout, mesh), policy), abstract, batch, plan)
+    state = placed(jax.eval_shape(lambda p: init_state(p, optimizer), abstract), shardings)
+    oracle = "exact" in needed
+    update = jit_update(build.update(c, model, layout, mesh), shardings, mesh, oracle=oracle)
+    arguments = [
+        state,
+        placed(batch, jax.tree.map(lambda _: rows(mesh), batch)),
+        placed(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: everywhere, plan)),
+        *([state.params] if oracle else []),
+    ]
+    share = (layout.rows // build.batch_shards(mesh)) * layout.responses * model.vocab_size
+    return Step(
+        "train",
+        lambda: update.lower(*arguments),
+        pieces=int(plan.count),
+        tokens=len(index) * (c.data.max_prompt_len + c.rollout.max_new_tokens),
+        logits_bytes=4 * share // _vocabulary_shards(mesh),
+    )
+
+
+def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
+    """The prefill of all prompts, and one token for every slot with a full cache."""
+    c, policy = config, build.rollout(config, model, _text(), mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = placed(_prompts(c), jax.tree.map(lambda _: rows(mesh), _prompts(c)))
+    published = jax.eval_shape(policy.publish, build.abstract(c, model))
+    axes = build.published_axes(model, published)
+    published = placed(published, named(mesh, axes, ROLLOUT))
+    waiting, state, experts = jax.eval_shape(policy.prefill, published, prompts, key)
+    where = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), (waiting, state, experts))
+    out = where
+    waiting, state, _ = placed((waiting, state, experts), where)
+    everywhere = NamedSharding(mesh, P())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    prefill = jax.jit(policy.prefill, out_shardings=out)
+    step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[1])
+    slots, count = len(state.row), c.rollout.prompts
+    read = {name: p for name, p in published.items() if name != "embed" or model.tie_embeddings}
+    shards = build.batch_shards(mesh)
+    return [
+        Step(
+            "prefill",
+            lambda: prefill.lower(published, prompts, key),
+            pieces=1,
+            tokens=count * c.data.max_prompt_len,
+            logits_bytes=4 * count * c.data.max_prompt_len * model.vocab_size // shards // _vocabulary_shards(mesh),
+        ),
+        Step(
+            "decode",
+            lambda: step.lower(published, waiting, state),
+            pieces=1,
+            tokens=slots,
+            logits_bytes=4 * slots * model.vocab_size // shards // _vocabulary_shards(mesh),
+            weight_bytes=local_bytes(read),
+            cache_bytes=local_bytes(state.cache),
+        ),
+    ]
+
+
+def compiled(step: Step) -> tuple[Any, float]:
+    """(the program, seconds)"""
+    began = time.perf_counter()
+    return step.lower().compile(), time.perf_counter() - began
+
+
+def _vocabulary_shards(mesh: Mesh) -> int:
+    return build.parts(mesh, *ROLLOUT["vocab"])
+
+
+def _text() -> build.Text:
+    return build.Text(None, (0,), 0)
+
+
+def _prompts(config: ConfigDict) -> PromptBatch:
+    n, length = config.rollout.prompts, config.data.max_prompt_len
+    return PromptBatch(
+        tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),
+        mask=jax.ShapeDtypeStruct((n, length), jnp.bool_),
+        group=jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+
+
+def _place(mesh: Mesh, path, x) -> NamedSharding:
+    """Of the rollout's state: caches by rows and heads, counts everywhere, the rest by rows."""
+    names = [getattr(key, "name", None) for key in path]
+    if "cache" in names or "prompts" in names:
+        axes: tuple = (*[None] * (x.ndim - 4), "batch", "kv_heads", None, None)
+    elif names[-1] in ("queue", "count", "handed"):
+        axes = ()
+    else:
+        axes = ("batch",)
+    cut = [build.parts(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
+    fits = [axis if size % n == 0 else None for axis, size, n in zip(axes, x.shape, cut, strict=False)]
+    return NamedSharding(mesh, spec(*fits, rules=ROLLOUT))
