@@ -23,7 +23,7 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, bind, head_weight, unstack
+from dppo_jax.models.decoder import Params, bind, head_weight, scores, sliding_layers, unstack
 from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import constrain
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -148,13 +148,14 @@ def make_rollout(
         # Prefill, and the first token of every row.
         segments = prompts.mask.astype(jnp.int32)
 
-        def prefill(q, k, v, _):
+        def prefill(q, k, v, sliding):
             pair = kv_cache.place(jnp.einsum("btkd->bkdt", k)), kv_cache.place(jnp.einsum("btkd->bktd", v))
-            return self_attention(q, k, v, segments, implementation=attention), pair
+            mixed = self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **scores(config))
+            return mixed, pair
 
         stacked = bind(config, params, dtype=dtype)  # scanned: the decode loop alone needs its layers one by one
         hidden, (keys_of_layers, values_of_layers), prompt_experts = stacked(
-            prompts.tokens, positions(prompts.mask), prefill, None, narrow=activations
+            prompts.tokens, positions(prompts.mask), prefill, sliding_layers(config), narrow=activations
         )
         filled = list(zip(keys_of_layers, values_of_layers, strict=True))
         z = distribution(hidden[:, -1], weight)
@@ -200,13 +201,22 @@ def make_rollout(
             visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
             used = jnp.max(jnp.where(live, column, 0)) + 1
 
-            def attend(q, k, v, cache):
+            # A prompt ends where its response begins: columns are as far apart as positions.
+            near = visible
+            if config.window is not None:
+                near &= column[:, None] - jnp.arange(visible.shape[1]) < config.window
+
+            def attend(q, k, v, layer):
+                cache, sliding = layer
                 cache = kv_cache.write(cache, column, k[:, 0], v[:, 0])
-                return kv_cache.attend(q[:, 0], cache, visible, used)[:, None], cache
+                seen = near if sliding else visible
+                out = kv_cache.attend(q[:, 0], cache, seen, used, scale=config.attn_scale, softcap=config.attn_softcap)
+                return out[:, None], cache
 
             position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
+            layers = list(zip(state.cache, config.sliding or [False] * config.num_layers, strict=True))
             hidden, cache, chosen = decoder(
-                state.token[:, None], position[:, None], attend, state.cache, narrow=activations
+                state.token[:, None], position[:, None], attend, layers, narrow=activations
             )
             z, row = distribution(hidden[:, 0], weight), within(state.row)
             index = jnp.minimum(row, batch // shards - 1), jnp.minimum(state.drawn, max_new_tokens - 1)

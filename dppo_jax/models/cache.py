@@ -75,18 +75,30 @@ def write(
 
 
 def attend(
-    q: Float[Array, "B H D"], cache: Cache, visible: Bool[Array, "B C"], used: Int32[Array, ""]
+    q: Float[Array, "B H D"],
+    cache: Cache,
+    visible: Bool[Array, "B C"],
+    used: Int32[Array, ""],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B H D"]:
-    """Attention of one query per row, of which none sees beyond the first `used` columns. Softmax in float32."""
+    """Attention of one query per row, of which none sees beyond the first `used` columns. Softmax in float32.
+
+    Scores are scale q . k (None: 1 / sqrt(D)), or softcap tanh(scale q . k / softcap).
+    """
     batch, heads, size = q.shape
-    q = (q * size**-0.5).reshape(batch, cache[0][0].shape[1], -1, size)
+    q = (q * (size**-0.5 if scale is None else scale)).reshape(batch, cache[0][0].shape[1], -1, size)
     at = edges(visible.shape[1])
 
     def over(count: int):
         def read(q, cache, visible):
             blocks = cache[:count]
             score = [jnp.einsum("bkgd,bkdc->bkgc", q, k, preferred_element_type=jnp.float32) for k, _ in blocks]
-            score = jnp.where(visible[:, None, None, : at[count]], jnp.concatenate(score, axis=-1), -1e30)
+            score = jnp.concatenate(score, axis=-1)
+            if softcap is not None:
+                score = softcap * jnp.tanh(score / softcap)
+            score = jnp.where(visible[:, None, None, : at[count]], score, -1e30)
             p = jax.nn.softmax(score, axis=-1).astype(q.dtype)
             parts = zip(jnp.split(p, at[1:count], axis=-1), blocks, strict=True)
             return sum(jnp.einsum("bkgc,bkcd->bkgd", p, v) for p, (_, v) in parts)

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2, Qwen3 and Qwen3-MoE, in Flax NNX at the edges.
+"""One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma-2, in Flax NNX at the edges.
 
 `Decoder` is split once: parameters are a plain nested dict from then on, and `bind(config, params)` gives back the
 module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int32, Integer, Key, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
@@ -21,7 +21,7 @@ from dppo_jax.models.rotary import positions, rotate, rotation
 from dppo_jax.sharding import constrain
 
 Params = dict[str, Any]
-# attend(q, k, v, cache of this layer) -> (mixed values, cache of this layer)
+# attend(q, k, v, cache of this layer, or whatever else it needs of it) -> (mixed values, cache of this layer)
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Rounding = Callable[[Array], Array]
 
@@ -57,11 +57,11 @@ def _filled(value: float, size: int, axis: str) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis, in float32."""
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
+    """x / rms(x) * (offset + scale) over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -84,12 +84,15 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation."""
+    """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation.
+
+    Gemma's have a norm behind them too, before the residual stream.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
         d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.attn_norm = _filled(1.0, d, "norm")
+        self.attn_norm = _filled(1.0 - c.norm_offset, d, "norm")
         self.q = _normal(rngs, (d, q), "embed", "heads")
         self.k = _normal(rngs, (d, kv), "embed", "kv_heads")
         self.v = _normal(rngs, (d, kv), "embed", "kv_heads")
@@ -103,7 +106,10 @@ class Layer(nnx.Module):
         if c.qk_norm:
             self.q_norm = _filled(1.0, c.head_dim, "norm")
             self.k_norm = _filled(1.0, c.head_dim, "norm")
-        self.mlp_norm = _filled(1.0, d, "norm")
+        self.mlp_norm = _filled(1.0 - c.norm_offset, d, "norm")
+        if c.gemma:
+            self.attn_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
+            self.mlp_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
         several, expert = ((c.num_experts,), ("expert",)) if c.num_experts else ((), ())
         if c.num_experts:
             self.router = _normal(rngs, (d, c.num_experts), "embed", "norm")
@@ -124,7 +130,7 @@ class Layer(nnx.Module):
         """(x, cache, experts): those chosen, or those given; None without a mixture."""
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
-        h = narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps))
+        h = narrow(self._norm("attn_norm", x))
         q, k, v = self._product("q", h), self._product("k", h), self._product("v", h)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
@@ -135,20 +141,27 @@ class Layer(nnx.Module):
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
         mixed = self._product("o", narrow(mixed.reshape(batch, length, -1)))
-        x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
-        h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
+        mixed = mixed + self.o_bias[...] if c.o_bias else mixed
+        x = x + (self._norm("attn_post_norm", mixed) if c.gemma else mixed)
+        h = narrow(self._norm("mlp_norm", x))
         if c.num_experts:
             h, experts = self._mixture(h, narrow, experts)
         else:
             h, experts = self._mlp(h, narrow), None
+        h = self._norm("mlp_post_norm", h) if c.gemma else h
         return constrain(x + h, "batch", "length", "residual"), cache, experts
+
+    def _norm(self, name: str, x: Array) -> Array:
+        """x through the norm of that name."""
+        return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def _product(self, name: str, x: Array) -> Array:
         """x times the weight of that name."""
         return linear(x, getattr(self, name)[...])
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
-        h = narrow(jax.nn.silu(self._product("gate", h)) * self._product("up", h))
+        activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # by tanh
+        h = narrow(activation(self._product("gate", h)) * self._product("up", h))
         return self._product("down", h)
 
     def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, Array]:
@@ -167,7 +180,7 @@ class Decoder(nnx.Module):
         self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
         if not config.tie_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
-        self.final_norm = _filled(1.0, config.hidden_size, "norm")
+        self.final_norm = _filled(1.0 - config.norm_offset, config.hidden_size, "norm")
         if stacked:
             make = nnx.vmap(lambda rngs: Layer(config, rngs), in_axes=0, out_axes=0)
             self.layers = nnx.split_rngs(splits=config.num_layers)(make)(rngs)
@@ -193,6 +206,8 @@ class Decoder(nnx.Module):
         """
         table = constrain(self.embed[...], "vocab", None)
         x = constrain(table[tokens], "batch", "length", "residual")
+        if self.config.gemma:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
@@ -212,7 +227,7 @@ class Decoder(nnx.Module):
                 caches.append(layer_cache)
                 chosen.append(layer_experts)
             experts = jnp.stack(chosen) if self.config.num_experts else None
-        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
         return x if narrow is None else narrow(x), caches, experts
 
 
@@ -232,7 +247,7 @@ def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: An
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 parameters: normal with deviation 0.02, norms 1, biases 0."""
+    """Random float32 parameters: normal with deviation 0.02, norms 1 (stored as 0 in Gemma), biases 0."""
     module = Decoder(config, stacked=True, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
@@ -268,6 +283,16 @@ def head_weight(params: Params) -> Float[Array, "V E"]:
     return params["head"] if "head" in params else params["embed"]
 
 
+def scores(config: ModelConfig) -> dict[str, Any]:
+    """How attention's scores come about, as `self_attention` takes it."""
+    return dict(scale=config.attn_scale, softcap=config.attn_softcap, window=config.window)
+
+
+def sliding_layers(config: ModelConfig) -> Bool[Array, "L"] | None:
+    """Which layers see a window only; it goes through the scan with them."""
+    return None if config.window is None else jnp.asarray(config.sliding)
+
+
 def forward(
     config: ModelConfig,
     params: Params,
@@ -292,13 +317,15 @@ def forward(
     position = positions(segments > 0) if position is None else position
     segments = segments.astype(jnp.int32)
 
-    def attend(q, k, v, cache):
-        return self_attention(q, k, v, segments, implementation=attention), cache
+    def attend(q, k, v, sliding):
+        return self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **scores(config)), None
 
     noise = None
     if noise_key is not None:
         keys = jax.random.split(noise_key, config.num_layers)
         noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
     experts = None if experts is None else jnp.moveaxis(experts, 2, 0)
-    hidden, _, _ = bind(config, params, dtype=dtype)(tokens, position, attend, None, remat, narrow, noise, experts)
+    hidden, _, _ = bind(config, params, dtype=dtype)(
+        tokens, position, attend, sliding_layers(config), remat, narrow, noise, experts
+    )  # fmt: skip
     return hidden
