@@ -25,7 +25,7 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, Routed, bind, head_weight, param_axes, unstack
+from dppo_jax.models.decoder import Params, Routed, bind, head_weight, param_axes, scores, slides, unstack
 from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -50,7 +50,7 @@ class _Slots:
     token: Int32[Array, "S"]  # the last of them
     limit: Int32[Array, "S"]  # of the row's tokens
     prompt_mask: Bool[Array, "S P"]
-    cache: Cache | list[Cache]  # of all layers, or of each; P + R - 1 columns: no last token is attended to
+    cache: Cache | list[Cache]  # of all layers, or of each
     handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
     out: _Drawn  # [B, R]
     experts: Integer[Array, "B R L k"] | None  # of the tokens that were decoded from, if they are recorded
@@ -214,9 +214,10 @@ class Rollout:
         limit = jnp.full(batch, limit_all, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
         segments = prompts.mask.astype(jnp.int32)
 
-        def attend(q, k, v, cache, _):
-            pair = kv_cache.place(jnp.einsum("btkd->bkdt", k)), kv_cache.place(jnp.einsum("btkd->bktd", v))
-            return self_attention(q, k, v, segments, implementation=self.attention), cache, pair
+        def attend(q, k, v, cache, number):
+            sliding, settings = slides(self.config, number), scores(self.config)
+            mixed = self_attention(q, k, v, segments, implementation=self.attention, sliding=sliding, **settings)
+            return mixed, cache, kv_cache.of_prompt(k, v, one_layer=self.unrolled)
 
         stacked = bind(self.config, {k: v for k, v in published.items() if k != "head_float32"})
         hidden, _, filled, routed = stacked(
@@ -245,6 +246,11 @@ class Rollout:
         prompt_experts = self._recorded(routed) if self.record_experts else None
         return waiting, self._empty(waiting, prompt_length, prompt_experts), prompt_experts
 
+    def _responses(self, prompt_length: int) -> int:
+        """Columns of the cache after the prompt's: no last token is attended to. A TPU copies what has odd sides."""
+        columns = prompt_length + self.max_new_tokens - 1
+        return (columns if self.unrolled else -(-columns // 128) * 128) - prompt_length
+
     def _empty(self, waiting: _Waiting, prompt_length: int, prompt_experts: Array | None) -> _Slots:
         """Idle slots, and a batch that holds each row's first token."""
         batch, c, first = len(waiting.limit), self.config, waiting.first
@@ -253,7 +259,7 @@ class Rollout:
         def buffer(x: Array, fill: int = 0) -> Array:
             return jnp.full((batch, self.max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
 
-        columns = prompt_length + self.max_new_tokens - 1
+        columns = prompt_length + self._responses(prompt_length)
         shape = (slots, c.num_kv_heads, c.head_dim, columns, self.dtype)
         experts = None
         if prompt_experts is not None:
@@ -283,16 +289,15 @@ class Rollout:
         def choose(new: Array, old: Array) -> Array:
             return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        def filled_anew(cache: Cache, prompt: tuple[Array, Array]) -> Cache:
-            return kv_cache.fill(cache, fresh, *(self._look_up(x, index // group) for x in prompt))
+        def filled_anew(cache: Cache, prompt: tuple[Array, Array], layer: Any = None) -> Cache:
+            return kv_cache.fill(cache, fresh, tuple(self._look_up(x, index // group) for x in prompt), layer)
 
         if self.unrolled:
             cache: Any = [filled_anew(*pair) for pair in zip(state.cache, waiting.prompts, strict=True)]
         else:
 
             def fill_layer(layer: Array, cache: Cache) -> Cache:
-                own = jax.tree.map(lambda x: x[layer], (cache, waiting.prompts))
-                return jax.tree.map(lambda all, x: all.at[layer].set(x), cache, filled_anew(*own))
+                return filled_anew(cache, tuple(x[layer] for x in waiting.prompts), layer)
 
             cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
         return dataclasses.replace(
@@ -311,14 +316,25 @@ class Rollout:
         batch, longest = len(waiting.limit), self.max_new_tokens
         live = state.row < batch
         column = state.prompt_mask.shape[1] + state.drawn - 1
-        responses = jnp.arange(longest - 1) < state.drawn[:, None]
+        responses = jnp.arange(self._responses(state.prompt_mask.shape[1])) < state.drawn[:, None]
         visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
         used = jnp.max(jnp.where(live, column, 0)) + 1
 
+        # A prompt ends where its response begins: columns are as far apart as positions.
+        near = visible
+        if self.config.window is not None:
+            near &= column[:, None] - jnp.arange(visible.shape[1]) < self.config.window
+        settings = dict(scale=self.config.attn_scale, softcap=self.config.attn_softcap)
+
         def attend(q, k, v, cache, number):
-            layer = None if self.unrolled else number
-            cache = kv_cache.write(cache, column, k[:, 0], v[:, 0], layer)
-            return kv_cache.attend(q[:, 0], cache, visible, used, layer)[:, None], cache, None
+            q, k, v, sliding = q[:, 0], k[:, 0], v[:, 0], slides(self.config, number)
+            seen = visible if sliding is None else jnp.where(sliding, near, visible)
+            if self.unrolled:
+                cache = kv_cache.write(cache, column, k, v)
+                mixed = kv_cache.attend(q, cache, seen, used, **settings)
+            else:
+                mixed, cache = kv_cache.step_of_all(q, k, v, cache, column, seen, used, number, **settings)
+            return mixed[:, None], cache, None
 
         position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
         hidden, cache, _, routed = decoder(

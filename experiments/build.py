@@ -79,7 +79,7 @@ def attention(config: ConfigDict, model: ModelConfig, mesh: Mesh | None, *, dtyp
         raise UserError(f"policy.attention = {name} runs on a {PLATFORM[name]}, not on a {devices}; set it to auto")
     if name != "auto":
         return Choice(name, "policy.attention")
-    return choose(devices, dtype=DTYPES[dtype], head_dim=model.head_dim, length=length)
+    return choose(devices, dtype=DTYPES[dtype], head_dim=model.head_dim, length=length, softcap=model.attn_softcap)
 
 
 def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | None = None) -> Layout:

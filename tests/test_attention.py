@@ -47,15 +47,20 @@ def segments_of(*rows, length=LENGTH):
 SEGMENTS = segments_of([(1, 40), (2, 1), (3, 50)], [(0, 7), (5, 60), (4, 20), (5, 41)])
 
 
-def by_definition(q, k, v, segments):
+# Of Gemma-2: scores reach several times the cap, and rows are several windows long.
+GEMMA = dict(scale=0.4, softcap=2.0, window=11)
+
+
+def by_definition(q, k, v, segments, scale=None, softcap=None, window=LENGTH):
     """Token by token in float64; NaN at padding."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.full(q.shape, np.nan)
     group = q.shape[2] // k.shape[2]
     for b, t, h in np.ndindex(q.shape[:3]):
         if segments[b, t] != 0:
-            seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-            score = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[3])
+            seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] and t - s < window]
+            score = k[b, seen, h // group] @ q[b, t, h] * (scale or 1 / np.sqrt(q.shape[3]))
+            score = score if softcap is None else softcap * np.tanh(score / softcap)
             weight = np.exp(score - score.max())
             out[b, t, h] = weight @ v[b, seen, h // group] / weight.sum()
     return out
@@ -99,6 +104,47 @@ def test_xla_is_the_definition_under_jit_and_eagerly():
     attend = functools.partial(self_attention, implementation="xla")
     for run in (attend, jax.jit(attend)):
         np.testing.assert_allclose(real(run(*qkv, SEGMENTS)), real(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("left_out", [None, *GEMMA])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_scale_cap_and_window_are_the_definition(name, left_out, monkeypatch):
+    """Of contiguous segments, where columns are positions; in a layer that slides, and in one that does not."""
+    monkeypatch.setitem(KERNELS, name, ON_CPU[name])
+    options = {key: value for key, value in GEMMA.items() if key != left_out}
+    qkv, segments = inputs(), segments_of([(1, 40), (2, 1), (3, 50)], [(0, 7), (5, 60), (4, 20)])
+
+    @jax.jit
+    def run(q, k, v, sliding):
+        return self_attention(q, k, v, segments, implementation=name, sliding=sliding, **options)
+
+    for sliding in (True, False):
+        there = options if sliding else {key: value for key, value in options.items() if key != "window"}
+        expected = by_definition(*qkv, np.asarray(segments), **there)
+        np.testing.assert_allclose(real(run(*qkv, sliding), segments), real(expected, segments), rtol=0, atol=5e-6)
+        for key in there:  # each of them is far from nothing
+            without = by_definition(*qkv, np.asarray(segments), **{k: v for k, v in there.items() if k != key})
+            assert np.abs(real(expected - without, segments)).max() > 0.1, key
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+def test_splash_is_xla_with_scale_cap_and_window(sliding, monkeypatch):
+    """Gradients too, where a window spans several blocks or ends within one."""
+    monkeypatch.setitem(KERNELS, "splash", interpreted)
+    qkv = inputs(1, 640, 4, 2, HEAD_DIM)
+    segments = segments_of([(1, 400), (2, 200)], length=640)
+    for window in (40, 300):
+        options = dict(GEMMA, window=window)
+
+        def attend(implementation, options=options):
+            return lambda *args: self_attention(
+                *args, implementation=implementation, sliding=jnp.asarray(sliding), **options
+            )
+
+        found, expected = (outputs_and_gradients(attend(name), qkv, segments) for name in ("splash", "xla"))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(real(one, segments), real(other, segments), rtol=0, atol=2e-5)
+            assert np.abs(real(other, segments)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -164,8 +210,15 @@ def on_every_mesh():
     for fsdp, tensor in ((2, 2), (1, 4)):
         with jax.set_mesh(make_mesh(dict(data=1, fsdp=fsdp, tensor=tensor))):
             found = outputs_and_gradients(interpreted, qkv, segments)
-        for one, other in zip(found, expected, strict=True):
+            both = [outputs_and_gradients(sliding(name), qkv, segments) for name in ("xla", "interpreted")]
+        for one, other in zip([*found, *both[1]], [*expected, *both[0]], strict=True):
             np.testing.assert_allclose(real(one, segments), real(other, segments), rtol=0, atol=1e-5)
+
+
+def sliding(name):
+    """Of a layer whose kernel is chosen by data."""
+    KERNELS["interpreted"] = interpreted
+    return lambda *args: self_attention(*args, implementation=name, sliding=jnp.asarray(True), **GEMMA)
 
 
 def test_splash_over_four_devices_is_xla_on_one():
@@ -176,11 +229,12 @@ def test_splash_over_four_devices_is_xla_on_one():
     assert done.returncode == 0, done.stderr
 
 
-def lowered(platform, implementation, dtype):
+def lowered(platform, implementation, dtype, **options):
     """The text of forward and backward for a platform that is not here, on a mesh of one device."""
 
     def loss(q, k, v, segments):
-        return jnp.sum(self_attention(q, k, v, segments, implementation=implementation).astype(jnp.float32))
+        out = self_attention(q, k, v, segments, implementation=implementation, **options)
+        return jnp.sum(out.astype(jnp.float32))
 
     qkv = [a.astype(dtype) for a in inputs(length=256)]
     segments = segments_of([(1, 100), (2, 100)], [(1, 256)], length=256)
@@ -193,6 +247,12 @@ def test_splash_for_tpu_is_three_kernels():
     text = lowered("tpu", "splash", jnp.bfloat16)
     assert text.count("custom_call @tpu_custom_call") == 3  # forward, dq, dk and dv
     assert f"tensor<2x{HEADS}x256x256x" not in text  # nobody holds the scores
+
+
+def test_splash_for_tpu_has_kernels_for_layers_that_slide_and_for_others():
+    text = lowered("tpu", "splash", jnp.bfloat16, sliding=jnp.asarray(True), **GEMMA)
+    assert text.count("custom_call @tpu_custom_call") == 6
+    assert f"tensor<2x{HEADS}x256x256x" not in text
 
 
 def test_cudnn_for_cuda_is_the_fused_call_both_ways(monkeypatch):
@@ -226,6 +286,11 @@ def test_choice_by_platform(platform, dtype, head_dim, length, name, why):
     choice = choose(platform, dtype=dtype, head_dim=head_dim, length=length)
     assert choice.name == name and choice.name in KERNELS
     assert why in choice.why
+    capped = choose(platform, dtype=dtype, head_dim=head_dim, length=length, softcap=50.0)
+    if choice.name == "cudnn":
+        assert capped == ("xla", "cudnn cannot cap scores at 50.0")
+    else:
+        assert capped == choice
 
 
 def test_bad_input_is_one_sentence():
@@ -234,6 +299,8 @@ def test_bad_input_is_one_sentence():
         self_attention(*qkv, segments, implementation="spash")
     with pytest.raises(UserError, match="length is a multiple of 128, not 100"):
         self_attention(*(a[:, :100] for a in qkv), segments[:, :100], implementation="splash")
+    with pytest.raises(UserError, match="cudnn attention cannot cap scores, as this model does at 50.0; use xla"):
+        self_attention(*qkv, segments, implementation="cudnn", softcap=50.0)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 8), ("data", "fsdp", "tensor"))):
         with pytest.raises(UserError, match="4 heads among mesh.tensor = 8 devices; the nearest size that fits is 4"):
             jax.eval_shape(functools.partial(self_attention, implementation="splash"), *qkv, segments)

@@ -1,5 +1,6 @@
 """The cache of keys and values against attention by definition in float64, around the edges of its blocks."""
 
+import functools
 import itertools
 
 import jax
@@ -33,7 +34,8 @@ def jit(function):
     return jax.jit(function, compiler_options=COMPILER_OPTIONS)
 
 
-fill, write, attend = map(jit, (kv_cache.fill, kv_cache.write, kv_cache.attend))
+write, attend = map(jit, (kv_cache.write, kv_cache.attend))
+fill = jit(lambda cache, rows, keys, values: kv_cache.fill(cache, rows, (keys, values)))
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -54,13 +56,14 @@ def filled(columns: int, dtype=jnp.float32):
     return cache, keys, values
 
 
-def by_definition(q, keys, values, visible) -> np.ndarray:
+def by_definition(q, keys, values, visible, scale=None, softcap=None) -> np.ndarray:
     """Row by row and head by head, over the columns that are visible."""
     out = np.zeros(q.shape)
     for row, head in np.ndindex(q.shape[:2]):
         seen = np.flatnonzero(visible[row])
         shared = head // (q.shape[1] // keys.shape[1])
-        score = keys[row, shared, seen].astype(np.float64) @ q[row, head] / np.sqrt(q.shape[2])
+        score = keys[row, shared, seen].astype(np.float64) @ q[row, head] * (scale or 1 / np.sqrt(q.shape[2]))
+        score = score if softcap is None else softcap * np.tanh(score / softcap)
         weight = np.exp(score - score.max())
         out[row, head] = weight @ values[row, shared, seen] / weight.sum()
     return out
@@ -114,6 +117,15 @@ def test_attention_is_that_of_the_definition(columns):
         got = attend(q, cache, visible, jnp.int32(used))
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, by_definition(q, keys, values, visible), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(scale=0.7), dict(softcap=1.5), dict(scale=0.7, softcap=1.5)])
+def test_scale_and_cap_are_the_definition(options):
+    cache, keys, values = filled(271)
+    q, visible = numbers(ROWS, HEADS, SIZE, seed=2), visibility(271, 200)
+    got = jit(functools.partial(kv_cache.attend, **options))(q, cache, visible, jnp.int32(200))
+    np.testing.assert_allclose(got, by_definition(q, keys, values, visible, **options), rtol=0, atol=1e-5)
+    assert np.abs(got - by_definition(q, keys, values, visible)).max() > 0.1
 
 
 def test_attention_in_bfloat16_has_its_softmax_in_float32():

@@ -24,7 +24,7 @@ from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import TRAINING, spec
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "gemma2", "gemma2_plain"]
 T, V = 10, 96
 TOKENS = np.random.RandomState(0).randint(0, V, (3, T)).astype(np.int32)
 LEFT_PADDED = np.arange(T) >= np.array([0, 3, 9])[:, None]
@@ -74,7 +74,7 @@ def test_stacked_layers_equal_unrolled_ones(family):
     assert len({float(jnp.sum(k)) for _, k in caches}) == config.num_layers
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_left_padding_changes_nothing(family):
     """The same tokens behind 0, 3 and 5 padded columns: rope sees the same positions, attention the same keys."""
     tokens, mask = np.full((3, T), 7, np.int32), np.zeros((3, T), bool)
@@ -88,7 +88,7 @@ def test_left_padding_changes_nothing(family):
     assert np.isfinite(hidden).all(), "padding too: its numbers have no meaning, but reach the gradient times 0"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_samples_in_one_row_do_not_see_each_other(family):
     """Three in a row, with padding between and behind them, against each alone."""
     config, params = policy(family)

@@ -5,19 +5,38 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoConfig, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from dppo_jax.errors import UserError
-from dppo_jax.models.config import DEFAULTS, FIXED, INERT, READ, RopeConfig, config_from_hf, config_to_hf
+from dppo_jax.models.config import (
+    DEFAULTS,
+    FIXED,
+    FIXED_GEMMA2,
+    INERT,
+    READ,
+    READ_GEMMA2,
+    READ_MOE,
+    RopeConfig,
+    config_from_hf,
+    config_to_hf,
+    fixed_fields,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe"]
-CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain"]
+CLASSES = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "gemma2": Gemma2Config,
+}
 NAMES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
 }
 
 # The fields of published models' config.json, as far as they differ in kind.
@@ -74,6 +93,16 @@ PUBLISHED = {
         "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
     },
+    "gemma-2-9b-it": {
+        "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 16,
+        "num_hidden_layers": 42, "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+        "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
+    },
 }  # fmt: skip
 
 
@@ -117,7 +146,7 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         original_max_position=rope.get("original_max_position_embeddings", 8192),
     )
     attention_bias = getattr(theirs, "attention_bias", False)
-    mixture = theirs.model_type == "qwen3_moe"
+    mixture, gemma = theirs.model_type == "qwen3_moe", theirs.model_type == "gemma2"
     assert dataclasses.asdict(ours) | {"rope": None} == {
         "model_type": theirs.model_type,
         "vocab_size": theirs.vocab_size,
@@ -134,10 +163,14 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         "qkv_bias": attention_bias or theirs.model_type == "qwen2",
         "o_bias": attention_bias,
         "qk_norm": theirs.model_type in ("qwen3", "qwen3_moe"),
-        "logit_softcap": None,
+        "logit_softcap": theirs.final_logit_softcapping if gemma else None,
         "num_experts": theirs.num_experts if mixture else 0,
         "experts_per_token": theirs.num_experts_per_tok if mixture else 0,
         "norm_topk": mixture and theirs.norm_topk_prob,
+        "query_scalar": theirs.query_pre_attn_scalar if gemma else None,
+        "attn_softcap": theirs.attn_logit_softcapping if gemma else None,
+        "window": theirs.sliding_window if gemma else None,
+        "sliding": tuple(kind == "sliding_attention" for kind in theirs.layer_types) if gemma else (),
     }
 
 
@@ -170,11 +203,20 @@ def test_export_then_import_is_identity(family, tmp_path):
     check_against_transformers(written, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"logit_softcap": 30.0}, {"o_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("change", [
+    {"logit_softcap": 30.0}, {"o_bias": True}, {"qk_norm": True}, {"query_scalar": 8}, {"attn_softcap": 50.0},
+    {"window": 8, "sliding": (True, False)},
+])  # fmt: skip
 def test_export_refuses_what_the_architecture_cannot_say(change):
     config = dataclasses.replace(read(golden("qwen2")), **change)
     with pytest.raises(UserError, match=next(iter(change))):
         config_to_hf(config)
+
+
+@pytest.mark.parametrize("change", [{"window": None}, {"query_scalar": None}, {"sliding": (True,)}])
+def test_export_refuses_half_a_gemma2(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        config_to_hf(dataclasses.replace(read(golden("gemma2")), **change))
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
@@ -242,10 +284,17 @@ def test_bad_rope_is_refused(change, words):
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
-@pytest.mark.parametrize("name", sorted(FIXED))
+@pytest.mark.parametrize("name", sorted({**FIXED, **FIXED_GEMMA2}))
 def test_fixed_fields_are_checked(model_type, name):
     """One that is listed as fixed is refused with any other value, and accepted with the supported ones."""
-    for value in FIXED[name]:
+    fixed = fixed_fields(model_type)
+    if name not in fixed:
+        if model_type == "gemma2":
+            assert name in READ_GEMMA2
+        else:
+            assert "unknown" in refusal(minimal(model_type) | {name: True})
+        return
+    for value in fixed[name]:
         read(minimal(model_type) | {name: value})
     for value in ("other", 0.5, True if name != "pretraining_tp" else 2):
         message = refusal(minimal(model_type) | {name: value})
@@ -269,6 +318,9 @@ def test_inert_fields_change_nothing(name):
 
 def test_the_three_lists_of_fields_are_disjoint():
     assert not READ & FIXED.keys() and not READ & INERT and not INERT & FIXED.keys()
+    for model_type in DEFAULTS:
+        own = {"qwen3_moe": READ_MOE, "gemma2": READ_GEMMA2}.get(model_type, frozenset())
+        assert not own & fixed_fields(model_type).keys() and not own & (READ | INERT)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -319,6 +371,39 @@ def test_missing_fields_are_named(model_type, name):
 def test_a_bad_mixture_is_refused(change, words):
     message = refusal(minimal("qwen3_moe") | change)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hidden_activation": "gelu"}, ["hidden_activation", "'gelu'", "'gelu_pytorch_tanh'"]),
+    ({"hidden_act": "silu"}, ["hidden_act", "'silu'", "'gelu_pytorch_tanh'"]),
+    ({"use_bidirectional_attention": True}, ["use_bidirectional_attention", "True"]),
+    ({"use_sliding_window": False}, ["use_sliding_window", "leave it out"]),
+    ({"sliding_window": None}, ["sliding_window", "None"]),
+    ({"sliding_window": 0}, ["sliding_window", "0"]),
+    ({"sliding_window": 8, "sliding_window_size": 9}, ["sliding_window 8", "sliding_window_size 9", "disagree"]),
+    ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, ["layer_types", "chunked_attention"]),
+    ({"layer_types": "full_attention"}, ["layer_types", "full_attention"]),
+    ({"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar", "0"]),
+    ({"query_pre_attn_scalar": None}, ["query_pre_attn_scalar", "None"]),
+    ({"attn_logit_softcapping": 0.0}, ["attn_logit_softcapping", "0.0"]),
+    ({"final_logit_softcapping": "30"}, ["final_logit_softcapping", "'30'"]),
+    ({"final_logit_softcaping": 30.0}, ["'final_logit_softcaping'", "'final_logit_softcapping'"]),
+])  # fmt: skip
+def test_a_bad_gemma2_is_refused(change, words):
+    message = refusal(minimal("gemma2") | change)
+    assert all(word in message for word in words), message
+
+
+def test_layers_of_a_gemma2_slide_by_turns(tmp_path):
+    """The first does; where layer_types says something else, that."""
+    d = minimal("gemma2") | {"num_hidden_layers": 5}
+    assert read(d).sliding == (True, False, True, False, True)
+    assert read(d | {"layer_types": None}) == read(d)
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert read(d | {"layer_types": kinds}).sliding == (False, False, True, False, True)
+    for change in ({}, {"layer_types": None}, {"layer_types": kinds}):
+        check_against_transformers(d | change, tmp_path)
 
 
 def test_either_name_of_the_architecture_will_do():

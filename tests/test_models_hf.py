@@ -17,7 +17,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.models.hf import load_params, save_hf
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "gemma2", "gemma2_plain"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -82,7 +82,12 @@ def test_every_tensor_is_read_once_and_in_its_place(family):
     for i in range(len(layers["q"])):
         prefix = f"model.layers.{i}."
         ours[prefix + "input_layernorm.weight"] = layers["attn_norm"][i]
-        ours[prefix + "post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+        if family.startswith("gemma2"):
+            ours[prefix + "post_attention_layernorm.weight"] = layers["attn_post_norm"][i]
+            ours[prefix + "pre_feedforward_layernorm.weight"] = layers["mlp_norm"][i]
+            ours[prefix + "post_feedforward_layernorm.weight"] = layers["mlp_post_norm"][i]
+        else:
+            ours[prefix + "post_attention_layernorm.weight"] = layers["mlp_norm"][i]
         for name in ("q", "k", "v", "o"):
             ours[f"{prefix}self_attn.{name}_proj.weight"] = layers[name][i].T
             if f"{name}_bias" in layers:

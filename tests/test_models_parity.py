@@ -15,7 +15,7 @@ from dppo_jax.models import Policy, load_policy
 from dppo_jax.models.rotary import inverse_frequencies
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain"]
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -91,6 +91,8 @@ ROPE_CHANGES = {
     "qwen2": [{"theta": 240.0}],
     "qwen3": [{"theta": 480.0}],
     "qwen3_moe": [{"theta": 720.0}],
+    "gemma2": [{"theta": 600.0}],
+    "gemma2_plain": [{"theta": 960.0}],
 }  # fmt: skip
 
 
@@ -111,6 +113,18 @@ def test_settings_in_the_file_reach_the_logits(field, value, tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
     assert worst_of(load_policy(str(tmp_path)), "llama") > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("field, value", [
+    ("query_pre_attn_scalar", 21), ("attn_logit_softcapping", 2.2), ("attn_logit_softcapping", None),
+    ("final_logit_softcapping", 3.3), ("final_logit_softcapping", None), ("sliding_window", 7), ("sliding_window", 5),
+    ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+])  # fmt: skip
+def test_settings_of_gemma2_reach_the_logits(field, value, tmp_path):
+    shutil.copytree(GOLDEN / "gemma2", tmp_path, dirs_exist_ok=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
+    assert worst_of(load_policy(str(tmp_path)), "gemma2") > 10 * TOLERANCE
 
 
 def test_bfloat16_is_near_and_is_not_float32():

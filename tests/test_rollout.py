@@ -12,7 +12,8 @@ from dppo_jax import packing
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.rollout import Rollout
 from dppo_jax.train_step import assemble, make_score
-from tests.fixtures import COMPILER_OPTIONS
+from dppo_jax.types import PromptBatch
+from tests.fixtures import COMPILER_OPTIONS, EOS, PAD, TINY, random_params
 from tests.rollouts import (
     FAMILY,
     LENGTHS,
@@ -244,3 +245,26 @@ def test_the_cache_is_carried_in_place():
     compiled = jax.jit(run).lower(abstract_params(config), prompts(), jax.random.key(0)).compile()
     cache = config.num_layers * 2 * rows * (P + length) * config.num_kv_heads * config.head_dim * 4
     assert cache < compiled.memory_analysis().temp_size_in_bytes < 1.5 * cache
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_scanned_layers_draw_what_unrolled_ones_draw(slots):
+    """One cache of all layers against one of each: prompts of many lengths, slots filled anew."""
+    config, params = TINY, random_params()
+    unrolled = Rollout(
+        config, group_size=G, max_new_tokens=9, temperature=1.0, eos_ids=(EOS,), pad_id=PAD, tracked=2, slots=slots
+    )
+    numbers = np.random.default_rng(0)
+    prompts = PromptBatch(
+        tokens=numbers.integers(2, config.vocab_size, (4, 6)).astype(np.int32),
+        mask=np.arange(6) >= np.array([0, 3, 5, 1])[:, None],
+        group=np.arange(4, dtype=np.int32),
+    )
+    want, got = (
+        jax.jit(dataclasses.replace(unrolled, unrolled=flag))(params, prompts, jax.random.key(1))
+        for flag in (True, False)
+    )
+    assert len(set(np.asarray(want.response_mask).sum(axis=1).tolist())) > 2
+    for name in ("tokens", "response_mask", "truncated", "topk_ids"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+    np.testing.assert_allclose(got.behavior_logp, want.behavior_logp, rtol=0, atol=1e-5)

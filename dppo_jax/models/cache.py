@@ -1,20 +1,22 @@
-"""The key-value cache of one layer, or of all, for rows that decode side by side and are at different lengths.
+"""The key-value cache of rows that decode side by side and are at different lengths: of one layer, or of all.
 
 Its columns are cut into blocks of their own: 128 columns, 128 more, then 256, 512, ... A step reads the blocks that
-some row uses and leaves the others alone; nothing is copied. Keys lie [B, KV, D, C] and values [B, KV, C, D], so that
-both of attention's products run along the last axis.
+some row uses and leaves the others alone; nothing is copied. The cache of one layer has keys [B, KV, D, c] and values
+[B, KV, c, D], so that both of attention's products run along the last axis. The cache of all layers has both as
+[L, B, KV, c, D]: what a TPU writes in place, and reads a layer of without copying it out.
 """
 
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from dppo_jax.sharding import constrain
+from dppo_jax.sharding import constrain, mesh_axes, parts, spec
 
-# Blocks of (keys [B, KV, D, c], values [B, KV, c, D]), of all layers [L, B, ...]
-Cache = tuple[tuple[Array, Array], ...]
+Cache = tuple[tuple[Array, Array], ...]  # blocks of (keys, values)
 
 FIRST = 128  # columns of the first block
 
@@ -30,14 +32,17 @@ def edges(columns: int) -> list[int]:
 
 
 def empty(rows: int, kv_heads: int, head_dim: int, columns: int, dtype, layers: int | None = None) -> Cache:
-    """All zero; with a leading axis of `layers`, if given."""
-    stacked = () if layers is None else (layers,)
+    """All zero: of one layer, or of so many."""
+    widths = [end - start for start, end in itertools.pairwise(edges(columns))]
 
     def zeros(*shape: int) -> Array:
-        return place(jnp.zeros((*stacked, rows, kv_heads, *shape), dtype))
+        return place(jnp.zeros(shape, dtype))
 
-    widths = [end - start for start, end in itertools.pairwise(edges(columns))]
-    return tuple((zeros(head_dim, width), zeros(width, head_dim)) for width in widths)
+    if layers is None:
+        own = (rows, kv_heads)
+        return tuple((zeros(*own, head_dim, width), zeros(*own, width, head_dim)) for width in widths)
+    shape = (layers, rows, kv_heads)
+    return tuple((zeros(*shape, width, head_dim), zeros(*shape, width, head_dim)) for width in widths)
 
 
 def place(x: Array) -> Array:
@@ -45,42 +50,50 @@ def place(x: Array) -> Array:
     return constrain(x, *["layers"] * (x.ndim - 4), "batch", "kv_heads", None, None)
 
 
-def fill(
-    cache: Cache, rows: Bool[Array, "B"], keys: Float[Array, "B KV D P"], values: Float[Array, "B KV P D"]
-) -> Cache:
-    """The cache with columns 0 .. P-1 of the given rows replaced."""
+def of_prompt(
+    k: Float[Array, "B P KV D"], v: Float[Array, "B P KV D"], *, one_layer: bool
+) -> tuple[Float[Array, "B KV ..."], Float[Array, "B KV P D"]]:
+    """Keys and values of a prompt as a cache holds them."""
+    keys = jnp.einsum("btkd->bkdt" if one_layer else "btkd->bktd", k)
+    return place(keys), place(jnp.einsum("btkd->bktd", v))
+
+
+def fill(cache: Cache, rows: Bool[Array, "B"], prompt: tuple[Array, Array], layer: Any = None) -> Cache:
+    """The cache with columns 0 .. P-1 of the given rows replaced; of this `layer`, where it holds all."""
+    keys, values = prompt
     at, blocks = 0, []
-    chosen = rows[:, None, None, None]
+    chosen, own = rows[:, None, None, None], () if layer is None else (layer,)
+
+    def filled(block: Array, new: Array, axis: int, width: int) -> Array:
+        here = (*own, *[slice(None)] * (axis % 4), slice(width))
+        part = jax.lax.slice_in_dim(new, at, at + width, axis=axis)
+        return block.at[here].set(jnp.where(chosen, part, block[here]))
+
     for k, v in cache:
-        end = min(at + v.shape[-2], values.shape[-2])
-        if end > at:
-            n = end - at
-            k = k.at[..., :n].set(jnp.where(chosen, keys[..., at:end], k[..., :n]))
-            v = v.at[..., :n, :].set(jnp.where(chosen, values[..., at:end, :], v[..., :n, :]))
+        width = min(v.shape[-2], values.shape[-2] - at)
+        if width > 0:
+            k, v = filled(k, keys, -1 if layer is None else -2, width), filled(v, values, -2, width)
         blocks.append((k, v))
         at += v.shape[-2]
     return tuple(blocks)
 
 
 def write(
-    cache: Cache,
-    column: Int32[Array, "B"],
-    key: Float[Array, "B KV D"],
-    value: Float[Array, "B KV D"],
-    layer: Int32[Array, ""] | None = None,
+    cache: Cache, column: Int32[Array, "B"], key: Float[Array, "B KV D"], value: Float[Array, "B KV D"]
 ) -> Cache:
-    """The cache with one column of every row set; of this `layer`, where it holds all."""
+    """The cache of one layer with one column of every row set."""
     rows = jnp.arange(len(column))
-    layers = () if layer is None else (layer,)
     at, blocks = 0, []
     for k, v in cache:
-        width = v.shape[-2]
-        inside = (column >= at) & (column < at + width)
-        where = jnp.where(inside, column - at, width)
-        k = k.at[*layers, rows, :, :, where].set(key, mode="drop")
-        blocks.append((k, v.at[*layers, rows, :, where].set(value, mode="drop")))
-        at += width
+        where = _column_in(column, at, v.shape[2])
+        blocks.append((k.at[rows, :, :, where].set(key, mode="drop"), v.at[rows, :, where].set(value, mode="drop")))
+        at += v.shape[2]
     return tuple(blocks)
+
+
+def _column_in(column: Array, start: int, width: int) -> Array:
+    """A column's number in a block, beyond its end if it is in another."""
+    return jnp.where((column >= start) & (column < start + width), column - start, width)
 
 
 def attend(
@@ -88,27 +101,90 @@ def attend(
     cache: Cache,
     visible: Bool[Array, "B C"],
     used: Int32[Array, ""],
-    layer: Int32[Array, ""] | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B H D"]:
-    """Attention of one query per row, of which none sees beyond the first `used` columns. Softmax in float32.
+    """Attention of one query per row to the cache of one layer; none sees beyond the first `used` columns.
 
-    Of this `layer`, where the cache holds all.
+    Scores are scale q . k (None: 1 / sqrt(D)), or softcap tanh(scale q . k / softcap). Softmax in float32.
     """
     batch, heads, size = q.shape
-    q = (q * size**-0.5).reshape(batch, cache[0][0].shape[-3], -1, size)
-    at = edges(visible.shape[1])
+    q = (q * (size**-0.5 if scale is None else scale)).reshape(batch, cache[0][0].shape[1], -1, size)
+    mixed = _attend(q, cache, visible[:, None, None], used, softcap, "bkgd,bkdc->bkgc", "bkgc,bkcd->bkgd", None)
+    return mixed.reshape(batch, heads, size)
+
+
+def _attend(q, cache, visible, used, softcap, scores: str, mix: str, layer) -> Array:
+    """`visible` fits the scores. Of all layers' cache, `layer` is taken out within the products: they read it there."""
+    at = edges(visible.shape[-1])
 
     def over(count: int):
         def read(q, cache, visible):
-            blocks = cache[:count] if layer is None else [tuple(x[layer] for x in pair) for pair in cache[:count]]
-            score = [jnp.einsum("bkgd,bkdc->bkgc", q, k, preferred_element_type=jnp.float32) for k, _ in blocks]
-            score = jnp.where(visible[:, None, None, : at[count]], jnp.concatenate(score, axis=-1), -1e30)
-            p = jax.nn.softmax(score, axis=-1).astype(q.dtype)
-            parts = zip(jnp.split(p, at[1:count], axis=-1), blocks, strict=True)
-            return sum(jnp.einsum("bkgc,bkcd->bkgd", p, v) for p, (_, v) in parts)
+            blocks = cache[:count]
+            if layer is not None:
+                blocks = [tuple(jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in pair) for pair in blocks]
+            score = [jnp.einsum(scores, q, k, preferred_element_type=jnp.float32) for k, _ in blocks]
+            score = jnp.concatenate(score, axis=-1)
+            if softcap is not None:
+                score = softcap * jnp.tanh(score / softcap)
+            p = jax.nn.softmax(jnp.where(visible[..., : at[count]], score, -1e30), axis=-1).astype(q.dtype)
+            weighed = zip(jnp.split(p, at[1:count], axis=-1), blocks, strict=True)
+            return sum(jnp.einsum(mix, p, v) for p, (_, v) in weighed)
 
         return read
 
     which = jnp.searchsorted(jnp.asarray(at[1:]), used)
-    mixed = jax.lax.switch(which, [over(count + 1) for count in range(len(cache))], q, cache, visible)
-    return mixed.reshape(batch, heads, size)
+    return jax.lax.switch(which, [over(count + 1) for count in range(len(cache))], q, cache, visible)
+
+
+def step_of_all(
+    q: Float[Array, "B H D"],
+    key: Float[Array, "B KV D"],
+    value: Float[Array, "B KV D"],
+    cache: Cache,
+    column: Int32[Array, "B"],
+    visible: Bool[Array, "B C"],
+    used: Int32[Array, ""],
+    layer: Int32[Array, ""],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B H D"], Cache]:
+    """`write` and `attend` in the cache of all layers, each device with its own rows and heads."""
+    local = functools.partial(_step_of_all, scale=scale, softcap=softcap)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # Where the mesh cuts the heads into more pieces than there are key heads, every device has all of them.
+        share = key.shape[1] % parts(mesh, *mesh_axes("kv_heads")) == 0
+        heads, kv_heads = ("heads", "kv_heads") if share else (None, None)
+        blocks = jax.tree.map(lambda _: spec(None, "batch", kv_heads, None, None), cache)
+        own = spec("batch", kv_heads, None)
+        local = jax.shard_map(
+            local,
+            in_specs=(spec("batch", heads, None), own, own, blocks, spec("batch"), spec("batch", None), spec(), spec()),
+            out_specs=(spec("batch", heads, None), blocks),
+            check_vma=False,  # branches on `used`, which is the same everywhere
+        )
+    return local(q, key, value, cache, column, visible, used, layer)
+
+
+def _step_of_all(q, key, value, cache, column, visible, used, layer, *, scale, softcap):
+    (batch, kv_heads, size), heads = key.shape, q.shape[1]
+    rows, each = jnp.arange(batch * kv_heads), jnp.repeat(column, kv_heads)
+    at, blocks = 0, []
+    for pair in cache:
+        width = pair[0].shape[3]
+        where = _column_in(each, at, width)
+
+        def put(block: Array, new: Array, where: Array = where) -> Array:
+            flat = block.reshape(block.shape[0], -1, *block.shape[3:])
+            return flat.at[layer, rows, where].set(new.reshape(-1, size), mode="drop")
+
+        blocks.append((put(pair[0], key), put(pair[1], value)))
+        at += width
+    q = (q * (size**-0.5 if scale is None else scale)).reshape(1, batch * kv_heads, -1, size)
+    seen = jnp.repeat(visible, kv_heads, axis=0)[None, :, None]
+    mixed = _attend(q, tuple(blocks), seen, used, softcap, "lbgd,lbcd->lbgc", "lbgc,lbcd->lbgd", layer)
+    whole = jax.tree.map(lambda x, old: x.reshape(old.shape), tuple(blocks), cache)
+    return mixed.reshape(batch, heads, size), whole

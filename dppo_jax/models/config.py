@@ -19,8 +19,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma2ForCausalLM": "gemma2",
 }
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "gemma2"]
 
 # What transformers takes where config.json is silent. A kv_heads or head_dim of None follows from the other sizes.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+    },
 }
 DEFAULT_THETA = 10000.0
 DEFAULT_EPS = 1e-6
@@ -47,6 +58,11 @@ READ = frozenset(
 
 # Read for a mixture of experts, and for no other model. transformers 5 writes num_local_experts for num_experts.
 READ_MOE = frozenset("num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob".split())
+
+# Read for Gemma-2, and for no other model. sliding_window_size, which some checkpoints have too, must not disagree.
+READ_GEMMA2 = frozenset(
+    "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window sliding_window_size".split()
+)
 
 # Fields that would change the computation, with the values under which they do not.
 FIXED: dict[str, tuple] = {
@@ -78,8 +94,8 @@ INERT = frozenset(
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix "
     "dtype torch_dtype use_bfloat16 torchscript tf_legacy_loss transformers_version transformers.js_config "
     "_name_or_path name_or_path _commit_hash is_llama_config is_decoder unsloth_fixed unsloth_version "
-    "use_cache initializer_range gradient_checkpointing max_window_layers max_sequence_length "
-    "attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled "
+    "use_cache cache_implementation initializer_range gradient_checkpointing max_window_layers "
+    "max_sequence_length attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled "
     "output_hidden_states output_attentions return_dict return_dict_in_generate output_scores "
     "id2label label2id num_labels problem_type finetuning_task task_specific_params "
     "max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
@@ -88,6 +104,14 @@ INERT = frozenset(
     "router_aux_loss_coef output_router_logits "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
 )
+
+# Gemma-2's, where they differ. Whatever use_sliding_window says, transformers lets its windows slide.
+FIXED_GEMMA2: dict[str, tuple] = {
+    "hidden_act": ("gelu_pytorch_tanh", None),  # transformers reads hidden_activation
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (False, None),
+    "use_sliding_window": (None,),
+}
 
 QK_NORM = ("qwen3", "qwen3_moe")  # models that normalise queries and keys
 
@@ -139,6 +163,24 @@ class ModelConfig:
     num_experts: int = 0  # 0: no mixture
     experts_per_token: int = 0
     norm_topk: bool = False  # the chosen experts' weights sum to 1
+    query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
+    attn_softcap: float | None = None
+    window: int | None = None  # how many tokens a sliding layer's query sees, its own among them
+    sliding: tuple[bool, ...] = ()  # of each layer, where there is a window
+
+    @property
+    def gemma(self) -> bool:
+        """Norms behind attention and MLP too, embeddings times sqrt(hidden_size), GELU in place of SiLU."""
+        return self.model_type == "gemma2"
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to the weight of every norm."""
+        return 1.0 if self.gemma else 0.0
+
+    @property
+    def attn_scale(self) -> float:
+        return (self.query_scalar or self.head_dim) ** -0.5
 
 
 def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
@@ -179,7 +221,7 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
 
     num_layers = size("num_hidden_layers")
     layer_types = d.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
+    if model_type != "gemma2" and layer_types is not None and layer_types != ["full_attention"] * num_layers:
         raise UserError(
             f"{source}: layer_types {layer_types!r} is not supported; it must be 'full_attention' for each of the "
             f"{num_layers} layers"
@@ -189,6 +231,7 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
     mixture: dict[str, Any] = {}
     if model_type == "qwen3_moe":
         mixture = _mixture(d, size, source)
+    gemma2 = _gemma2(d, num_layers, source) if model_type == "gemma2" else {}
     return ModelConfig(
         model_type=model_type,
         vocab_size=size("vocab_size"),
@@ -201,11 +244,12 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
         rms_norm_eps=_positive(d.get("rms_norm_eps", DEFAULT_EPS), "rms_norm_eps", source),
         rope=_rope(d, max_position, source),
         max_position=max_position,
-        tie_embeddings=_boolean(d, "tie_word_embeddings", source),
+        tie_embeddings=_boolean({**defaults, **d}, "tie_word_embeddings", source),
         qkv_bias=model_type == "qwen2" or attention_bias,
         o_bias=model_type != "qwen2" and attention_bias,
         qk_norm=model_type in QK_NORM,
         **mixture,
+        **gemma2,
     )
 
 
@@ -221,6 +265,33 @@ def _mixture(d: Mapping[str, Any], size: Callable[[str], int], source: str) -> d
     return dict(num_experts=experts, experts_per_token=chosen, norm_topk=_boolean(d, "norm_topk_prob", source))
 
 
+def _gemma2(d: Mapping[str, Any], num_layers: int, source: str) -> dict[str, Any]:
+    """Soft caps, the scale of queries, and which layers slide: every second one, the first included."""
+    d = {**DEFAULTS["gemma2"], **d}
+    window = _positive_int(d["sliding_window"], "sliding_window", source)
+    if d.get("sliding_window_size", window) != window:
+        other = d["sliding_window_size"]
+        raise UserError(f"{source}: sliding_window {window} and sliding_window_size {other!r} disagree")
+    types = d.get("layer_types")
+    if types is None:
+        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+        raise UserError(
+            f"{source}: layer_types {types!r} is not supported; it must be {' or '.join(map(repr, known))} for each of "
+            f"the {num_layers} layers"
+        )
+    caps = {
+        name: None if d[field] is None else _positive(d[field], field, source)
+        for name, field in (("attn_softcap", "attn_logit_softcapping"), ("logit_softcap", "final_logit_softcapping"))
+    }
+    return caps | dict(
+        query_scalar=_positive_int(d["query_pre_attn_scalar"], "query_pre_attn_scalar", source),
+        window=window,
+        sliding=tuple(kind == "sliding_attention" for kind in types),
+    )
+
+
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The config.json fields of `config`, such that config_from_hf gives it back.
 
@@ -230,8 +301,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
       UserError: the config has a feature that its architecture cannot say.
     """
-    if config.logit_softcap is not None:
-        raise UserError(f"logit_softcap {config.logit_softcap} cannot be written for model_type {config.model_type!r}")
+    if not config.gemma:
+        for name in ("logit_softcap", "attn_softcap", "query_scalar", "window"):
+            if (value := getattr(config, name)) is not None:
+                raise UserError(f"{name} {value} cannot be written for model_type {config.model_type!r}")
+    elif config.window is None or config.query_scalar is None or len(config.sliding) != config.num_layers:
+        raise UserError("a gemma2 has a query_scalar, a window, and says of each layer whether it is sliding")
     attention_bias = config.qkv_bias and config.model_type != "qwen2"
     if bool(config.num_experts) != (config.model_type == "qwen3_moe"):
         raise UserError(f"num_experts = {config.num_experts} cannot be written for model_type {config.model_type!r}")
@@ -250,7 +325,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": "gelu_pytorch_tanh" if config.gemma else "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_embeddings,
@@ -260,6 +335,15 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if config.model_type == "llama":
         d["mlp_bias"] = False
+    elif config.gemma:
+        d |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": config.query_scalar,
+            "attn_logit_softcapping": config.attn_softcap,
+            "final_logit_softcapping": config.logit_softcap,
+            "sliding_window": config.window,
+            "layer_types": ["sliding_attention" if slides else "full_attention" for slides in config.sliding],
+        }
     else:
         d["use_sliding_window"] = False
     if config.model_type != "qwen2":
@@ -293,16 +377,25 @@ def _model_type(d: Mapping[str, Any], source: str) -> Family:
     return model_type
 
 
-def _check_fields(d: Mapping[str, Any], model_type: str, source: str) -> None:
+def fixed_fields(model_type: str) -> dict[str, tuple]:
+    """FIXED, as it is for this model."""
     fixed = dict(FIXED)
-    inert = set(INERT)
     if model_type == "qwen2":
         fixed["attention_bias"] = (True, None)  # Qwen2 has q, k and v biases whatever is said
     if model_type == "llama":
         fixed["sliding_window"] = (None,)
-    else:
+    if model_type == "gemma2":
+        fixed |= FIXED_GEMMA2
+        del fixed["final_logit_softcapping"]
+    return fixed
+
+
+def _check_fields(d: Mapping[str, Any], model_type: str, source: str) -> None:
+    fixed = fixed_fields(model_type)
+    inert = set(INERT)
+    if model_type.startswith("qwen"):
         inert.add("sliding_window")  # without use_sliding_window
-    read = READ | READ_MOE if model_type == "qwen3_moe" else READ
+    read = READ | {"qwen3_moe": READ_MOE, "gemma2": READ_GEMMA2}.get(model_type, frozenset())
     for name, value in d.items():
         if name in fixed:
             if not any(_same(value, allowed) for allowed in fixed[name]):

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2, Qwen3 and Qwen3-MoE, in Flax NNX at the edges.
+"""One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma-2, in Flax NNX at the edges.
 
 `Decoder` is split once: parameters are a plain nested dict from then on, and `bind(config, params)` gives back the
 module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int32, Integer, Key, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
@@ -67,11 +67,11 @@ def _filled(value: float, size: int, axis: str) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32), axes=(axis,))
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis, in float32."""
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
+    """x / rms(x) * (offset + scale) over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -108,12 +108,15 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation."""
+    """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation.
+
+    Gemma's have a norm behind them too, before the residual stream.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = self.config = config
         d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.attn_norm = _filled(1.0, d, "norm")
+        self.attn_norm = _filled(1.0 - c.norm_offset, d, "norm")
         self.q = _normal(rngs, (d, q), "embed", "heads")
         self.k = _normal(rngs, (d, kv), "embed", "kv_heads")
         self.v = _normal(rngs, (d, kv), "embed", "kv_heads")
@@ -127,7 +130,10 @@ class Layer(nnx.Module):
         if c.qk_norm:
             self.q_norm = _filled(1.0, c.head_dim, "norm")
             self.k_norm = _filled(1.0, c.head_dim, "norm")
-        self.mlp_norm = _filled(1.0, d, "norm")
+        self.mlp_norm = _filled(1.0 - c.norm_offset, d, "norm")
+        if c.gemma:
+            self.attn_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
+            self.mlp_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
         several, into, out_of = (), ("embed", "mlp"), ("mlp", "embed")
         if c.num_experts:
             several = (c.num_experts,)
@@ -151,7 +157,7 @@ class Layer(nnx.Module):
         """(x, cache, what `attend` keeps, routed): through the experts chosen, or given; None without a mixture."""
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
         batch, length, _ = x.shape
-        h = constrain(narrow(rms_norm(x, self.attn_norm[...], c.rms_norm_eps)), "batch", "length", "residual")
+        h = constrain(narrow(self._norm("attn_norm", x)), "batch", "length", "residual")
         q, k, v = self._product("q", h), self._product("k", h), self._product("v", h)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
@@ -164,10 +170,17 @@ class Layer(nnx.Module):
         mixed, cache, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
         mixed = constrain(narrow(mixed.reshape(batch, length, -1)), "batch", "length", "heads")
         mixed = constrain(self._product("o", mixed), "batch", "stream", "residual")
-        x = x + (mixed + self.o_bias[...] if c.o_bias else mixed)
-        h = narrow(rms_norm(x, self.mlp_norm[...], c.rms_norm_eps))
+        mixed = mixed + self.o_bias[...] if c.o_bias else mixed
+        x = x + (self._norm("attn_post_norm", mixed) if c.gemma else mixed)
+        h = narrow(self._norm("mlp_norm", x))
         h, routed = self._mixture(h, narrow, experts) if c.num_experts else (self._mlp(h, narrow), None)
-        return x + constrain(h, "batch", "stream", "residual"), cache, kept, routed
+        h = constrain(h, "batch", "stream", "residual")
+        h = self._norm("mlp_post_norm", h) if c.gemma else h
+        return x + h, cache, kept, routed
+
+    def _norm(self, name: str, x: Array) -> Array:
+        """x through the norm of that name."""
+        return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def _product(self, name: str, x: Array) -> Array:
         """x times the weight of that name."""
@@ -175,8 +188,9 @@ class Layer(nnx.Module):
         return linear(x, weight[...], weight.get_metadata()["axes"])
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
+        activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # by tanh
         h = constrain(h, "batch", "length", "residual")
-        h = narrow(jax.nn.silu(self._product("gate", h)) * self._product("up", h))
+        h = narrow(activation(self._product("gate", h)) * self._product("up", h))
         return self._product("down", constrain(h, "batch", "length", "mlp"))
 
     def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
@@ -195,7 +209,7 @@ class Decoder(nnx.Module):
         self.embed = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
         if not config.tie_embeddings:
             self.head = _normal(rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
-        self.final_norm = _filled(1.0, config.hidden_size, "norm")
+        self.final_norm = _filled(1.0 - config.norm_offset, config.hidden_size, "norm")
         if stacked:
             make = nnx.vmap(lambda rngs: Layer(config, rngs), in_axes=0, out_axes=0)
             self.layers = nnx.split_rngs(splits=config.num_layers)(make)(rngs)
@@ -221,6 +235,8 @@ class Decoder(nnx.Module):
         enters each layer (stacked layers only).
         """
         x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
+        if self.config.gemma:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
 
@@ -242,7 +258,8 @@ class Decoder(nnx.Module):
                 caches.append(own)
                 found.append(tuple(rest))
             cache, (kept, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *found)
-        x = constrain(rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), "batch", "length", "residual")
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
+        x = constrain(x, "batch", "length", "residual")
         return x if narrow is None else narrow(x), cache, kept, routed
 
 
@@ -262,7 +279,7 @@ def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: An
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 parameters: normal with deviation 0.02, norms 1, biases 0."""
+    """Random float32 parameters: normal with deviation 0.02, norms 1 (stored as 0 in Gemma), biases 0."""
     module = Decoder(config, stacked=True, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
@@ -297,6 +314,16 @@ def head_weight(params: Params) -> Float[Array, "V E"]:
     return params["head"] if "head" in params else params["embed"]
 
 
+def scores(config: ModelConfig) -> dict[str, Any]:
+    """How attention's scores come about, as `self_attention` takes it."""
+    return dict(scale=config.attn_scale, softcap=config.attn_softcap, window=config.window)
+
+
+def slides(config: ModelConfig, number: Any) -> Bool[Array, ""] | None:
+    """Whether the layer of that number sees a window only; None for a model without."""
+    return None if config.window is None else jnp.asarray(config.sliding)[number]
+
+
 def forward(config: ModelConfig, params: Params, tokens: Array, *places: Array, **settings: Any) -> Array:
     """The hidden states f[B, T, E] of `forward_routed`, which says what the arguments are."""
     return forward_routed(config, params, tokens, *places, **settings)[0]
@@ -326,8 +353,10 @@ def forward_routed(
     position = positions(segments > 0) if position is None else position
     segments = segments.astype(jnp.int32)
 
-    def attend(q, k, v, cache, _):
-        return self_attention(q, k, v, segments, implementation=attention), cache, None
+    def attend(q, k, v, cache, number):
+        sliding = slides(config, number)
+        mixed = self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **scores(config))
+        return mixed, cache, None
 
     noise = None
     if noise_key is not None:

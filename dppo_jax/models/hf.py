@@ -60,6 +60,12 @@ HF_NAMES_MOE = {
     "layers/up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
     "layers/down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
 }
+# Where they differ in Gemma-2: post_attention_layernorm is what it says.
+HF_NAMES_GEMMA = {
+    "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -186,16 +192,21 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in _flat(abstract_params(config)).items()}
 
 
+def _template(path: str, config: ModelConfig) -> str:
+    names = HF_NAMES | (HF_NAMES_MOE if config.num_experts else {}) | (HF_NAMES_GEMMA if config.gemma else {})
+    return names[path]
+
+
 def _hf_names(path: str, config: ModelConfig) -> Iterator[str]:
     """In the order of the stacked tensor's leading axes: layers, and experts within them."""
-    template = (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[path]
+    template = _template(path, config)
     sizes = (config.num_layers, config.num_experts)[: template.count("{}")]
     return (template.format(*index) for index in np.ndindex(*sizes))
 
 
 def _stacked_axes(path: str, config: ModelConfig) -> int:
     """How many leading axes of a parameter are tensors of their own there."""
-    return (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[path].count("{}")
+    return _template(path, config).count("{}")
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:

@@ -167,13 +167,16 @@ class Module:
                 yield from self._deep(called)
 
     def cycles(self, kernel: Callable[[Instruction, "Module"], float]) -> float:
-        """The compiler's estimates, summed over trips; `kernel` gives those of custom calls, which have none."""
+        """The compiler's estimates, summed over trips; `kernel` gives those of custom calls, which have none.
+
+        That of a fusion which takes a slice of an array is for the whole array, and is cut to its share of the bytes.
+        """
         total = 0.0
         for i, times, _ in self.executed:
             if i.kind == "custom-call":
                 total += times * kernel(i, self)
             elif i.cycles < SENTINEL:
-                total += times * i.cycles
+                total += times * i.cycles * self._share(i)
         return total
 
     def operand(self, i: Instruction, number: int) -> Buffer | None:
@@ -198,46 +201,80 @@ class Module:
         return sum(times * self._moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
 
     def _moved(self, i: Instruction) -> int:
+        if i.kind == "copy-start":  # between the chip's two memories, ahead of time
+            copied = i.outputs[:2]
+            return sum(b.bytes for b in copied if b.in_hbm)
         if i.kind in COLLECTIVES or i.kind.endswith(("-start", "-done")):
             return 0
-        owner = self._owner[id(i)]
-        inside = self.computations.get(i.called[0], {}) if i.kind == "fusion" and i.called else {}
-        numbered = [(re.search(r" parameter\((\d+)\)", j.text), j) for j in inside.values() if j.kind == "parameter"]
-        parameters = {int(found[1]): j for found, j in numbered if found}
-        read = 0
+        return self._read(i) + self._written(i)
+
+    def _read(self, i: Instruction, whole: bool = False) -> int:
+        """Bytes of the operands, or of the slices taken of them, unless `whole`."""
+        owner, total = self._owner[id(i)], 0
         for number, name in enumerate(i.operands):
             made = owner.get(name)
             if made is None or not made.outputs or made.kind == "constant":
                 continue
-            if len(made.outputs) > 1 and i.kind != "fusion":
-                continue
-            whole = sum(b.bytes for b in made.outputs if b.in_hbm)
-            users = [j for j in inside.values() if number in parameters and parameters[number].name in j.operands]
-            users = [k for j in users for k in (_through(j, inside))]
-            if users and all(j.kind in ("dynamic-slice", "dynamic-update-slice", "scatter") for j in users):
-                sliced = [j.bytes for j in users if j.kind == "dynamic-slice"]
-                whole = min(whole, sum(sliced))
-            read += whole
-        written = sum(b.bytes for b in i.outputs if b.in_hbm)
+            size = sum(b.bytes for b in made.outputs if b.in_hbm)
+            sliced = None if whole or i.kind != "fusion" else self._sliced(i.called[0], number)
+            if i.kind in ("dynamic-slice", "gather") and number == 0 and not whole:
+                sliced = i.bytes
+            elif i.kind in ("dynamic-update-slice", "scatter") and number == 0 and not whole:
+                sliced = 0
+            total += size if sliced is None else min(size, sliced)
+        return total
+
+    def _sliced(self, computation: str, number: int) -> int | None:
+        """Bytes that a fusion takes of its operand, if all that it does is slice or update it."""
+        inside = self.computations[computation]
+        numbered = ((re.search(r" parameter\((\d+)\)", j.text), j) for j in inside.values() if j.kind == "parameter")
+        parameter = next((j for found, j in numbered if found and int(found[1]) == number), None)
+        return None if parameter is None else self._sliced_by_users(inside, parameter)
+
+    def _sliced_by_users(self, inside: dict[str, Instruction], made: Instruction) -> int | None:
+        total = 0
+        for user in inside.values():
+            for at, name in enumerate(user.operands):
+                if name != made.name:
+                    continue
+                if user.kind in ("dynamic-slice", "gather", "slice") and at == 0:
+                    found: int | None = user.bytes
+                elif user.kind in ("dynamic-update-slice", "scatter") and at == 0:
+                    found = 0
+                elif user.kind in ("bitcast", "reshape"):
+                    found = self._sliced_by_users(inside, user)
+                elif user.kind == "fusion":
+                    found = self._sliced(user.called[0], at)
+                else:
+                    found = None
+                if found is None:
+                    return None
+                total += found
+        return total
+
+    def _written(self, i: Instruction) -> int:
+        """Bytes of the results; of an array that is updated in place, of the update."""
+        inside = self.computations.get(i.called[0], {}) if i.kind == "fusion" and i.called else {}
         updates = [j for j in inside.values() if j.kind in ("dynamic-update-slice", "scatter")]
-        if i.kind == "dynamic-update-slice":
-            updates, inside = [i], owner
+        if i.kind in ("dynamic-update-slice", "scatter"):
+            updates, inside = [i], self._owner[id(i)]
+        written = sum(b.bytes for b in i.outputs if b.in_hbm)
         if updates and sum(j.bytes for j in updates) >= written > 0:
-            written = sum(inside[o].bytes for j in updates for o in [j.operands[-1 if j.kind == "scatter" else 1]] if o in inside)
-            if i.kind == "dynamic-update-slice":
-                read = written
-        return read + written
+            new = [j.operands[-1 if j.kind == "scatter" else 1] for j in updates]
+            return sum(inside[name].bytes for name in new if name in inside)
+        return written
+
+    def _share(self, i: Instruction) -> float:
+        """Of the bytes that the compiler's estimate of a fusion counts, those that it moves: it counts a sliced operand
+        whole."""
+        if i.kind != "fusion":
+            return 1.0
+        read, written = self._read(i, whole=True), self._written(i)
+        return (self._read(i) + written) / (read + written) if read + written else 1.0
 
     @functools.cached_property
     def _owner(self) -> dict[int, dict[str, Instruction]]:
         return {id(i): computation for computation in self.computations.values() for i in computation.values()}
-
-
-def _through(i: Instruction, inside: dict[str, Instruction]) -> list[Instruction]:
-    """i, or what uses it where it only renames its operand."""
-    if i.kind not in ("bitcast", "reshape"):
-        return [i]
-    return [k for j in inside.values() if i.name in j.operands for k in _through(j, inside)]
 
 
 def _instruction(found: re.Match, line: str) -> Instruction:

@@ -3,10 +3,11 @@
     python tests/golden/models/make_models.py            writes <family>/ and golden.npz beside this file
     python tests/golden/models/make_models.py --check    compares them with what it would write; exits 1 on a difference
 
-Needs torch and transformers. No norm, bias or rope setting has a value at which it could be forgotten unnoticed. The
-configs use both of transformers' spellings of rope, and transformers itself reads them. Logits are computed in
-float64 (what transformers keeps in float32 aside: norms, rotations, softmax) with eager attention, each row by itself
-without its padding, and stored in float32; they are zero on padding.
+Needs torch and transformers. No norm, bias or rope setting has a value at which it could be forgotten unnoticed, nor
+has an epsilon: without it, a norm hides the scale of what it is given. The configs use both of transformers' spellings
+of rope, and transformers itself reads them. Logits are computed in float64 (what transformers keeps in float32 aside:
+norms, rotations, softmax) with eager attention, each row by itself without its padding, and stored in float32; they
+are zero on padding.
 
 golden.npz: tokens i32[3, 40], mask bool[3, 40] (rows without, with some and with much padding on the left), and
 for each family f32[3, 40, 96] logits under its name and its rotary inverse frequencies under <family>_inv_freq.
@@ -65,6 +66,18 @@ CONFIGS = {
         "pretraining_tp": 1,
         "tie_word_embeddings": False,
     },
+    # Linear scaling in its oldest spelling; num_key_value_heads and the epsilon left to their defaults.
+    "llama_linear": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "rope_theta": 300.0,
+        "rope_scaling": {"type": "linear", "factor": 2.5},
+        "tie_word_embeddings": False,
+    },
     # As SmolLM2: tied, plain rope, heads that are not a power of two; 5.x spelling.
     "llama_tied": {
         "architectures": ["LlamaForCausalLM"],
@@ -78,18 +91,6 @@ CONFIGS = {
         "rms_norm_eps": 0.02,
         "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
         "tie_word_embeddings": True,
-    },
-    # Linear scaling in its oldest spelling; num_key_value_heads and the epsilon left to their defaults.
-    "llama_linear": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "rope_theta": 300.0,
-        "rope_scaling": {"type": "linear", "factor": 2.5},
-        "tie_word_embeddings": False,
     },
     # As DeepSeek-R1-Distill-Qwen, but tied; 4.x spelling.
     "qwen2": {
@@ -151,13 +152,63 @@ CONFIGS = {
         "use_sliding_window": False,
         "tie_word_embeddings": False,
     },
+    # Windows, caps and a scale that all bite within 40 positions; layers slide by default: the first and third; 4.x
+    # spelling, with both names of the activation.
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 0.02,
+        "rope_theta": 500.0,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "cache_implementation": "hybrid",
+    },
+    # Untied, biased, uncapped; the last two layers slide; 5.x spelling.
+    "gemma2_plain": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 0.05,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 800.0},
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window": 9,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 
-def draw(name: str, shape: tuple[int, ...], random: np.random.RandomState) -> np.ndarray:
-    """Uniform weights, the same to the bit everywhere; q and k large enough for attention that is far from flat."""
+def draw(name: str, shape: tuple[int, ...], one: float, random: np.random.RandomState) -> np.ndarray:
+    """Uniform weights, the same to the bit everywhere; q and k large enough for attention that is far from flat.
+
+    `one` is the norm weight that changes nothing.
+    """
     if name.endswith("norm.weight"):
-        low, high = 0.5, 1.5
+        low, high = one - 0.5, one + 0.5
     elif name.endswith("bias"):
         low, high = -0.7, 0.7
     else:
@@ -183,15 +234,16 @@ def apart(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 
 def write_model(directory: Path, family: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CONFIGS[family] | COMMON, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(CONFIGS[family] | COMMON | CONFIGS[family], indent=2) + "\n")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     shapes = apart(shapes)
-    random = np.random.RandomState(sorted(CONFIGS).index(family))
-    weights = {name: draw(name, shapes[name], random) for name in sorted(shapes)}
+    random = np.random.RandomState(list(CONFIGS).index(family))  # a new family goes to the end
+    one = 0.0 if model.config.model_type == "gemma2" else 1.0
+    weights = {name: draw(name, shapes[name], one, random) for name in sorted(shapes)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
