@@ -5,11 +5,13 @@ from math import comb
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dppo_jax import hosts
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
-from dppo_jax.sharding import to_host
+from dppo_jax.sharding import rows
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 Generate = Callable[[Params, PromptBatch, jax.Array], RolloutBatch]
@@ -29,6 +31,7 @@ def evaluate(
     stream: PromptStream,
     scorer: Scorer,
     *,
+    mesh: Mesh,
     num_prompts: int,
     samples: int,
     key: jax.Array,
@@ -37,25 +40,40 @@ def evaluate(
 ) -> dict[str, float]:
     """avg (avg@samples), pass@k for k = 2, 4, ... up to `samples`, and length, over every question of a stream.
 
-    `generate` draws `samples` responses to each of `num_prompts` prompts. Scores of 1 count as right.
+    `generate` draws `samples` responses to each of `num_prompts` prompts. Scores of 1 count as right. Of several hosts,
+    each scores the responses that are its own, and all return the same.
     """
-    scores, lengths = [], []
+    mine = hosts.share(rows(mesh), num_prompts)
+    answers = mine.grouped(samples)
+    scores: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
     waiting: list[Pending] = []
-    for number, (prompts, examples) in enumerate(stream.eval_batches(num_prompts)):
-        rollout = generate(params, prompts, jax.random.fold_in(key, number))
+
+    def finish() -> None:
+        found: np.ndarray = np.zeros(len(answers.owned), np.float32)
+        rewards, _ = waiting.pop().result()
+        found[: len(rewards)] = rewards  # the last batch may have fewer
+        scores.append(found)
+
+    for number, (prompts, held) in enumerate(stream.eval_batches(num_prompts, mine.held)):
+        rollout = generate(params, hosts.place(prompts, rows(mesh), mine), jax.random.fold_in(key, number))
         if waiting:  # the last batch was scored while the device drew this one
-            scores.append(waiting.pop().result()[0])
-        rows = len(examples) * samples
-        tokens, mask = (x[:rows] for x in to_host((rollout.tokens, rollout.response_mask)))
-        replies = decode_replies(tokenizer, tokens, mask, eos_ids)
-        waiting.append(scorer.submit(replies, [example for example in examples for _ in range(samples)]))
-        lengths.append(mask.sum(axis=1))
-    scores.append(waiting.pop().result()[0])
-    by_question = np.concatenate(scores).reshape(-1, samples)
+            finish()
+        examples = [example for example in mine.of_owned(held) for _ in range(samples)]
+        tokens, mask = hosts.owned((rollout.tokens, rollout.response_mask), answers)
+        replies = decode_replies(tokenizer, tokens[: len(examples)], mask[: len(examples)], eos_ids)
+        waiting.append(scorer.submit(replies, examples))
+        lengths.append(mask.sum(axis=1, dtype=np.int32))
+    finish()
+    # [rows, batches] to one row after another; those that fill up the last batch fall away.
+    asked = len(stream) * samples
+    both = hosts.gather((np.stack(scores, axis=1), np.stack(lengths, axis=1)), answers)
+    by_row, length = (x.T.reshape(-1)[:asked] for x in both)
+    by_question = by_row.reshape(-1, samples)
     correct = (by_question >= 1.0).sum(axis=1)
     ks = [2**i for i in range(1, 11) if 2**i <= samples]
     return {
         "avg": float(by_question.mean()),
         **{f"pass@{k}": pass_at_k(correct, samples, k) for k in ks},
-        "length_mean": float(np.concatenate(lengths).mean()),
+        "length_mean": float(length.mean()),
     }

@@ -83,7 +83,7 @@ class RunLog:
         self.workdir = Path(workdir)
         self._events: EventsWriter | None = None
         self._bar: tqdm | None = None
-        self._is_writer = is_writer
+        self.is_writer = is_writer
         self._resume_step, self._total = resume_step, total_steps
         self._plain_every = max(1, total_steps // 20) if plain_every is None else plain_every
         self._reported = (resume_step - 1, time.monotonic())  # the last step shown, and when
@@ -152,7 +152,7 @@ class RunLog:
         """Shows step, reward, masked fraction and seconds per step on stderr: a bar, or now and then a plain line."""
         last_step, last_time = self._reported
         last = step + 1 >= self._total
-        if not self._is_writer or not (self._bar is not None or last or (step + 1) % self._plain_every == 0):
+        if not self.is_writer or not (self._bar is not None or last or (step + 1) % self._plain_every == 0):
             return
         now = time.monotonic()
         self._reported = (step, now)
@@ -171,7 +171,7 @@ class RunLog:
 
     def note(self, sentence: str) -> None:
         """Prints a line on stderr, above the bar where there is one."""
-        if self._is_writer:
+        if self.is_writer:
             tqdm.write(sentence, file=sys.stderr)
 
     def close(self, finished: bool = True) -> None:
@@ -269,11 +269,13 @@ def write_config(
     config: Mapping[str, Any],
     *,
     resuming: bool,
+    is_writer: bool = True,
     may_change: Sequence[str] = MAY_CHANGE,
 ) -> list[str]:
     """Stores the config in workdir/config.json, and says what changed since the run began.
 
     resuming: compare with the stored config first. Keys matching `may_change` (dotted names, * for any) may differ.
+    A process with `is_writer=False` compares and stores nothing.
     Returns sentences such as "steps: 100 -> 200". Raises UserError naming the other keys that differ.
     """
     path, new, changes = Path(workdir) / "config.json", plain(config), []
@@ -294,6 +296,8 @@ def write_config(
                 "set the stored values, or take another --workdir"
             )
         changes = [f"{k}: {show(before, k)} -> {show(after, k)}" for k in differing]
+    if not is_writer:
+        return changes
     make_folder(path.parent)
     part = path.with_name("config.json.part")
     part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n")

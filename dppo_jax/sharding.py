@@ -171,11 +171,6 @@ def to_host(tree):
     return jax.device_get(jax.tree.map(lambda x: gather(x) if elsewhere(x) else x, tree))
 
 
-def from_first_host(x):
-    """The first host's array, on every host: what a clock may have touched, such as rewards with a time limit."""
-    return x if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(x)
-
-
 def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tree) -> None:
     """UserError unless every named row count and every parameter divides over the mesh."""
     shards = batch_shards(mesh)

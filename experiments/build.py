@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dppo_jax import packing, precision
@@ -292,9 +292,9 @@ def _rollout_settings(
 
 
 def on_mesh(function: Generate, mesh: Mesh) -> Generate:
-    """jit of a rollout: parameters where they live, prompts from every host alike, rows over the batch axes."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(function, in_shardings=(None, everywhere, None), out_shardings=rows(mesh))
+    """jit of a rollout: parameters where they live, prompts and rows over the batch axes. On several hosts the prompts
+    are global arrays; see `hosts.place`."""
+    return jax.jit(function, in_shardings=(None, rows(mesh), None), out_shardings=rows(mesh))
 
 
 def stream_and_scorer(
@@ -355,7 +355,7 @@ class Evaluation:
     """The config's evaluation sets, asked on schedule: before step 0, every eval.every steps, and at the end."""
 
     def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, text: Text, stack: ExitStack):
-        self._config, self._text = config, text
+        self._config, self._text, self._mesh = config, text, mesh
         self._sets = {
             name: stream_and_scorer(config, data, text.tokenizer, config.eval.prompts, stack)
             for name, data in config.eval.sets.items()
@@ -376,6 +376,7 @@ class Evaluation:
                 self._generate,
                 stream,
                 scorer,
+                mesh=self._mesh,
                 num_prompts=self._config.eval.prompts,
                 samples=self._config.eval.samples,
                 key=step_key(self._config.seed, step, EVALUATION),

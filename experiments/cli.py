@@ -3,7 +3,7 @@
 import argparse
 import re
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,8 +71,16 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(f"bad override: {said(error)}") from error
 
 
-def parse(description: str, arguments: dict[str, dict[str, Any]], argv: Sequence[str] | None = None):
-    """(config, namespace) from `--config FILE`, overrides and the given further arguments."""
+def parse(
+    description: str,
+    arguments: dict[str, dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    first: Callable[[argparse.Namespace], None] | None = None,
+):
+    """(config, namespace) from `--config FILE`, overrides and the given further arguments.
+
+    `first` sees the namespace before the config file is run, which may ask for the devices.
+    """
     epilog = "Override any key of configs/base.py with --config.KEY=VALUE, such as --config.loss.name=cispo."
     parser = Parser(description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument(
@@ -81,4 +89,6 @@ def parse(description: str, arguments: dict[str, dict[str, Any]], argv: Sequence
     for name, options in arguments.items():
         parser.add_argument(name, **options)
     namespace, overrides = parser.parse_known_args(argv)
+    if first:
+        first(namespace)
     return load_config(namespace.config, overrides), namespace

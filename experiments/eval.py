@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 
 from dppo_jax.checkpoint import abstract_state, restore_params
-from dppo_jax.errors import UserError, run_main
+from dppo_jax.errors import UserError
+from dppo_jax.hosts import is_writer
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.sharding import named
-from experiments import build, checks, cli
+from experiments import build, checks, cli, peers
 from experiments.compilations import keep_compiled
 
 
@@ -41,11 +42,14 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
 
 def main() -> None:
     checkpoint = dict(required=True, type=Path, metavar="DIR", help="a run, its checkpoints/STEP, or a model directory")
-    config, arguments = cli.parse(__doc__.split("\n")[0], {"--checkpoint": checkpoint})
+    flags = {"--checkpoint": checkpoint, **peers.FLAGS}
+    config, arguments = cli.parse(__doc__.split("\n")[0], flags, first=peers.join)
     results = evaluate(config, arguments.checkpoint)
+    if not is_writer():
+        return
     width = max(map(len, results))
     print("\n".join(f"{name:{width}}  {value:.4g}" for name, value in results.items()))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    peers.run_main(main)

@@ -30,15 +30,20 @@ class Report:
         step: int,
         scalars: Mapping[str, float],
         histograms: Mapping[str, Any],
-        examples: Sequence[Example],
-        replies: Sequence[str],
+        answers: Mapping[int, tuple[Example, str]],
         rewards: np.ndarray,
     ) -> None:
-        """Takes a step's results; the one before must have been flushed."""
+        """Takes a step's results; the one before must have been flushed.
+
+        answers: example and reply of rows of the batch; rewards f32[B] of all its rows.
+        """
         assert self._kept is None
-        stride = max(1, len(replies) // max(1, self._cadence.transcripts))  # from as many prompts as it can
-        shown = list(zip(examples, replies, rewards, strict=True))[::stride][: self._cadence.transcripts]
-        transcripts = [Transcript(_text(e.prompt), reply, float(reward), e.answer) for e, reply, reward in shown]
+        stride = max(1, len(answers) // max(1, self._cadence.transcripts))  # from as many prompts as it can
+        shown = sorted(answers)[::stride][: self._cadence.transcripts]
+        transcripts = [
+            Transcript(_text(example.prompt), reply, float(rewards[row]), example.answer)
+            for row, (example, reply) in ((row, answers[row]) for row in shown)
+        ]
         self._kept = (step, scalars, histograms, transcripts)
 
     def flush(self) -> None:
@@ -53,7 +58,7 @@ class Report:
             scalars = {**scalars, **agreement(self._cadence.regions, histograms["region_agreement"])}
         if "token_counts" in histograms and _due(step, self._cadence.tokens):
             self._log.text(step, "masked_tokens", masked_tokens(histograms["token_counts"], self._decode))
-        if _due(step, self._cadence.samples):
+        if _due(step, self._cadence.samples) and self._log.is_writer:
             self._log.text(step, "samples", transcript_table(transcripts))
             make_folder(self._folder)
             lines = [json.dumps(transcript._asdict(), ensure_ascii=False) for transcript in transcripts]

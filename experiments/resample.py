@@ -19,13 +19,13 @@ AWAY = 1_000_003
 
 
 class Drawn(NamedTuple):
-    """A rollout batch and its rewards. Host arrays and lists have B rows, prompts N."""
+    """A rollout batch and its rewards. Host arrays have B rows, prompts and their lengths N."""
 
     prompts: PromptBatch
+    prompt_lengths: np.ndarray
     rollout: RolloutBatch
-    examples: list[Example]
-    replies: list[str]
-    mask: np.ndarray
+    answers: dict[int, tuple[Example, str]]  # example and reply of the rows that this host scored
+    lengths: np.ndarray  # of the responses
     truncated: np.ndarray
     rewards: np.ndarray  # the verifier's
     shaped: np.ndarray  # what advantages are made of
@@ -67,18 +67,15 @@ def _merged(kept: Drawn, more: Drawn, groups: np.ndarray, group_size: int, mesh:
     def host(a, b):
         return np.concatenate([a, b])[index]
 
-    def listed(a, b):
-        both = [*a, *b]
-        return [both[i] for i in index]
-
-    prompts = jax.tree.map(lambda a, b: np.concatenate([a, b])[groups], kept.prompts, more.prompts)
+    both = kept.answers | {row + len(kept.rewards): answer for row, answer in more.answers.items()}
+    prompts = _take(mesh)(kept.prompts, more.prompts, groups)
     rollout = _take(mesh)(kept.rollout, more.rollout, index)
     return Drawn(
         prompts=prompts.replace(group=kept.prompts.group),
+        prompt_lengths=np.concatenate([kept.prompt_lengths, more.prompt_lengths])[groups],
         rollout=rollout.replace(group=kept.rollout.group),
-        examples=listed(kept.examples, more.examples),
-        replies=listed(kept.replies, more.replies),
-        mask=host(kept.mask, more.mask),
+        answers={row: both[i] for row, i in enumerate(index.tolist()) if i in both},
+        lengths=host(kept.lengths, more.lengths),
         truncated=host(kept.truncated, more.truncated),
         rewards=host(kept.rewards, more.rewards),
         shaped=host(kept.shaped, more.shaped),

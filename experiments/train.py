@@ -6,7 +6,7 @@ One step: the behavior policy answers every prompt G times; the host scores the 
 within each group; the policy takes one optimizer step per minibatch, each token weighed and masked by the loss.
 With train.staleness = 1 the next batch is drawn before the updates, while the host scores this one.
 A run is a function of (config, seed, data): started again in the same workdir, it goes on from its last checkpoint
-as if it had never stopped.
+as if it had never stopped. On several hosts (docs/pods.md) each prepares and scores the rows that its devices hold.
 """
 
 import contextlib
@@ -23,20 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dppo_jax import hosts, packing
 from dppo_jax import metrics as metrics_lib
-from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints, abstract_state
+from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import decode_replies
-from dppo_jax.errors import UserError, run_main
+from dppo_jax.errors import UserError
 from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.rewards.scorer import Pending
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import from_first_host, rows, to_host
+from dppo_jax.sharding import rows, to_host
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, make_recompute, state_shardings
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
-from experiments import build, checks, cli
+from experiments import build, checks, cli, peers
 from experiments.compilations import Compilations, keep_compiled
 from experiments.critic import Critic
 from experiments.report import Report
@@ -66,6 +68,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
         stream, scorer = build.stream_and_scorer(config, config.data, text.tokenizer, config.rollout.prompts, stack)
         evaluation = build.Evaluation(config, model, mesh, text, stack)
 
+        # The prompts and the responses of this host.
+        asked = hosts.share(rows(mesh), config.rollout.prompts)
+        mine = asked.grouped(config.rollout.group_size)
+
         # What runs on the devices, each compiled once.
         layout = build.layout(config, mesh, stream.mean_prompt_length)
         generate = build.on_mesh(build.rollout(config, model, text, mesh), mesh)
@@ -84,9 +90,26 @@ def train(config: ConfigDict, workdir: Path) -> None:
         copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings.params)
         past: deque[Params] = deque(maxlen=config.rollout.lag + 1)  # after each of the last updates, oldest first
 
+        def ask(step: int) -> tuple[PromptBatch, list[Example]]:
+            """The prompts of a step, and the example of every response that this host scores."""
+            prompts, examples = stream.batch(step, asked.held)
+            own = [example for example in asked.of_owned(examples) for _ in range(config.rollout.group_size)]
+            return hosts.place(prompts, rows(mesh), asked), own
+
         def draw(step: int) -> RolloutBatch:
             params = past[0] if past else state.params
-            return generate(params, stream.batch(step)[0], step_key(config.seed, step, build.ROLLOUT))
+            return generate(params, ask(step)[0], step_key(config.seed, step, build.ROLLOUT))
+
+        def read(rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+            """Tokens and mask of this host's responses; lengths i[B] and truncated bool[B] of all of them."""
+            fields = rollout.tokens, rollout.response_mask, rollout.truncated
+            tokens, mask, truncated = hosts.owned(fields, mine)
+            return tokens, mask, *hosts.gather((mask.sum(axis=1, dtype=np.int32), truncated), mine)
+
+        def agreed(pending: Pending) -> tuple[np.ndarray, dict[str, int]]:
+            """Rewards f32[B] of all responses and the verifier's counts, once every host has scored its own."""
+            rewards, verifier = pending.result()
+            return hosts.gather(rewards, mine), hosts.total(verifier)
 
         # A fresh state, or the last checkpoint's.
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
@@ -94,11 +117,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
         ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
             start, state = 0, init_state(build.initial(config, load_params(directory)[1]), optimizer, shardings)
-            changes = write_config(workdir, config.to_dict(), resuming=False)
+            changes = write_config(workdir, config.to_dict(), resuming=False, is_writer=hosts.is_writer())
             if critic:
                 critic.begin(load_params(directory)[1])
         else:
-            changes = write_config(workdir, config.to_dict(), resuming=True)
+            changes = write_config(workdir, config.to_dict(), resuming=True, is_writer=hosts.is_writer())
             changes.insert(0, f"going on from the checkpoint at step {start}")
             fresh = jax.eval_shape(lambda p: init_state(p, optimizer), build.abstract(config, model))
             wanted = abstract_state(fresh, shardings)
@@ -126,7 +149,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
         outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
         if start >= config.steps and not outstanding:
-            print(f"nothing to do: {workdir} has {start} of {config.steps} steps\n{summary_table(workdir)}")
+            if hosts.is_writer():
+                print(f"nothing to do: {workdir} has {start} of {config.steps} steps\n{summary_table(workdir)}")
             return
         log = stack.enter_context(
             RunLog(
@@ -134,7 +158,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 hparams=config.to_dict(),
                 resume_step=start,
                 total_steps=config.steps,
-                is_writer=jax.process_index() == 0,
+                is_writer=hosts.is_writer(),
             )
         )
         for sentence in changes:
@@ -154,58 +178,58 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 log.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
             return found.seconds
 
-        def plan_of(prompts: PromptBatch) -> Callable[..., packing.Plan]:
-            """(row numbers, response_lengths=of all rows) -> their plan."""
-            lengths: np.ndarray = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
+        def plan_of(prompt_lengths: np.ndarray) -> Callable[..., packing.Plan]:
+            """(row numbers, response_lengths=of all rows) -> their plan; prompt_lengths i[N]."""
+            lengths: np.ndarray = np.repeat(prompt_lengths, config.rollout.group_size)
             return functools.partial(packing.plan, prompt_lengths=lengths, shape=layout, packed=config.train.pack)
 
-        def recomputed(batch: TrainBatch, place, mask: np.ndarray, behavior: Params) -> TrainBatch:
+        def recomputed(batch: TrainBatch, place, lengths: np.ndarray, behavior: Params) -> TrainBatch:
             """With the log-probabilities of the other policies that the loss asks for."""
             for policy, fill_in in recompute.items():
                 params = behavior if policy == "proximal" else reference
-                batch = fill_in(params, batch, place(np.arange(len(mask)), response_lengths=mask.sum(axis=1)))
+                batch = fill_in(params, batch, place(np.arange(len(lengths)), response_lengths=lengths))
             return batch
 
         def draw_again(step: int, attempt: int) -> Drawn:
             """One more batch for a step, of other prompts, with its rewards."""
             elsewhere = step + attempt * AWAY
-            prompts, examples = stream.batch(elsewhere)
+            prompts, examples = ask(elsewhere)
             rollout = draw(elsewhere)
-            tokens, mask, truncated = to_host((rollout.tokens, rollout.response_mask, rollout.truncated))
+            tokens, mask, lengths, truncated = read(rollout)
             replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
-            examples = [example for example in examples for _ in range(config.rollout.group_size)]
-            rewards = from_first_host(scorer.submit(replies, examples).result()[0])
-            shaped = rewards + build.shaping(config, mask.sum(axis=1))
-            return Drawn(prompts, rollout, examples, replies, mask, truncated, rewards, shaped)
+            rewards, _ = agreed(scorer.submit(replies, examples))
+            shaped = rewards + build.shaping(config, lengths)
+            answers = dict(zip(mine.owned.tolist(), zip(examples, replies, strict=True), strict=True))
+            return Drawn(prompts, stream.lengths(elsewhere), rollout, answers, lengths, truncated, rewards, shaped)
 
         for step in range(start, config.steps):
             evaluated = evaluation.at(step, state.params)
 
             # Rollout. Meanwhile the host writes the last step's log.
             began = time.perf_counter()
-            prompts, examples = stream.batch(step)
+            prompts, examples = ask(step)
             rollout, ahead = draw(step) if ahead is None else ahead, None
             behavior = past[0] if past else copy(state.params) if oracle else state.params
             report.flush()
-            tokens, mask, truncated = to_host((rollout.tokens, rollout.response_mask, rollout.truncated))
+            tokens, mask, lengths, truncated = read(rollout)
             rolled = time.perf_counter()
 
-            # Rewards, on the host. Meanwhile the devices draw the next batch, or recompute the proximal policy.
+            # Rewards, each host its own. Meanwhile the devices draw the next batch, or recompute the proximal policy.
             if config.train.staleness and step + 1 < config.steps:
                 ahead = draw(step + 1)
             replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
-            examples = [example for example in examples for _ in range(config.rollout.group_size)]
             pending = scorer.submit(replies, examples)
             batch = assembled(prompts, rollout)
-            place = plan_of(prompts)
+            prompt_lengths = stream.lengths(step)
+            place = plan_of(prompt_lengths)
             if not config.rollout.resample:
-                batch = recomputed(batch, place, mask, behavior)
-            rewards, verifier = pending.result()
-            rewards = from_first_host(rewards)
-            shaped = rewards + build.shaping(config, mask.sum(axis=1))
+                batch = recomputed(batch, place, lengths, behavior)
+            rewards, verifier = agreed(pending)
+            shaped = rewards + build.shaping(config, lengths)
+            answers = dict(zip(mine.owned.tolist(), zip(examples, replies, strict=True), strict=True))
             redrawn = 0
             if config.rollout.resample:
-                first = Drawn(prompts, rollout, examples, replies, mask, truncated, rewards, shaped)
+                first = Drawn(prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped)
                 drawn, redrawn = resample(
                     first,
                     functools.partial(draw_again, step),
@@ -213,22 +237,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     most=config.rollout.resample,
                     group_size=config.rollout.group_size,
                 )
-                prompts, rollout, examples, replies, mask, truncated, rewards, shaped = drawn
-                place = plan_of(prompts)
-                batch = recomputed(assembled(prompts, rollout), place, mask, behavior)
+                prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped = drawn
+                place = plan_of(prompt_lengths)
+                batch = recomputed(assembled(prompts, rollout), place, lengths, behavior)
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.
-            lengths = mask.sum(axis=1)
+            given, used = jnp.asarray(hosts.place(shaped[mine.held], rows(mesh), mine)), lengths
             if advantages:
-                batch = batch.replace(advantages=advantages(jnp.asarray(shaped), rollout.group))
+                batch = batch.replace(advantages=advantages(given, rollout.group))
             elif critic:
-                everything = place(np.arange(len(tokens)), response_lengths=lengths)
-                batch = batch.replace(advantages=critic.advantages(batch, everything, shaped))
+                everything = place(np.arange(len(lengths)), response_lengths=lengths)
+                batch = batch.replace(advantages=critic.advantages(batch, everything, given))
             if config.advantage.drop_equal:
                 unequal = metrics_lib.unequal_groups(shaped, config.rollout.group_size)
-                batch, lengths = batch.replace(mask=batch.mask & unequal[:, None]), np.where(unequal, lengths, 0)
-            plans = [place(index, response_lengths=lengths) for index in build.minibatches(config, step)]
+                batch, used = batch.replace(mask=batch.mask & unequal[:, None]), np.where(unequal, lengths, 0)
+            plans = [place(index, response_lengths=used) for index in build.minibatches(config, step)]
             measured = []
             for plan in plans:
                 state, metrics = update(state, batch, plan, *([behavior] if oracle else []))
@@ -247,7 +271,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 **{f"reward/{name}": float(count) for name, count in verifier.items()},
                 **evaluated,
                 "rollout/resampled": float(redrawn),
-                "response/length_mean": float(mask.sum(axis=1).mean()),
+                "response/length_mean": float(lengths.mean()),
                 "response/truncated": float(truncated.mean()),
                 "train/occupancy": packing.occupancy(*plans),
                 "learning_rate": float(learning_rate(int(state.updates) - 1)),
@@ -255,16 +279,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 "time/reward": rewarded - rolled,
                 "time/train": trained - rewarded,
                 "time/compile": report_compilations(step),
-                "throughput/tokens_per_s": float((1 + redrawn) * mask.sum()) / (trained - began),
+                "throughput/tokens_per_s": float((1 + redrawn) * lengths.sum()) / (trained - began),
             }
             if not math.isfinite(scalars["grad_norm"]):
                 latest = checkpoints.latest()
                 kept = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
                 raise UserError(f"step {step}: the gradient norm is {scalars['grad_norm']}, so training stops; {kept}")
-            report.keep(step, scalars, total.histograms, examples, replies, rewards)
+            report.keep(step, scalars, total.histograms, answers, rewards)
 
             done = step + 1
-            if done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            due = done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0)
+            stopping = peers.asked_to_stop(done)
+            if due or stopping:
                 report.flush()
                 checkpoints.save(
                     done,
@@ -272,14 +298,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
                         ahead=ahead, past=list(past) if past else None, critic=critic.saved() if critic else None
                     ),
                 )
+            if stopping and done < config.steps:
+                raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
 
         if evaluated := evaluation.at(config.steps, state.params):
             log.scalars(config.steps, evaluated)
         if config.checkpoint.export:
             params = {key: value for key, value in to_host(state.params).items() if key != LOG_SIGMA}
-            if jax.process_index() == 0:
+            if hosts.is_writer():
                 save_hf(workdir / "policy", model, params, text.tokenizer)
-    print(summary_table(workdir))
+    if hosts.is_writer():
+        print(summary_table(workdir))
 
 
 def main() -> None:
@@ -288,7 +317,9 @@ def main() -> None:
         {
             "--workdir": dict(type=Path, metavar="DIR", help="logs and checkpoints; resumes what is there"),
             "--trace": dict(action="store_true", help="check the config and trace its shapes, without weights or data"),
+            **peers.FLAGS,
         },
+        first=peers.join,
     )
     if arguments.trace:
         print(trace(config))
@@ -299,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    peers.run_main(main)

@@ -89,6 +89,17 @@ def test_every_epoch_is_another_permutation(tokenizer):
     assert first != second
 
 
+def test_a_host_asks_for_its_own_rows(tokenizer):
+    prompts, rows = stream(tokenizer, sums(10)), [1, 3]
+    whole, examples = prompts.batch(2)
+    part, own = prompts.batch(2, rows)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[rows], y), whole, part)
+    assert own == [examples[row] for row in rows]
+    assert prompts.lengths(2).tolist() == whole.mask.sum(axis=1).tolist()
+    shares = [list(prompts.eval_batches(4, half)) for half in ([0, 2], [1, 3])]
+    assert [[len(examples) for _, examples in batches] for batches in shares] == [[2, 2, 1], [2, 2, 1]]
+
+
 def test_evaluation_in_fixed_order(tokenizer):
     prompts = stream(tokenizer, sums(10))
     batches = list(prompts.eval_batches(4))

@@ -170,29 +170,47 @@ class PromptStream:
         """Of all examples, in tokens."""
         return sum(map(len, self._ids)) / len(self._ids)
 
-    def batch(self, step: int) -> tuple[PromptBatch, list[Example]]:
-        """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order."""
+    def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> tuple[PromptBatch, list[Example]]:
+        """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order.
+
+        rows: only these of the N, which is what a host that holds no others needs.
+        """
+        return self._pad(self._of_step(step), rows)
+
+    def lengths(self, step: int) -> np.ndarray:
+        """Of the N prompts of a step, in tokens, i[N]."""
+        return np.array([len(self._ids[index]) for index in self._of_step(step)])
+
+    def eval_batches(
+        self, num_prompts: int, rows: Sequence[int] | np.ndarray | None = None
+    ) -> Iterator[tuple[PromptBatch, list[Example]]]:
+        """Every example once, in file order. All batches have num_prompts rows; the last is filled up with rows of
+        its first example, for which the list of examples has no entry. `rows` as in `batch`, increasing."""
+        rows = range(num_prompts) if rows is None else rows
+        for start in range(0, len(self.examples), num_prompts):
+            index = list(range(start, min(start + num_prompts, len(self.examples))))
+            batch, examples = self._pad(index + [start] * (num_prompts - len(index)), rows)
+            yield batch, examples[: sum(row < len(index) for row in rows)]
+
+    def _of_step(self, step: int) -> list[int]:
+        """The examples of a step's prompts."""
         positions = range(step * self.num_prompts, (step + 1) * self.num_prompts)
         n = len(self.examples)
-        return self._pad([int(self._permutation(position // n)[position % n]) for position in positions])
-
-    def eval_batches(self, num_prompts: int) -> Iterator[tuple[PromptBatch, list[Example]]]:
-        """Every example once, in file order. All batches have num_prompts rows; the last is filled up with rows of
-        its first example, for which the list of examples has no entry."""
-        for start in range(0, len(self.examples), num_prompts):
-            rows = list(range(start, min(start + num_prompts, len(self.examples))))
-            batch, examples = self._pad(rows + [rows[0]] * (num_prompts - len(rows)))
-            yield batch, examples[: len(rows)]
+        return [int(self._permutation(position // n)[position % n]) for position in positions]
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
 
-    def _pad(self, rows: list[int]) -> tuple[PromptBatch, list[Example]]:
+    def _pad(
+        self, index: list[int], rows: Sequence[int] | np.ndarray | None = None
+    ) -> tuple[PromptBatch, list[Example]]:
+        """The batch of these examples, or those of its rows that are asked for."""
+        rows = range(len(index)) if rows is None else rows
         tokens: np.ndarray = np.full((len(rows), self.max_prompt_len), self._pad_id, np.int32)
         mask: np.ndarray = np.zeros(tokens.shape, bool)
-        for row, index in enumerate(rows):
-            ids = self._ids[index]
-            tokens[row, -len(ids) :] = ids
-            mask[row, -len(ids) :] = True
-        batch = PromptBatch(tokens=tokens, mask=mask, group=np.arange(len(rows), dtype=np.int32))
-        return batch, [self.examples[index] for index in rows]
+        for at, row in enumerate(rows):
+            ids = self._ids[index[row]]
+            tokens[at, -len(ids) :] = ids
+            mask[at, -len(ids) :] = True
+        batch = PromptBatch(tokens=tokens, mask=mask, group=np.asarray(rows, np.int32))
+        return batch, [self.examples[index[row]] for row in rows]

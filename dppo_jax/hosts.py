@@ -1,0 +1,117 @@
+"""Rows of a batch over several processes: which of them a process prepares and scores, and how it tells the others.
+
+A process holds the rows that its devices hold. Where several hold a row (a mesh whose batch axes do not cut between
+hosts), the first of them owns it: each row is decoded and scored once. With one process nothing is copied or sent.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+T = TypeVar("T")
+
+
+class Share(NamedTuple):
+    """Rows of an array [size, ...], as one process sees them; numbers i[...], increasing."""
+
+    size: int
+    held: np.ndarray  # on devices of this process
+    owned: np.ndarray  # of those, the ones that no earlier process holds
+
+    def grouped(self, members: int) -> "Share":
+        """The same of an array whose rows are groups of `members`, each in place of one row here."""
+
+        def rows(index: np.ndarray) -> np.ndarray:
+            return (index[:, None] * members + np.arange(members)).reshape(-1)
+
+        return Share(self.size * members, rows(self.held), rows(self.owned))
+
+    def of_owned(self, items: Sequence[T]) -> list[T]:
+        """Those of the owned rows, from one for each row held; a shorter list is of the first rows."""
+        owned = set(self.owned.tolist())
+        return [item for row, item in zip(self.held.tolist(), items, strict=False) if row in owned]
+
+
+@functools.lru_cache
+def share(sharding: Sharding, count: int) -> Share:
+    """This process's share of the rows of an array [count, ...] that is laid out so."""
+    holders = first_holders(sharding, count)
+    me = jax.process_index()
+    held: np.ndarray = np.zeros(count, bool)
+    for rows, *_ in sharding.addressable_devices_indices_map((count,)).values():
+        held[rows] = True
+    return Share(count, np.flatnonzero(held), np.flatnonzero(holders == me))
+
+
+def first_holders(sharding: Sharding, count: int) -> np.ndarray:
+    """The owner of every row: the first process that holds it, i[count]."""
+    owners: np.ndarray = np.full(count, np.iinfo(np.int32).max)
+    for device, (rows, *_) in sharding.devices_indices_map((count,)).items():
+        owners[rows] = np.minimum(owners[rows], device.process_index)
+    return owners
+
+
+def place(tree: Any, sharding: Sharding, mine: Share) -> Any:
+    """Global arrays from what each process has: NumPy arrays of the rows it holds, in order."""
+    if jax.process_count() == 1:
+        return tree
+
+    def one(x: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(mine.size)
+            at = np.searchsorted(mine.held, first)
+            return x[at : at + end - first]
+
+        return jax.make_array_from_callback((mine.size, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(one, tree)
+
+
+def owned(tree: Any, mine: Share) -> Any:
+    """The rows that this process owns of arrays laid out by rows, in NumPy; nothing is sent."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def one(x: jax.Array) -> np.ndarray:
+        pieces = {}
+        for shard in x.addressable_shards:
+            first, _, _ = shard.index[0].indices(len(x))
+            if first in mine.owned:
+                pieces[first] = shard.data
+        found = [np.asarray(pieces[first]) for first in sorted(pieces)]
+        return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def gather(tree: Any, mine: Share) -> Any:
+    """Small NumPy arrays [size, ...] on every process, which must all call this, from those of the rows each owns."""
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(x: np.ndarray) -> np.ndarray:
+        spread: np.ndarray = np.zeros((mine.size, *x.shape[1:]), x.dtype)
+        spread[mine.owned] = x
+        return spread
+
+    found = multihost_utils.process_allgather(jax.tree.map(whole, tree))
+    return jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), found)  # every row has one owner: the others add 0
+
+
+def total(counts: dict[str, int]) -> dict[str, int]:
+    """The sum over the processes, which must all call this with the same names."""
+    if jax.process_count() == 1:
+        return counts
+    names = sorted(counts)
+    found = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def is_writer() -> bool:
+    """Whether this process writes what a run leaves once: logs, config.json, samples, the exported policy."""
+    return jax.process_index() == 0

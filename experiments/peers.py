@@ -1,0 +1,303 @@
+"""One run in several processes: they join before any device is touched, and none outlives the others.
+
+Process 0 holds jax's coordination service, which counts the heartbeats of all. Whoever finds that another is gone says
+so in one sentence and ends with status 3; the last checkpoint stays, and the same commands go on from it.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import distributed  # its client has the heartbeats, which jax.distributed does not show
+from jax.experimental import multihost_utils
+
+from dppo_jax.data.examples import first_line
+from dppo_jax.errors import UserError
+from dppo_jax.errors import run_main as run_alone
+
+LOST = 3  # exit status where another process is gone
+FAILED = "dppo_jax/failed"  # the coordination service's keys
+COUNT = "dppo_jax/processes"
+LEAVING_S = 5.0  # how long process 0 stays for the others to read why it ends
+FINISHING_S = 600.0  # how long a finished process waits for the others
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--distributed": dict(
+        action="store_true",
+        help="one of several processes of a run; on Cloud TPU, GKE and Slurm the rest is detected",
+    ),
+    "--coordinator": dict(metavar="HOST:PORT", help="of process 0 (JAX_COORDINATOR_ADDRESS)"),
+    "--num_processes": dict(metavar="N", help="how many processes there are (JAX_NUM_PROCESSES)"),
+    "--process_id": dict(metavar="I", help="which of them this is, from 0 (JAX_PROCESS_ID)"),
+    "--join_timeout": dict(type=int, default=300, metavar="S", help="seconds to wait for the others at first (300)"),
+    "--peer_timeout": dict(type=int, default=60, metavar="S", help="seconds without a heartbeat: a peer is lost (60)"),
+}
+# Of each, the variables of the environment; those without JAX_ are other launchers'.
+VARIABLES = {
+    "coordinator": ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS"),
+    "num_processes": ("JAX_NUM_PROCESSES", "NUM_PROCESSES"),
+    "process_id": ("JAX_PROCESS_ID", "PROCESS_ID"),
+}
+
+
+class Settings(NamedTuple):
+    """Where the processes meet. None: to be detected."""
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings | None:
+    """From the flags and, where one is not given, the environment. None without any flag: a process on its own.
+
+    UserError for settings that are incomplete without --distributed, contradict each other, or make no sense.
+    """
+    flags = {name: getattr(arguments, name) for name in VARIABLES}
+    if not arguments.distributed and all(flag is None for flag in flags.values()):
+        return None
+    for name in ("join_timeout", "peer_timeout"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1 second, not {getattr(arguments, name)}")
+    found: dict[str, str | None] = {}
+    for name, variables in VARIABLES.items():
+        variable = next((variable for variable in variables if environment.get(variable)), None)
+        there = None if variable is None else environment[variable]
+        if flags[name] is not None and there is not None and variable == variables[0] and flags[name] != there:
+            raise UserError(f"--{name} is {flags[name]}, but {variable} is {there}; leave one of them out")
+        found[name] = there if flags[name] is None else flags[name]
+    missing = [f"--{name}" for name, value in found.items() if value is None]
+    if missing and not arguments.distributed:
+        raise UserError(f"{' and '.join(missing)} must be given too, or --distributed, to have the rest detected")
+    address = found["coordinator"]
+    if address is not None and not re.fullmatch(r".+:[0-9]+", address):
+        raise UserError(f"--coordinator must be HOST:PORT, not {address!r}")
+    count, number = (_whole(name, found[name]) for name in ("num_processes", "process_id"))
+    if count is not None and count < 1:
+        raise UserError(f"--num_processes must be at least 1, not {count}")
+    if number is not None and (number < 0 or (count is not None and number >= count)):
+        raise UserError(f"--process_id must be from 0 to --num_processes - 1, not {number} of {count or 'unknown'}")
+    return Settings(address, count, number)
+
+
+def _whole(name: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise UserError(f"--{name} must be a whole number, not {text!r}") from None
+
+
+_group: "Group | None" = None
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Joins the processes that the flags name, if they name any. UserError where they do not come together."""
+    global _group
+    found = settings(arguments, os.environ)
+    if found is None:
+        return
+    known = None not in found
+    where = f"process {found.process_id} of {found.num_processes}, at {found.coordinator}" if known else "all processes"
+    print(f"joining: {where}", file=sys.stderr, flush=True)
+    # A process that is gone is for us to report: jax's client would abort the others with a stack trace.
+    jax.config.update("jax_enable_recoverability", True)
+    with _Quiet() as quiet:
+        _on_abort(lambda: quiet.end(2, f"error: {where}: not all of them came within {arguments.join_timeout} s"))
+        try:
+            jax.distributed.initialize(
+                *found,
+                cluster_detection_method="deactivate" if known else None,
+                initialization_timeout=arguments.join_timeout,
+                heartbeat_timeout_seconds=arguments.peer_timeout,
+            )
+        except Exception as error:
+            hint = "" if known else "; give --coordinator, --num_processes and --process_id"
+            raise UserError(f"{where} could not be joined: {first_line(error)}{hint}") from error
+    state = distributed.global_state
+    _group = Group(state.client, state.process_id, state.num_processes, state.coordinator_address, arguments)
+
+
+class Group:
+    """The other processes of a run, watched by two threads from here on."""
+
+    def __init__(self, client: Any, process: int, count: int, coordinator: str, arguments: argparse.Namespace):
+        self._client, self.process, self.count, self._coordinator = client, process, count, coordinator
+        self._timeout_s = arguments.peer_timeout
+        self._ending = False  # whether this process is: then the others may go
+        if process == 0:
+            client.key_value_set(COUNT, str(count))
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+        else:
+            _on_abort(self._aborted)
+            first = client.blocking_key_value_get(COUNT, 1000 * arguments.join_timeout)
+            if first != str(count):
+                raise UserError(f"--num_processes is {count} here and {first} in process 0")
+        for watch in (self._listen, self._watch):
+            threading.Thread(target=watch, daemon=True).start()
+
+    def _listen(self) -> None:
+        """Until another process says why it fails."""
+        while not self._ending:
+            try:
+                sentence = self._client.blocking_key_value_get(FAILED, 60_000)
+            except Exception:  # nobody has, or process 0 is gone, which `_watch` finds
+                time.sleep(1.0)
+                continue
+            time.sleep(1.0)  # what failed there may fail here too, and is better said by itself
+            self._end(sentence)
+
+    def _watch(self) -> None:
+        """Until another process has no heartbeat any more, or is a new one."""
+        everyone = list(range(self.count))
+        first: dict[int, int] = {}
+        answered = time.monotonic()
+        while not self._ending:
+            time.sleep(1.0)
+            try:
+                alive = self._client.get_live_nodes(everyone)
+            except Exception as error:
+                if time.monotonic() - answered > self._timeout_s:
+                    self._end(f"process 0 ({self._coordinator}) does not answer ({first_line(error)})")
+                continue
+            answered, first = time.monotonic(), first or alive
+            lost = [number for number in everyone if number not in alive or alive[number] != first.get(number)]
+            if lost:
+                self._end(f"{_named(lost)} lost: no heartbeat for {self._timeout_s} s")
+
+    def _aborted(self) -> None:
+        """jax's client aborts as soon as its connection to process 0 breaks; it printed what it knows before this."""
+        host, _, port = self._coordinator.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
+        except OSError:
+            self._end(f"process 0 ({self._coordinator}) was lost")
+        os._exit(128 + signal.SIGABRT)
+
+    def _end(self, reason: str) -> None:
+        """Ends this process because of another, unless it is about to end by itself."""
+        if self._ending:
+            return
+        self._ending = True
+        again = "started again, all of them go on from the last checkpoint"
+        sys.stdout.flush()
+        os.write(2, f"\nerror: {reason}; so process {self.process} ends too; {again}\n".encode())
+        os._exit(LOST)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends this process because of its own error, and tells the others why."""
+        by_runtime = isinstance(error, Exception) and re.match(r"[A-Z_]+: ", first_line(error))
+        if by_runtime and not isinstance(error, UserError):
+            time.sleep(self._timeout_s + 10.0)  # most likely another process is gone: `_watch` will know
+        self._ending = True
+        if isinstance(error, UserError):
+            status, said = 2, f"error: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            status, said = 130, "interrupted"
+        else:
+            status, said = 1, "".join(traceback.format_exception(error)).rstrip()
+        print(said, file=sys.stderr)
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+        with contextlib.suppress(Exception):  # another was first, or process 0 is gone
+            self._client.key_value_set(FAILED, f"process {self.process} stopped: {reason}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.process == 0:
+            self._meet("failed", LEAVING_S)
+        os._exit(status)
+
+    def finish(self) -> None:
+        """Ends this process when all have finished: process 0 the last, since it holds the service.
+
+        At once, since the watching threads may be inside calls of the client that a shutdown would take away.
+        """
+        self._meet("finished", FINISHING_S)
+        self._ending = True
+        if self.process:
+            self._client.key_value_set(f"dppo_jax/gone/{self.process}", "")
+        else:
+            with contextlib.suppress(Exception):
+                for number in range(1, self.count):
+                    self._client.blocking_key_value_get(f"dppo_jax/gone/{number}", int(1000 * LEAVING_S))
+            time.sleep(0.5)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def _meet(self, name: str, seconds: float) -> None:
+        with contextlib.suppress(Exception):
+            self._client.wait_at_barrier(f"dppo_jax/{name}", int(1000 * seconds))
+
+
+def _named(numbers: list[int]) -> str:
+    one = len(numbers) == 1
+    return f"process {numbers[0]} was" if one else f"processes {', '.join(map(str, numbers))} were"
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether this is the step after which all processes stop, since one was sent SIGTERM: a machine is taken away.
+
+    All of them must ask, after every step. A process on its own is ended by the signal itself.
+    """
+    return _group is not None and multihost_utils.reached_preemption_sync_point(step)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """`errors.run_main` for entry points that may `join` others."""
+
+    def whole() -> None:
+        try:
+            main()
+        except BaseException as error:
+            if _group is not None:
+                _group.fail(error)
+            raise
+        if _group is not None:
+            _group.finish()
+
+    run_alone(whole)
+
+
+# --- aborts from C++ ---
+
+_handlers: list[Any] = []  # ctypes forgets what nobody holds
+
+
+def _on_abort(handle: Callable[[], None]) -> None:
+    """Calls this when the process aborts. Python's own handlers would wait for the main thread, which may be stuck."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _handlers.append(kind(lambda _: handle()))
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
+    library.signal(signal.SIGABRT, _handlers[-1])
+
+
+class _Quiet:
+    """Keeps what libraries write to stderr meanwhile, and drops it when all goes well."""
+
+    def __enter__(self) -> "_Quiet":
+        sys.stderr.flush()
+        self._stderr, self._kept = os.dup(2), tempfile.TemporaryFile()
+        os.dup2(self._kept.fileno(), 2)
+        return self
+
+    def end(self, status: int, sentence: str) -> None:
+        """Ends the process with this sentence alone."""
+        os.write(self._stderr, f"{sentence}\n".encode())
+        os._exit(status)
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        self._kept.close()
