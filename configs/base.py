@@ -48,6 +48,11 @@ def get_config() -> ConfigDict:
     c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
     c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
 
+    c.lora = ConfigDict()  # adapters beside the policy's matrices, trained in their place (2106.09685)
+    c.lora.rank = 0  # of an adapter; 0: none, all parameters are trained (32 in the paper's LoRA runs)
+    c.lora.alpha = 64.0  # A B is multiplied by alpha / rank (the paper's; its learning rate is then 1e-5)
+    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices that have one; of every expert too
+
     c.data = data_section()
 
     c.rollout = ConfigDict()
@@ -164,7 +169,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
     c.checkpoint.keep = 2  # newest ones kept
-    c.checkpoint.export = False  # at the end, write the policy to WORKDIR/policy as a Hugging Face directory
+    c.checkpoint.export = False  # at the end: WORKDIR/policy, a Hugging Face model, and of LoRA WORKDIR/adapter (PEFT)
 
     c.log = ConfigDict()
     c.log.histograms = 10  # steps between histograms; 0: never

@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "expert": None,
     "norm": None,
+    "rank": None,
 }
 
 

@@ -117,6 +117,20 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (2106.09685): x W + (alpha / rank) (x A) B for x W, in every layer."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # names of a layer's weights
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
 
@@ -139,6 +153,7 @@ class ModelConfig:
     num_experts: int = 0  # 0: no mixture
     experts_per_token: int = 0
     norm_topk: bool = False  # the chosen experts' weights sum to 1
+    lora: Lora | None = None  # adapters among the parameters
 
 
 def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:

@@ -25,6 +25,7 @@ Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Rounding = Callable[[Array], Array]
 
+ADAPTER = ("_lora_a", "_lora_b")  # after a weight's name: those of its adapter
 LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
 
 # What the backward pass keeps: everything, the matrix products, or each layer's input alone.
@@ -83,6 +84,27 @@ def _linear_backward(kept: tuple[Array, Array], g: Array):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def adapt(layer: nnx.Module, name: str, rank: int, rngs: nnx.Rngs) -> None:
+    """Gives a layer's weight W [..., I, O] an adapter: A [..., I, rank], uniform within 1 / sqrt(I) as in PEFT, and
+    B [..., rank, O] of zeros."""
+    weight = getattr(layer, name)
+    *several, inner, outer = weight.shape
+    *stacked, inner_axis, outer_axis = weight.get_metadata()["axes"]
+    bound = inner**-0.5
+    a = jax.random.uniform(rngs.params(), (*several, inner, rank), minval=-bound, maxval=bound)
+    setattr(layer, name + ADAPTER[0], nnx.Param(a, axes=(*stacked, inner_axis, "rank")))
+    b = jnp.zeros((*several, rank, outer))
+    setattr(layer, name + ADAPTER[1], nnx.Param(b, axes=(*stacked, "rank", outer_axis)))
+
+
+def add_adapter(
+    w: Float[Array, "*n I O"], a: Float[Array, "*n I r"], b: Float[Array, "*n r O"], scale: float
+) -> Float[Array, "*n I O"]:
+    """W + scale A B, in float32, as W's dtype."""
+    delta = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
+
+
 class Layer(nnx.Module):
     """Pre-norm attention and gated MLP, or a mixture of those: each weight's shape, axes and initialisation."""
 
@@ -110,6 +132,9 @@ class Layer(nnx.Module):
         self.gate = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
         self.up = _normal(rngs, (*several, d, c.intermediate_size), *expert, "embed", "mlp")
         self.down = _normal(rngs, (*several, c.intermediate_size, d), *expert, "mlp", "embed")
+        if c.lora:
+            for name in c.lora.targets:
+                adapt(self, name, c.lora.rank, rngs)
 
     def __call__(
         self,
@@ -144,8 +169,20 @@ class Layer(nnx.Module):
         return constrain(x + h, "batch", "length", "residual"), cache, experts
 
     def _product(self, name: str, x: Array) -> Array:
-        """x times the weight of that name."""
-        return linear(x, getattr(self, name)[...])
+        """x times the weight of that name, and its adapter."""
+        y = linear(x, getattr(self, name)[...])
+        if (lora := self.config.lora) is None or name not in lora.targets:
+            return y
+        a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
+        return y + lora.scale * linear(linear(x, a), b)
+
+    def _whole(self, name: str) -> Array:
+        """The weight of that name with its adapter added: of experts, whose products are grouped."""
+        w = getattr(self, name)[...]
+        if (lora := self.config.lora) is None or name not in lora.targets:
+            return w
+        a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
+        return add_adapter(w, a, b, lora.scale)
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
         h = narrow(jax.nn.silu(self._product("gate", h)) * self._product("up", h))
@@ -155,7 +192,8 @@ class Layer(nnx.Module):
         c, tokens = self.config, h.reshape(-1, h.shape[-1])
         given = None if experts is None else experts.reshape(-1, c.experts_per_token).astype(jnp.int32)
         weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
-        mixed = mixture(tokens, weights, chosen, self.gate[...], self.up[...], self.down[...], narrow)
+        gate, up, down = (self._whole(name) for name in ("gate", "up", "down"))
+        mixed = mixture(tokens, weights, chosen, gate, up, down, narrow)
         return mixed.reshape(h.shape), chosen.reshape(*h.shape[:-1], c.experts_per_token)
 
 
