@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dppo_jax import lora, packing, precision
+from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
@@ -24,7 +24,7 @@ from dppo_jax.evaluate import Generate, evaluate
 from dppo_jax.losses import bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import Choice, choose
-from dppo_jax.models.config import Lora
+from dppo_jax.models.config import Lora, Quantization
 from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Layout
@@ -233,9 +233,21 @@ def merged(config: ConfigDict) -> Callable[[Params], Params] | None:
     return functools.partial(lora.merged, scale=c.alpha / c.rank) if c.rank else None
 
 
+def behavior_model(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model as the rollout computes it: quantised, if the config says so."""
+    name, activations = config.rollout.quantize, config.rollout.quantize_activations
+    if activations and model.num_experts:
+        raise UserError(
+            "rollout.quantize_activations: the products of experts take dequantised weights; set it to False"
+        )
+    return dataclasses.replace(model, quantization=Quantization(name, activations)) if name else model
+
+
 def behavior_weights(config: ConfigDict) -> Callable[[Params], Params] | None:
-    """What the rollout makes of the parameters: merged, then rounded."""
-    steps = [step for step in (merged(config), precision.weights(config.rollout.weights)) if step]
+    """What the rollout makes of the parameters: merged, then rounded or quantised."""
+    name = config.rollout.quantize
+    quantized = functools.partial(quantize.quantized, name=name) if name else None
+    steps = [step for step in (merged(config), precision.weights(config.rollout.weights), quantized) if step]
     return (lambda params: functools.reduce(lambda p, step: step(p), steps, params)) if steps else None
 
 
@@ -282,7 +294,7 @@ def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
     """The rollout's own arithmetic, teacher-forced."""
     c = config.rollout
     return make_oracle(
-        model,
+        behavior_model(config, model),
         dtype=DTYPES[c.dtype],
         attention=attention(config, model, mesh, dtype=c.dtype, length=shape.length).name,
         weights=behavior_weights(config),
@@ -303,7 +315,7 @@ def rollout(
     if c.rollout.router_replay and not model.num_experts:
         raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
     return make_rollout(
-        model,
+        behavior_model(config, model),
         group_size=c.rollout.group_size,
         temperature=c.rollout.temperature,
         tracked=tracked,

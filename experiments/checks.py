@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dppo_jax import precision
+from dppo_jax import precision, quantize
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.lora import TARGETS
 from dppo_jax.losses import ESTIMATORS
@@ -109,6 +109,12 @@ def check(config: ConfigDict) -> None:
     lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
     precision.weights(c.rollout.weights)
     precision.activations(c.rollout.activations)
+    lookup({"": None, **quantize.FORMATS}, c.rollout.quantize, "rollout.quantize")
+    for key in ("rollout.weights", "rollout.activations"):
+        if c.rollout.quantize and value(config, key):
+            raise UserError(f"rollout.quantize = {c.rollout.quantize} and {key} both narrow the rollout: unset one")
+    if c.rollout.quantize_activations and not c.rollout.quantize:
+        raise UserError("rollout.quantize_activations needs a format: set rollout.quantize to int8 or float8")
     needed = build.needed_fields(config)
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(

@@ -131,6 +131,14 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """The layers' matrices held in a narrower format (dppo_jax.quantize), for inference."""
+
+    format: str  # int8 | float8
+    activations: bool  # what they are multiplied by is quantised too
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
 
@@ -154,6 +162,7 @@ class ModelConfig:
     experts_per_token: int = 0
     norm_topk: bool = False  # the chosen experts' weights sum to 1
     lora: Lora | None = None  # adapters among the parameters
+    quantization: Quantization | None = None  # scales among the parameters
 
 
 def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:

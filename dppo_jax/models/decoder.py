@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int32, Integer, Key, Shaped, UInt32
 
+from dppo_jax import quantize
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.moe import mixture, route
@@ -135,6 +136,12 @@ class Layer(nnx.Module):
         if c.lora:
             for name in c.lora.targets:
                 adapt(self, name, c.lora.rank, rngs)
+        if c.quantization:
+            for name in quantize.MATRICES:
+                w = getattr(self, name)
+                axes = (*w.get_metadata()["axes"][:-2], "norm", w.get_metadata()["axes"][-1])
+                scales = jnp.ones((*w.shape[:-2], 1, w.shape[-1]))
+                setattr(self, name + quantize.SCALE, nnx.Param(scales, axes=axes))
 
     def __call__(
         self,
@@ -170,15 +177,20 @@ class Layer(nnx.Module):
 
     def _product(self, name: str, x: Array) -> Array:
         """x times the weight of that name, and its adapter."""
+        if how := self.config.quantization:
+            w, scales = getattr(self, name)[...], getattr(self, name + quantize.SCALE)[...]
+            return quantize.product(x, w, scales, how.format, activations=how.activations)
         y = linear(x, getattr(self, name)[...])
         if (lora := self.config.lora) is None or name not in lora.targets:
             return y
         a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
         return y + lora.scale * linear(linear(x, a), b)
 
-    def _whole(self, name: str) -> Array:
-        """The weight of that name with its adapter added: of experts, whose products are grouped."""
+    def _whole(self, name: str, dtype: Any) -> Array:
+        """The weight of that name with its adapter added, or dequantised: of experts, whose products are grouped."""
         w = getattr(self, name)[...]
+        if self.config.quantization:
+            return quantize.dequantized(w, getattr(self, name + quantize.SCALE)[...], dtype)
         if (lora := self.config.lora) is None or name not in lora.targets:
             return w
         a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
@@ -192,7 +204,7 @@ class Layer(nnx.Module):
         c, tokens = self.config, h.reshape(-1, h.shape[-1])
         given = None if experts is None else experts.reshape(-1, c.experts_per_token).astype(jnp.int32)
         weights, chosen = route(tokens, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
-        gate, up, down = (self._whole(name) for name in ("gate", "up", "down"))
+        gate, up, down = (self._whole(name, tokens.dtype) for name in ("gate", "up", "down"))
         mixed = mixture(tokens, weights, chosen, gate, up, down, narrow)
         return mixed.reshape(h.shape), chosen.reshape(*h.shape[:-1], c.experts_per_token)
 
@@ -265,7 +277,7 @@ def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: An
     """The module that holds these parameters, cast to `dtype` if one is given; call it inside jit, once."""
     params = {key: value for key, value in params.items() if key != LOG_SIGMA}
     if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = in_dtype(params, dtype)
     return nnx.merge(_abstract(config, stacked)[0], params)
 
 
@@ -294,9 +306,17 @@ def param_axes(config: ModelConfig) -> Params:
     return axes
 
 
+def in_dtype(params: Params, dtype: Any) -> Params:
+    """Parameters in a dtype; what is quantised stays so, with its scales."""
+    layers = params["layers"]
+    kept = {name for name in layers if name.endswith(quantize.SCALE) or name + quantize.SCALE in layers}
+    cast = jax.tree.map(lambda p: p.astype(dtype), {name: p for name, p in params.items() if name != "layers"})
+    return cast | {"layers": {name: p if name in kept else p.astype(dtype) for name, p in layers.items()}}
+
+
 def unstack(params: Params, dtype: Any) -> Params:
     """The same parameters layer by layer, in the rollout's dtype."""
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+    cast = in_dtype(params, dtype)
     count = jax.tree.leaves(cast["layers"])[0].shape[0]
     return {**cast, "layers": {i: jax.tree.map(lambda p, i=i: p[i], cast["layers"]) for i in range(count)}}
 
