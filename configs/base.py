@@ -48,6 +48,11 @@ def get_config() -> ConfigDict:
     c.policy.head_pieces = 0  # the vocabulary passes through the head in so many; 0: as the memory asks. Memory only
     c.policy.attention = "auto"  # auto: by platform | xla | cudnn | splash
 
+    c.lora = ConfigDict()  # adapters beside the policy's matrices, trained in their place (2106.09685)
+    c.lora.rank = 0  # of an adapter; 0: none, all parameters are trained (32 in the paper's LoRA runs)
+    c.lora.alpha = 64.0  # A B is multiplied by alpha / rank (the paper's; its learning rate is then 1e-5)
+    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices that have one; of every expert too
+
     c.data = data_section()
 
     c.rollout = ConfigDict()
@@ -59,6 +64,8 @@ def get_config() -> ConfigDict:
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
     c.rollout.weights = ""  # mismatch: its matrices rounded to bfloat16 | float16 | float8 | int8 | int4 | m1 .. m23
     c.rollout.activations = ""  # mismatch: the inputs of its linear layers rounded, to the same formats
+    c.rollout.quantize = ""  # "" | int8 | float8 (e4m3): the layers' matrices are held so, a scale an output channel
+    c.rollout.quantize_activations = False  # their inputs too, a scale a token: products of narrow numbers
     c.rollout.lag = 0  # mismatch: updates by which the behavior parameters are older than the policy's
     c.rollout.resample = 0  # at most so many more batches, until every group has unequal rewards (DAPO)
     c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them
@@ -164,7 +171,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
     c.checkpoint.keep = 2  # newest ones kept
-    c.checkpoint.export = False  # at the end, write the policy to WORKDIR/policy as a Hugging Face directory
+    c.checkpoint.export = False  # at the end: WORKDIR/policy, a Hugging Face model, and of LoRA WORKDIR/adapter (PEFT)
 
     c.log = ConfigDict()
     c.log.histograms = 10  # steps between histograms; 0: never

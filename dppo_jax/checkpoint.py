@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dppo_jax.errors import UserError
+from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.run_log import make_folder
 
 
@@ -20,6 +21,17 @@ def abstract_state(state: Any, shardings: Any) -> Any:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _compare(step: int, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """UserError where a checkpoint's shapes are not those of the config."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            raise UserError(
+                f"checkpoint {step} of this run does not fit the config's model: {name} is {there} there and "
+                f"{here} here"
+            )
 
 
 class Checkpoints:
@@ -49,14 +61,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape."""
-        saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(abstract)
-        for name in sorted(saved.keys() | wanted.keys()):
-            there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-            if there != here:
-                raise UserError(
-                    f"checkpoint {step} of this run does not fit the config's model: {name} is {there} there and "
-                    f"{here} here"
-                )
+        _compare(step, _shapes(self._manager.item_metadata(step)), _shapes(abstract))
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
@@ -81,7 +86,8 @@ def _place(leaf: Any) -> ocp.RestoreArgs:
 def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     """The parameters alone of the newest checkpoint of a run, or of one step's folder WORKDIR/checkpoints/STEP.
 
-    A leaf of `abstract_params` that names a sharding is laid out so; others come as NumPy arrays.
+    A leaf of `abstract_params` that names a sharding is laid out so; others come as NumPy arrays. What else a run
+    trains beside its layers (the deviation of its noise) is left out. UserError if they are of other shapes.
     """
     directory = Path(directory).absolute()
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
@@ -91,7 +97,7 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     if not folder.is_dir():
         raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
     reading = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    with ocp.CheckpointManager(folder, options=reading) as manager:
+    with ocp.CheckpointManager(folder, options=reading, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(
@@ -99,5 +105,8 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
             )
         step = max(steps) if step is None else step
         wanted = {"params": abstract_params}
+        saved = dict(manager.item_metadata(step))["params"]
+        saved = {name: value for name, value in saved.items() if name != LOG_SIGMA or name in abstract_params}
+        _compare(step, _shapes(saved), _shapes(abstract_params))
         restore = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(_place, wanted), partial_restore=True)
         return manager.restore(step, args=restore)["params"]

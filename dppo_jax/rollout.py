@@ -25,7 +25,7 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, Routed, bind, head_weight, param_axes, scores, slides, unstack
+from dppo_jax.models.decoder import Params, Routed, bind, head_weight, in_dtype, param_axes, scores, slides, unstack
 from dppo_jax.models.rotary import positions
 from dppo_jax.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -129,9 +129,9 @@ class Rollout:
         devices. Beside them, under "head_float32", the head as it was, where it is wanted in float32."""
         with using(ROLLOUT):
             axes = param_axes(self.config)
-            params = {name: value for name, value in params.items() if name in axes}
             params = params if self.weights is None else self.weights(params)
-            cast = reshard(jax.tree.map(lambda p: p.astype(self.dtype), params), axes)
+            params = {name: value for name, value in params.items() if name in axes}
+            cast = reshard(in_dtype(params, self.dtype), axes)
             if self.head_float32:
                 cast["head_float32"] = constrain(head_weight(params), "vocab", "embed")
             return cast

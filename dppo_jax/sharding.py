@@ -40,6 +40,7 @@ TRAINING: Rules = MappingProxyType(
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "norm": (),
+        "rank": (),  # of an adapter
         # of a mixture: whole experts, each cut by its residual side alone
         "expert": ("expert", "tensor"),
         "expert_embed": ("fsdp",),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing, sampling
 from dppo_jax.divergences import sampled_in_topk
+from dppo_jax.lora import joined
 from dppo_jax.losses.core import BoundLoss, policy_objective
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
@@ -38,11 +39,20 @@ from dppo_jax.types import (
 
 @struct.dataclass
 class TrainState:
-    """Float32 master weights and optimizer state; `updates` counts optimizer steps."""
+    """Float32 master weights and optimizer state; `updates` counts optimizer steps.
+
+    `params` are those that are trained. `frozen` are the others, where adapters are trained alone.
+    """
 
     params: Params
     opt_state: Any
     updates: Int32[Array, ""]
+    frozen: Params = struct.field(default_factory=dict)
+
+    @property
+    def policy(self) -> Params:
+        """All parameters."""
+        return joined(self.frozen, self.params)
 
     def saved(self, **extras: Any) -> dict[str, Any]:
         """What a checkpoint holds: this state, and whatever else the run needs to go on (None: nothing)."""
@@ -254,10 +264,11 @@ def make_update(
     """
 
     def objective(
-        params: Params, packed: PackedBatch, behavior: Behavior | None, noise_key: Array | None
+        params: Params, frozen: Params, packed: PackedBatch, behavior: Behavior | None, noise_key: Array | None
     ) -> tuple[Array, Metrics]:
         extras = {"behavior": behavior, "noise_key": noise_key}
-        head = score(params, packed, **{name: value for name, value in extras.items() if value is not None})
+        extras = {name: value for name, value in extras.items() if value is not None}
+        head = score(joined(frozen, params), packed, **extras)
         inputs = loss_inputs(packed, head)
         output = loss(inputs)
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
@@ -277,11 +288,11 @@ def make_update(
         def gradient(number):
             packed = packing.pack(batch, weights, packing.piece(plan, number))
             packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
-            behavior = None if oracle is None else oracle(behavior_params, packed)
+            behavior = None if oracle is None else oracle(joined(state.frozen, behavior_params), packed)
             noise_key = None
             if noise_seed is not None:
                 noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
-            return jax.grad(objective, has_aux=True)(state.params, packed, behavior, noise_key)
+            return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior, noise_key)
 
         grads, measured = sum_of_pieces(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -290,7 +301,9 @@ def make_update(
             "grad_norm": (optax.global_norm(grads), one),
             "loss/surrogate": (measured.sums["loss/surrogate"][0], one),
         }
-        state = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+        state = TrainState(
+            optax.apply_updates(state.params, updates), opt_state, state.updates + 1, frozen=state.frozen
+        )
         return state, dataclasses.replace(measured, sums=sums)
 
     return update
@@ -309,10 +322,12 @@ def sum_of_pieces(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan)
     return jax.lax.fori_loop(0, plan.count, accumulate, zeros)
 
 
-def state_shardings(axes: Params, optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh):
+def state_shardings(
+    axes: Params, optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh, frozen: Params | None = None
+):
     """Where a TrainState lives: optimizer moments beside their parameters, counters everywhere.
 
-    `axes` are the logical axis names of the `abstract` parameters.
+    `axes` are the logical axis names of the `abstract` parameters, `frozen` those of parameters that are not trained.
     """
     params = named(mesh, axes)
     everywhere = NamedSharding(mesh, P())
@@ -323,17 +338,25 @@ def state_shardings(axes: Params, optimizer: optax.GradientTransformation, abstr
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(params=params, opt_state=opt_state, updates=everywhere)
+    return TrainState(params=params, opt_state=opt_state, updates=everywhere, frozen=named(mesh, frozen or {}))
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+    frozen: Params | None = None,
 ) -> TrainState:
     """A fresh state around these parameters, laid out over the mesh if shardings are given."""
+    frozen = {} if frozen is None else frozen
     if shardings is None:
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
-    params = jax.device_put(params, shardings.params, may_alias=False)  # updates donate them; the caller's stay
-    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+        return TrainState(params, optimizer.init(params), jnp.int32(0), frozen)
+    # updates donate them; the caller's stay
+    params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen), may_alias=False)
+    make = jax.jit(
+        lambda p: init_state(p, optimizer), out_shardings=dataclasses.replace(shardings, frozen={}), donate_argnums=0
+    )
+    return dataclasses.replace(make(params), frozen=frozen)
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, oracle: bool = False) -> Update:

@@ -1,5 +1,6 @@
 """What a config builds. The entry points read configs; the library never does."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dppo_jax import packing, precision
+from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
@@ -23,7 +24,8 @@ from dppo_jax.evaluate import Generate, evaluate
 from dppo_jax.losses import bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import Choice, choose
-from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, param_axes
+from dppo_jax.models.config import Lora, Quantization
+from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Layout
 from dppo_jax.rewards.scorer import Scorer
@@ -32,12 +34,23 @@ from dppo_jax.rollout import Rollout
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import TRAINING, batch_shards, make_mesh, parts, rows
 from dppo_jax.token_head import piece_count
-from dppo_jax.train_step import Oracle, Score, Update, make_oracle, make_score, make_update
+from dppo_jax.train_step import (
+    Oracle,
+    Score,
+    TrainState,
+    Update,
+    init_state,
+    make_oracle,
+    make_score,
+    make_update,
+    state_shardings,
+)
 from dppo_jax.weights import WEIGHTS
 from experiments.chips import memory_of
 
 # Purposes of randomness, folded into the seed's key beside the step.
-ROLLOUT, EVALUATION = 0, 1
+ROLLOUT, EVALUATION = 0, 1  # 2 is the noise of the update
+ADAPTERS = 3
 
 class Text(NamedTuple):
     """A model directory's tokenizer, the tokens that end a response, and the one that pads."""
@@ -161,8 +174,28 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(adamw, optax.stateless(own_rate))
 
 
-def initial(config: ConfigDict, params: Params) -> Params:
-    """What a run begins with: the policy's parameters, and log sigma of the perturbation where there is one."""
+def adapted(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model with the config's adapters; itself where there are none."""
+    c = config.lora
+    return dataclasses.replace(model, lora=Lora(c.rank, c.alpha, tuple(c.targets))) if c.rank else model
+
+
+def trained(config: ConfigDict, params: Params) -> Params:
+    """What a run trains of all its parameters, axes or shapes."""
+    return lora.split(params)[0] if config.lora.rank else params
+
+
+def frozen(config: ConfigDict, params: Params) -> Params:
+    """What it leaves alone."""
+    return lora.split(params)[1] if config.lora.rank else {}
+
+
+def initial(config: ConfigDict, model: ModelConfig, params: Params) -> Params:
+    """What a run begins with: the policy's parameters, its adapters, and log sigma of the perturbation."""
+    if config.lora.rank:
+        # Of all that is drawn here the adapters alone are kept, so nothing else is computed.
+        key, whole = step_key(config.seed, 0, ADAPTERS), adapted(config, model)
+        params = lora.joined(params, jax.device_get(jax.jit(lambda k: lora.split(init_params(whole, k))[0])(key)))
     if not config.alp.sigma:
         return params
     layers = len(params["layers"]["attn_norm"])
@@ -171,13 +204,59 @@ def initial(config: ConfigDict, params: Params) -> Params:
 
 def axes(config: ConfigDict, model: ModelConfig) -> Params:
     """Logical axis names of what `initial` gives."""
-    return param_axes(model) | ({LOG_SIGMA: ("layers",)} if config.alp.sigma else {})
+    return param_axes(adapted(config, model)) | ({LOG_SIGMA: ("layers",)} if config.alp.sigma else {})
 
 
 def abstract(config: ConfigDict, model: ModelConfig) -> Params:
     """Shapes of what `initial` gives."""
     log_sigma = {LOG_SIGMA: jax.ShapeDtypeStruct((model.num_layers,), jnp.float32)}
-    return abstract_params(model) | (log_sigma if config.alp.sigma else {})
+    return abstract_params(adapted(config, model)) | (log_sigma if config.alp.sigma else {})
+
+
+def shardings(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> TrainState:
+    """Where a run's state lives."""
+    names, shapes = axes(config, model), abstract(config, model)
+    return state_shardings(
+        trained(config, names), optimizer(config), trained(config, shapes), mesh, frozen(config, names)
+    )
+
+
+def begin(config: ConfigDict, model: ModelConfig, params: Params, places: TrainState | None) -> TrainState:
+    """A fresh state around the parameters of a model directory."""
+    whole = initial(config, model, params)
+    return init_state(trained(config, whole), optimizer(config), places, frozen(config, whole))
+
+
+def abstract_begin(config: ConfigDict, model: ModelConfig) -> TrainState:
+    """Shapes of what `begin` gives."""
+    whole = abstract(config, model)
+    return jax.eval_shape(
+        lambda p, f: init_state(p, optimizer(config), frozen=f), trained(config, whole), frozen(config, whole)
+    )
+
+
+def merged(config: ConfigDict) -> Callable[[Params], Params] | None:
+    """Parameters with their adapters merged, in float32; None where there are none."""
+    c = config.lora
+    return functools.partial(lora.merged, scale=c.alpha / c.rank) if c.rank else None
+
+
+def behavior_model(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model as the rollout computes it: quantised, if the config says so."""
+    name, activations = config.rollout.quantize, config.rollout.quantize_activations
+    if activations and model.num_experts:
+        raise UserError(
+            "rollout.quantize_activations: the products of experts take dequantised weights; set it to False"
+        )
+    return dataclasses.replace(model, quantization=Quantization(name, activations)) if name else model
+
+
+def behavior_weights(config: ConfigDict) -> Callable[[Params], Params] | None:
+    """What the rollout makes of the parameters: merged, then rounded or quantised."""
+    name = config.rollout.quantize
+    quantized = functools.partial(quantize.quantized, name=name) if name else None
+    steps = [step for step in (merged(config), precision.weights(config.rollout.weights), quantized) if step]
+    return (lambda params: functools.reduce(lambda p, step: step(p), steps, params)) if steps else None
 
 
 def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | None = None) -> Score:
@@ -188,7 +267,7 @@ def score(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | No
         vocabulary = model.vocab_size // (1 if mesh is None else parts(mesh, *TRAINING["vocab"]))
         pieces = piece_count(shape.rows * shape.responses // shards, vocabulary, memory_bytes(mesh))
     return make_score(
-        model,
+        adapted(config, model),
         temperature=config.policy.temperature or config.rollout.temperature,
         behavior_temperature=config.rollout.temperature,
         head_float32=config.policy.head_float32,
@@ -228,10 +307,10 @@ def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
     """The rollout's own arithmetic, teacher-forced."""
     c = config.rollout
     return make_oracle(
-        model,
+        behavior_model(config, model),
         dtype=DTYPES[c.dtype],
         attention=attention(config, model, mesh, dtype=c.dtype, length=shape.length).name,
-        weights=precision.weights(c.weights),
+        weights=behavior_weights(config),
         activations=precision.activations(c.activations),
         head_float32=config.policy.head_float32,
     )
@@ -249,11 +328,11 @@ def rollout(
     if c.rollout.router_replay and not model.num_experts:
         raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
     return Rollout(
-        model,
+        behavior_model(config, model),
         group_size=c.rollout.group_size,
         temperature=c.rollout.temperature,
         tracked=tracked,
-        weights=precision.weights(c.rollout.weights),
+        weights=behavior_weights(config),
         activations=precision.activations(c.rollout.activations),
         record_experts=c.rollout.router_replay,
         **_rollout_settings(config, model, text, mesh, c.rollout.prompts * c.rollout.group_size, [c.data]),
@@ -268,6 +347,7 @@ def eval_rollout(config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh 
         group_size=c.eval.samples,
         temperature=c.eval.temperature,
         top_p=c.eval.top_p,
+        weights=merged(config),
         **_rollout_settings(config, model, text, mesh, c.eval.prompts * c.eval.samples, list(c.eval.sets.values())),
     )
 

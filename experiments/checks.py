@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dppo_jax import precision
+from dppo_jax import precision, quantize
 from dppo_jax.errors import UserError, lookup
+from dppo_jax.lora import TARGETS
 from dppo_jax.losses import ESTIMATORS
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
@@ -34,6 +35,7 @@ LEAST = {
     "rollout.resample": 0,
     "reward.overlong_buffer": 0,
     "reference.coef": 0,
+    "lora.rank": 0,
     "alp.sigma": 0,
     "alp.learning_rate": 0,
     "critic.learning_rate": 0,
@@ -97,10 +99,22 @@ def check(config: ConfigDict) -> None:
         )
     if c.train.staleness > 1:
         raise UserError(f"train.staleness = {c.train.staleness}: a rollout may be 1 step old, or 0")
+    for name in c.lora.targets:
+        lookup(dict.fromkeys(TARGETS), name, "lora.targets")
+    if c.lora.rank and not (c.lora.targets and len(set(c.lora.targets)) == len(c.lora.targets)):
+        raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one matrix, and none of them twice")
+    if c.lora.rank and not 0 < c.lora.alpha < float("inf"):
+        raise UserError(f"lora.alpha must be above 0, not {c.lora.alpha}")
     build.schedule(config)
     lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
     precision.weights(c.rollout.weights)
     precision.activations(c.rollout.activations)
+    lookup({"": None, **quantize.FORMATS}, c.rollout.quantize, "rollout.quantize")
+    for key in ("rollout.weights", "rollout.activations"):
+        if c.rollout.quantize and value(config, key):
+            raise UserError(f"rollout.quantize = {c.rollout.quantize} and {key} both narrow the rollout: unset one")
+    if c.rollout.quantize_activations and not c.rollout.quantize:
+        raise UserError("rollout.quantize_activations needs a format: set rollout.quantize to int8 or float8")
     needed = build.needed_fields(config)
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(

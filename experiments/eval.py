@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from dppo_jax import lora
 from dppo_jax.checkpoint import abstract_state, restore_params
 from dppo_jax.errors import UserError
 from dppo_jax.hosts import is_writer
@@ -35,6 +36,11 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
         shardings = named(mesh, param_axes(model))
         if is_hf:
             params = jax.device_put(load_params(directory)[1], shardings)
+        elif config.lora.rank:
+            whole = build.adapted(config, model)
+            places, shapes = (lora.split(x)[0] for x in (named(mesh, param_axes(whole)), abstract_params(whole)))
+            adapters = restore_params(checkpoint, abstract_state(shapes, places))
+            params = lora.joined(jax.device_put(load_params(directory)[1], shardings), adapters)
         else:
             params = restore_params(checkpoint, abstract_state(abstract_params(model), shardings))
         return build.Evaluation(config, model, mesh, text, stack).run(0, params)

@@ -17,7 +17,7 @@ from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.packing import Layout
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import rows
-from dppo_jax.train_step import assemble, init_state, state_shardings
+from dppo_jax.train_step import assemble, init_state
 from dppo_jax.types import TrainBatch
 from experiments import build, checks
 from experiments.compilations import keep_compiled
@@ -50,9 +50,7 @@ class Probe:
         )
         self.layout = build.layout(config, self.mesh, self.stream.mean_prompt_length)
         self.optimizer = build.optimizer(config)
-        self.shardings = state_shardings(
-            build.axes(config, self.model), self.optimizer, build.abstract(config, self.model), self.mesh
-        )
+        self.shardings = build.shardings(config, self.model, self.mesh)
         self._generate = build.on_mesh(
             build.rollout(config, self.model, self.text, self.mesh, tracked=tracked), self.mesh
         )
@@ -60,7 +58,9 @@ class Probe:
         if advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
         self._advantages = advantages
-        self._initial = build.initial(config, load_params(directory)[1])
+        if config.lora.rank:
+            raise UserError("lora.rank: a probe looks at whole policies; set lora.rank=0")
+        self._initial = build.initial(config, self.model, load_params(directory)[1])
 
     def __enter__(self) -> "Probe":
         return self

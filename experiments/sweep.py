@@ -68,6 +68,7 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
         "rollout.resample": config.rollout.resample,
         "train.staleness": config.train.staleness,
         "alp.sigma": config.alp.sigma,
+        "lora.rank": config.lora.rank,
         "eval.every": config.eval.every,
         "log.regions": config.log.regions,
         "log.tokens": config.log.tokens,

@@ -14,7 +14,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
-from dppo_jax.train_step import assemble, init_state, make_recompute
+from dppo_jax.train_step import assemble, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments import build, checks
 
@@ -36,7 +36,8 @@ def trace(config: ConfigDict) -> str:
     checks.check(config)
     model = model_config(config)
     checks.check_length(config, model)
-    params = build.abstract(config, model)
+    state = build.abstract_begin(config, model)
+    params = state.policy
     n, length = config.rollout.prompts, config.data.max_prompt_len
     prompts = PromptBatch(
         tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),
@@ -55,9 +56,8 @@ def trace(config: ConfigDict) -> str:
     for policy in ("proximal", "reference"):
         if f"{policy}_logp" in needed:
             batch = jax.eval_shape(make_recompute(build.score(config, model, layout), policy), params, batch, plan)
-    state = jax.eval_shape(lambda p: init_state(p, build.optimizer(config)), params)
     after, metrics = jax.eval_shape(
-        build.update(config, model, layout), state, batch, plan, *([params] if "exact" in needed else [])
+        build.update(config, model, layout), state, batch, plan, *([state.params] if "exact" in needed else [])
     )
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))

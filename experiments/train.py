@@ -29,14 +29,16 @@ from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError
+from dppo_jax.lora import joined
 from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.models.peft import save_adapters
 from dppo_jax.rewards.scorer import Pending
 from dppo_jax.run_log import RunLog, summary_table, write_config
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import rows, to_host
-from dppo_jax.train_step import TrainState, assemble, init_state, jit_update, make_recompute, state_shardings
+from dppo_jax.train_step import TrainState, assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 from experiments import build, checks, cli, peers
 from experiments.compilations import Compilations, keep_compiled
@@ -58,9 +60,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         mesh = build.on_devices(config, stack)
         checks.check_mesh(config, mesh, model)
         text = build.text(directory, model)
-        optimizer = build.optimizer(config)
         learning_rate = build.schedule(config)
-        shardings = state_shardings(build.axes(config, model), optimizer, build.abstract(config, model), mesh)
+        shardings = build.shardings(config, model, mesh)
 
         compilations = stack.enter_context(Compilations())
 
@@ -77,9 +78,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         generate = build.on_mesh(build.rollout(config, model, text, mesh), mesh)
         score, needed = build.score(config, model, layout, mesh), build.needed_fields(config)
         recompute = {
-            policy: jax.jit(make_recompute(score, policy), out_shardings=rows(mesh))
-            for policy in ("proximal", "reference")
-            if f"{policy}_logp" in needed
+            name: jax.jit(make_recompute(score, name), out_shardings=rows(mesh))
+            for name in ("proximal", "reference")
+            if f"{name}_logp" in needed
         }
         oracle = "exact" in needed
         update = jit_update(build.update(config, model, layout, mesh), shardings, mesh, oracle=oracle)
@@ -90,6 +91,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
         copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings.params)
         past: deque[Params] = deque(maxlen=config.rollout.lag + 1)  # after each of the last updates, oldest first
 
+        def policy(params: Params) -> Params:
+            """What is trained, with what is not."""
+            return joined(state.frozen, params)
+
         def ask(step: int) -> tuple[PromptBatch, list[Example]]:
             """The prompts of a step, and the example of every response that this host scores."""
             prompts, examples = stream.batch(step, asked.held)
@@ -97,7 +102,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             return hosts.place(prompts, rows(mesh), asked), own
 
         def draw(step: int) -> RolloutBatch:
-            params = past[0] if past else state.params
+            params = policy(past[0] if past else state.params)
             return generate(params, ask(step)[0], step_key(config.seed, step, build.ROLLOUT))
 
         def read(rollout: RolloutBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -116,19 +121,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
         start = checkpoints.latest()
         ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
-            start, state = 0, init_state(build.initial(config, load_params(directory)[1]), optimizer, shardings)
+            start, state = 0, build.begin(config, model, load_params(directory)[1], shardings)
             changes = write_config(workdir, config.to_dict(), resuming=False, is_writer=hosts.is_writer())
             if critic:
                 critic.begin(load_params(directory)[1])
         else:
             changes = write_config(workdir, config.to_dict(), resuming=True, is_writer=hosts.is_writer())
             changes.insert(0, f"going on from the checkpoint at step {start}")
-            fresh = jax.eval_shape(lambda p: init_state(p, optimizer), build.abstract(config, model))
-            wanted = abstract_state(fresh, shardings)
+            wanted = abstract_state(build.abstract_begin(config, model), shardings)
             extras: dict[str, Any] = {}
             if checkpoints.holds(start, "ahead"):
                 key = step_key(config.seed, start, build.ROLLOUT)
-                shapes = jax.eval_shape(generate, wanted.params, stream.batch(start)[0], key)
+                shapes = jax.eval_shape(generate, wanted.policy, stream.batch(start)[0], key)
                 extras["ahead"] = abstract_state(shapes, jax.tree.map(lambda _: rows(mesh), shapes))
             if config.rollout.lag:
                 done = start * config.train.epochs * config.train.minibatches
@@ -136,16 +140,20 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if critic:
                 extras["critic"] = critic.abstract
             found = checkpoints.restore(start, wanted.saved(**extras))
-            state = TrainState(found["params"], found["opt_state"], found["updates"])
+            frozen = {}
+            if config.lora.rank:
+                frozen = jax.device_put(load_params(directory)[1], shardings.frozen, may_alias=False)
+            state = TrainState(found["params"], found["opt_state"], found["updates"], frozen)
             ahead = found.get("ahead")
             past.extend(found.get("past", []))
             if critic:
                 critic.resume(found["critic"])
         if config.rollout.lag and not past:
             past.append(copy(state.params))
-        reference = None
+        reference: Params = {}
         if "reference" in recompute:
-            reference = jax.device_put(build.initial(config, load_params(directory)[1]), shardings.params)
+            begun = build.trained(config, build.initial(config, model, load_params(directory)[1]))
+            reference = jax.device_put(begun, shardings.params)
         # The last evaluation and the export come after the last checkpoint: a kill between them is made up for.
         outstanding = start == config.steps and (config.eval.every or config.checkpoint.export)
         if start >= config.steps and not outstanding:
@@ -185,8 +193,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
         def recomputed(batch: TrainBatch, place, lengths: np.ndarray, behavior: Params) -> TrainBatch:
             """With the log-probabilities of the other policies that the loss asks for."""
-            for policy, fill_in in recompute.items():
-                params = behavior if policy == "proximal" else reference
+            for name, fill_in in recompute.items():
+                params = policy(behavior if name == "proximal" else reference)
                 batch = fill_in(params, batch, place(np.arange(len(lengths)), response_lengths=lengths))
             return batch
 
@@ -203,7 +211,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             return Drawn(prompts, stream.lengths(elsewhere), rollout, answers, lengths, truncated, rewards, shaped)
 
         for step in range(start, config.steps):
-            evaluated = evaluation.at(step, state.params)
+            evaluated = evaluation.at(step, state.policy)
 
             # Rollout. Meanwhile the host writes the last step's log.
             began = time.perf_counter()
@@ -301,12 +309,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if stopping and done < config.steps:
                 raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
 
-        if evaluated := evaluation.at(config.steps, state.params):
+        if evaluated := evaluation.at(config.steps, state.policy):
             log.scalars(config.steps, evaluated)
         if config.checkpoint.export:
-            params = {key: value for key, value in to_host(state.params).items() if key != LOG_SIGMA}
+            merge = build.merged(config)
+            whole = state.policy if merge is None else jax.jit(merge)(state.policy)
+            params = {key: value for key, value in to_host(whole).items() if key != LOG_SIGMA}
+            adapters = to_host(state.params) if config.lora.rank else None
             if hosts.is_writer():
                 save_hf(workdir / "policy", model, params, text.tokenizer)
+                if adapters:
+                    save_adapters(workdir / "adapter", build.adapted(config, model), adapters, str(directory))
     if hosts.is_writer():
         print(summary_table(workdir))
 

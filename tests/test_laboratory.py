@@ -64,7 +64,7 @@ def test_a_method_takes_a_step_on_the_embedded_default(name, drawn):
     absent += [] if "topk" in needed else ["topk_ids", "topk_behavior_logp", "topk_proximal_logp"]
     batch = batch.replace(**dict.fromkeys(absent))
     optimizer = build.optimizer(c)
-    state = init_state(build.initial(c, params), optimizer)
+    state = init_state(build.initial(c, probe.model, params), optimizer)
     update = jax.jit(build.update(c, probe.model, probe.layout))
     after, metrics = update(state, batch, plan, *([params] if "exact" in needed else []))
     found = summary(metrics)

@@ -141,6 +141,28 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (2106.09685): x W + (alpha / rank) (x A) B for x W, in every layer."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # names of a layer's weights
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The layers' matrices held in a narrower format (dppo_jax.quantize), for inference."""
+
+    format: str  # int8 | float8
+    activations: bool  # what they are multiplied by is quantised too
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder; hashable, so that it can be a static argument of a jitted function."""
 
@@ -167,6 +189,9 @@ class ModelConfig:
     attn_softcap: float | None = None
     window: int | None = None  # how many tokens a sliding layer's query sees, its own among them
     sliding: tuple[bool, ...] = ()  # of each layer, where there is a window
+
+    lora: Lora | None = None  # adapters among the parameters
+    quantization: Quantization | None = None  # scales among the parameters
 
     @property
     def gemma(self) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 
+from dppo_jax import quantize
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.embedding import embed
@@ -26,6 +27,7 @@ Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 Rounding = Callable[[Array], Array]
 
+ADAPTER = ("_lora_a", "_lora_b")  # after a weight's name: those of its adapter
 LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
 
 
@@ -81,30 +83,51 @@ def linear(x: Float[Array, "B T I"], w: Float[Array, "I O"], axes: tuple[str, st
     Its backward pass says x^T g for the weight's gradient, where JAX says (g^T x)^T: XLA's CPU backend copies what it
     transposes, and x is already at hand in the layout that it wants (1.2 x a layer's training).
     """
-    return x @ constrain(w, *_whole(axes))
+    return x @ constrain(w, *_uncut(axes))
 
 
-def _whole(axes: tuple[str, ...]) -> tuple[str | None, ...]:
+def _uncut(axes: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(None if axis == "embed" else axis for axis in axes)
 
 
 def _linear_forward(x: Array, w: Array, axes: tuple[str, str]):
-    return x @ constrain(w, *_whole(axes)), (x, w)
+    return x @ constrain(w, *_uncut(axes)), (x, w)
 
 
 def _linear_backward(axes: tuple[str, str], kept: tuple[Array, Array], g: Array):
     x, w = kept
-    d_x = jnp.einsum("bto,io->bti", g, constrain(w, *_whole(axes)))
+    d_x = jnp.einsum("bto,io->bti", g, constrain(w, *_uncut(axes)))
     # The sum over the batch is cut by its leading side: by the other, XLA would sum the whole on every device. Asked
     # for the cut gradient at once, it would make it slice by slice, in narrow products.
     turned = axes[1] == "embed" and is_cut("embed")
     left, right, axes = (g, x, axes[::-1]) if turned else (x, g, axes)
     d_w = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())))
-    d_w = constrain(constrain(d_w, *_whole(axes)), *axes)
+    d_w = constrain(constrain(d_w, *_uncut(axes)), *axes)
     return d_x, d_w.T if turned else d_w
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def adapt(layer: nnx.Module, name: str, rank: int, rngs: nnx.Rngs) -> None:
+    """Gives a layer's weight W [..., I, O] an adapter: A [..., I, rank], uniform within 1 / sqrt(I) as in PEFT, and
+    B [..., rank, O] of zeros."""
+    weight = getattr(layer, name)
+    *several, inner, outer = weight.shape
+    *stacked, inner_axis, outer_axis = weight.get_metadata()["axes"]
+    bound = inner**-0.5
+    a = jax.random.uniform(rngs.params(), (*several, inner, rank), minval=-bound, maxval=bound)
+    setattr(layer, name + ADAPTER[0], nnx.Param(a, axes=(*stacked, inner_axis, "rank")))
+    b = jnp.zeros((*several, rank, outer))
+    setattr(layer, name + ADAPTER[1], nnx.Param(b, axes=(*stacked, "rank", outer_axis)))
+
+
+def add_adapter(
+    w: Float[Array, "*n I O"], a: Float[Array, "*n I r"], b: Float[Array, "*n r O"], scale: float
+) -> Float[Array, "*n I O"]:
+    """W + scale A B, in float32, as W's dtype."""
+    delta = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
 
 
 class Layer(nnx.Module):
@@ -142,6 +165,15 @@ class Layer(nnx.Module):
         self.gate = _normal(rngs, (*several, d, c.intermediate_size), *into)
         self.up = _normal(rngs, (*several, d, c.intermediate_size), *into)
         self.down = _normal(rngs, (*several, c.intermediate_size, d), *out_of)
+        if c.lora:
+            for name in c.lora.targets:
+                adapt(self, name, c.lora.rank, rngs)
+        if c.quantization:
+            for name in quantize.MATRICES:
+                w = getattr(self, name)
+                axes = (*w.get_metadata()["axes"][:-2], "norm", w.get_metadata()["axes"][-1])
+                scales = jnp.ones((*w.shape[:-2], 1, w.shape[-1]))
+                setattr(self, name + quantize.SCALE, nnx.Param(scales, axes=axes))
 
     def __call__(
         self,
@@ -183,9 +215,30 @@ class Layer(nnx.Module):
         return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def _product(self, name: str, x: Array) -> Array:
-        """x times the weight of that name."""
-        weight = getattr(self, name)
-        return linear(x, weight[...], weight.get_metadata()["axes"])
+        """x times the weight of that name, and its adapter."""
+        if how := self.config.quantization:
+            w, scales = getattr(self, name)[...], getattr(self, name + quantize.SCALE)[...]
+            return quantize.product(x, w, scales, how.format, activations=how.activations)
+
+        def times(x: Array, name: str) -> Array:
+            weight = getattr(self, name)
+            return linear(x, weight[...], weight.get_metadata()["axes"])
+
+        y = times(x, name)
+        if (lora := self.config.lora) is None or name not in lora.targets:
+            return y
+        a, b = (name + suffix for suffix in ADAPTER)
+        return y + lora.scale * times(times(x, a), b)
+
+    def _whole(self, name: str, dtype: Any) -> Array:
+        """The weight of that name with its adapter added, or dequantised: of experts, whose products are grouped."""
+        w = getattr(self, name)[...]
+        if self.config.quantization:
+            return quantize.dequantized(w, getattr(self, name + quantize.SCALE)[...], dtype)
+        if (lora := self.config.lora) is None or name not in lora.targets:
+            return w
+        a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
+        return add_adapter(w, a, b, lora.scale)
 
     def _mlp(self, h: Array, narrow: Rounding) -> Array:
         activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # by tanh
@@ -197,8 +250,8 @@ class Layer(nnx.Module):
         c = self.config
         given = None if experts is None else experts.astype(jnp.int32)
         weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
-        mixed = mixture(h, weights, chosen, (self.gate[...], self.up[...], self.down[...]), narrow)
-        return mixed, Routed(chosen, entropy)
+        own = tuple(self._whole(name, h.dtype) for name in ("gate", "up", "down"))
+        return mixture(h, weights, chosen, own, narrow), Routed(chosen, entropy)
 
 
 class Decoder(nnx.Module):
@@ -274,7 +327,7 @@ def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: An
     """The module that holds these parameters, cast to `dtype` if one is given; call it inside jit, once."""
     params = {key: value for key, value in params.items() if key != LOG_SIGMA}
     if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = in_dtype(params, dtype)
     return nnx.merge(_abstract(config, stacked)[0], params)
 
 
@@ -301,6 +354,14 @@ def param_axes(config: ModelConfig) -> Params:
         else:
             axes[path[0]] = tuple(names)
     return axes
+
+
+def in_dtype(params: Params, dtype: Any) -> Params:
+    """Parameters in a dtype; what is quantised stays so, with its scales."""
+    layers = params["layers"]
+    kept = {name for name in layers if name.endswith(quantize.SCALE) or name + quantize.SCALE in layers}
+    cast = jax.tree.map(lambda p: p.astype(dtype), {name: p for name, p in params.items() if name != "layers"})
+    return cast | {"layers": {name: p if name in kept else p.astype(dtype) for name, p in layers.items()}}
 
 
 def unstack(params: Params) -> Params:

@@ -17,7 +17,7 @@ from dppo_jax import packing
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.sharding import ROLLOUT, make_mesh, named, rows, spec
-from dppo_jax.train_step import assemble, init_state, jit_update, make_recompute, state_shardings
+from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments import build
 
@@ -74,23 +74,20 @@ def local_bytes(tree) -> int:
 
 def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     """One optimizer minibatch."""
-    c, everywhere = config, NamedSharding(mesh, P())
-    optimizer, abstract = build.optimizer(c), build.abstract(c, model)
-    shardings = state_shardings(build.axes(c, model), optimizer, abstract, mesh)
-    layout = build.layout(c, mesh)
-    prompts = _prompts(c)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = jax.eval_shape(
-        assemble, prompts, jax.eval_shape(build.rollout(c, model, _text(), mesh), abstract, prompts, key)
-    )
+    c, everywhere, prompts = config, NamedSharding(mesh, P()), _prompts(config)
+    shardings = build.shardings(c, model, mesh)
+    state = placed(build.abstract_begin(c, model), shardings)
+    layout, key = build.layout(c, mesh), jax.eval_shape(lambda: jax.random.key(0))
+    drawn = jax.eval_shape(build.rollout(c, model, _text(), mesh), state.policy, prompts, key)
+    batch = jax.eval_shape(assemble, prompts, drawn)
     index = next(build.minibatches(c, 0))
     prompt, response = (np.full(len(batch.tokens), n) for n in (c.data.max_prompt_len, c.rollout.max_new_tokens))
     plan = packing.plan(index, prompt, response, layout)
     needed = build.needed_fields(c)
     for policy in ("proximal", "reference"):
         if f"{policy}_logp" in needed:
-            batch = jax.eval_shape(make_recompute(build.score(c, model, layout, mesh), policy), abstract, batch, plan)
-    state = placed(jax.eval_shape(lambda p: init_state(p, optimizer), abstract), shardings)
+            recompute = make_recompute(build.score(c, model, layout, mesh), policy)
+            batch = jax.eval_shape(recompute, state.policy, batch, plan)
     oracle = "exact" in needed
     update = jit_update(build.update(c, model, layout, mesh), shardings, mesh, oracle=oracle)
     arguments = [
@@ -114,9 +111,8 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     c, policy = config, build.rollout(config, model, _text(), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = placed(_prompts(c), jax.tree.map(lambda _: rows(mesh), _prompts(c)))
-    published = jax.eval_shape(policy.publish, build.abstract(c, model))
-    axes = build.published_axes(model, published)
-    published = placed(published, named(mesh, axes, ROLLOUT))
+    published = jax.eval_shape(policy.publish, build.abstract_begin(c, model).policy)
+    published = placed(published, named(mesh, build.published_axes(policy.config, published), ROLLOUT))
     waiting, state, experts = jax.eval_shape(policy.prefill, published, prompts, key)
     where = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), (waiting, state, experts))
     out = where
