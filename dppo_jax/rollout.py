@@ -111,7 +111,8 @@ class Rollout:
     def __call__(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
         with using(ROLLOUT):
             published = self.publish(params)
-            waiting, state, prompt_experts = self.prefill(published, prompts, key)
+            waiting, prompt_experts = self.prefill(published, prompts, key)
+            state = self.idle(waiting, prompt_experts)
             layers = self._layers(published)
             state = jax.lax.while_loop(
                 lambda state: jnp.any(state.row < len(waiting.limit)) | jnp.any(state.handed < waiting.count),
@@ -138,8 +139,8 @@ class Rollout:
 
     def prefill(
         self, published: Params, prompts: PromptBatch, key: Key[Array, ""]
-    ) -> tuple[_Waiting, _Slots, Integer[Array, "N P L k"] | None]:
-        """Every prompt through the model once: what waits, empty slots, and the prompts' experts."""
+    ) -> tuple[_Waiting, Integer[Array, "N P L k"] | None]:
+        """Every prompt through the model once: what waits, and the prompts' experts."""
         with using(ROLLOUT):
             return self._prefill(published, prompts, key)
 
@@ -176,8 +177,9 @@ class Rollout:
     def _is_end(self, token: Array) -> Array:
         return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
-    def _recorded(self, routed: Routed) -> Array:
+    def _recorded(self, routed: Routed | None) -> Array:
         """[L, b, t, k] -> [b, t, L, k], as small as the number of experts allows."""
+        assert routed is not None
         kind = jnp.uint8 if self.config.num_experts <= 256 else jnp.int32
         return jnp.moveaxis(routed.experts, 0, 2).astype(kind)
 
@@ -203,8 +205,7 @@ class Rollout:
         return one(self._local(table), row, self._local(column), self._local(value)).reshape(table.shape)
 
     def _prefill(self, published: Params, prompts: PromptBatch, key: Key[Array, ""]):
-        prompt_count, prompt_length = prompts.tokens.shape
-        group, limit_all = self.group_size, self.max_new_tokens
+        prompt_count, group, limit_all = len(prompts.tokens), self.group_size, self.max_new_tokens
         batch = prompt_count * group
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
         keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(group)))(sampling.row_keys(key, prompts.group))
@@ -243,16 +244,16 @@ class Rollout:
             count=jnp.sum(waits, axis=1, dtype=jnp.int32),
             uniforms=uniforms,
         )
-        prompt_experts = self._recorded(routed) if self.record_experts else None
-        return waiting, self._empty(waiting, prompt_length, prompt_experts), prompt_experts
+        return waiting, self._recorded(routed) if self.record_experts else None
 
     def _responses(self, prompt_length: int) -> int:
         """Columns of the cache after the prompt's: no last token is attended to. A TPU copies what has odd sides."""
         columns = prompt_length + self.max_new_tokens - 1
         return (columns if self.unrolled else -(-columns // 128) * 128) - prompt_length
 
-    def _empty(self, waiting: _Waiting, prompt_length: int, prompt_experts: Array | None) -> _Slots:
+    def idle(self, waiting: _Waiting, prompt_experts: Array | None) -> _Slots:
         """Idle slots, and a batch that holds each row's first token."""
+        prompt_length = waiting.prompt_mask.shape[1]
         batch, c, first = len(waiting.limit), self.config, waiting.first
         slots = batch if self.slots is None else min(self.slots, batch)
 

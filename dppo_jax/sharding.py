@@ -8,9 +8,9 @@ import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -23,7 +23,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 Rules = Mapping[str, tuple[str, ...]]
 
-# Weights lie over fsdp (and expert) by their residual side, over tensor by the other; the residual stream between
+# Weights lie over fsdp by their residual side, over tensor by the other; the residual stream between
 # layers lies over tensor by its length. A layer gathers each as it needs it.
 TRAINING: Rules = MappingProxyType(
     {
@@ -35,20 +35,21 @@ TRAINING: Rules = MappingProxyType(
         # weights
         "layers": (),
         "vocab": ("tensor",),
-        "embed": ("fsdp", "expert"),
+        "embed": ("fsdp",),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "norm": (),
         "rank": (),  # of an adapter
-        # of a mixture: whole experts, each cut by its residual side alone
-        "expert": ("expert", "tensor"),
-        "expert_embed": ("fsdp",),
+        # of a mixture: whole experts, gathered over fsdp by the devices that run them
+        "expert": ("expert", "tensor", "fsdp"),
+        "holder": ("expert", "tensor"),
+        "expert_embed": (),
         "expert_mlp": (),
     }
 )
 # Few tokens a step, and every weight read in each: nothing is gathered over fsdp but once, before the first step.
-ROLLOUT: Rules = MappingProxyType({**TRAINING, "stream": (), "embed": (), "expert_embed": ()})
+ROLLOUT: Rules = MappingProxyType({**TRAINING, "embed": (), "expert": TRAINING["holder"]})
 
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=TRAINING)
 
@@ -128,15 +129,28 @@ def is_cut(name: str) -> bool:
     return not mesh.empty and parts(mesh, *mesh_axes(name)) > 1
 
 
-def whole(w: Array, mesh_axes: tuple[str, ...], axis: int) -> Array:
-    """Inside shard_map: w with `axis` gathered over these mesh axes. Its gradient is summed and cut again.
+def summed_product(left: Array, right: Array, across: str | None, *, dtype: Any = None) -> Array:
+    """The gradient of a weight [embed, across]: left^T right over their rows, [B, T, embed] and [B, T, across].
 
-    It is gathered along a leading axis: of the others, XLA sums the whole on every device.
+    Each device adds up its own rows, and keeps its part of the sum over all: asked for the sum and its layout, XLA may
+    make it slice by slice, in narrow products, or leave the whole of it on every device.
     """
-    if not mesh_axes:
-        return w
-    parts = jnp.moveaxis(jax.lax.all_gather(w, mesh_axes), 0, axis)
-    return parts.reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
+    batch, embed = mesh_axes("batch"), mesh_axes("embed")
+    others = tuple(axis for axis in batch if axis not in embed)
+
+    def local(left: Array, right: Array) -> Array:
+        own = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
+        own = own.reshape(jax.lax.axis_size(embed), -1, own.shape[1])  # of other than leading axes, XLA sums the whole
+        own = jax.lax.psum_scatter(own, embed)
+        return jax.lax.psum(own, others) if others else own
+
+    share = jax.shard_map(
+        local,
+        in_specs=(spec("batch", None, None), spec("batch", None, across)),
+        out_specs=spec("embed", across),
+        check_vma=False,
+    )
+    return share(left, right)
 
 
 def named(mesh: Mesh, axes_tree, rules: Rules = TRAINING):

@@ -23,7 +23,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
-from dppo_jax.sharding import constrain, is_cut
+from dppo_jax.sharding import constrain, is_cut, summed_product
 from dppo_jax.types import ExactDivergence, HeadOutput
 
 LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0
@@ -231,11 +231,10 @@ def _head_backward(static, residuals, cotangents):
         d_z = d_z.astype(hidden.dtype)
         part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
         d_hidden = jnp.einsum("brv,ve->bre", d_z, part, preferred_element_type=jnp.float32)
-        flat = [x.reshape(-1, x.shape[-1]) for x in (d_z, hidden)]  # in one dimension XLA's CPU backend copies less
-        if is_cut("embed"):  # the sum over the batch is cut by its leading side, as a layer's weights are
-            d_part = jnp.einsum("nv,ne->ev", *flat, preferred_element_type=jnp.float32)
-            d_part = constrain(constrain(d_part, None, "vocab"), "embed", "vocab").T
+        if is_cut("embed"):
+            d_part = summed_product(hidden, d_z, "vocab", dtype=jnp.float32).T
         else:
+            flat = [x.reshape(-1, x.shape[-1]) for x in (d_z, hidden)]  # in one dimension XLA's CPU copies less
             d_part = jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
         return constrain(d_hidden, "batch", None, None), d_part
 

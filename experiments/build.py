@@ -318,7 +318,7 @@ def oracle(config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh | N
 
 def rollout(
     config: ConfigDict, model: ModelConfig, text: Text, mesh: Mesh | None = None, *, tracked: int | None = None
-) -> Generate:
+) -> Rollout:
     """The behavior policy, for training. `tracked`: K; None: rollout.tracked where something needs it."""
     c = config
     if tracked is None:

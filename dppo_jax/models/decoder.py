@@ -20,7 +20,7 @@ from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.embedding import embed
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
-from dppo_jax.sharding import constrain, is_cut
+from dppo_jax.sharding import constrain, is_cut, summed_product
 
 Params = dict[str, Any]
 # attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)
@@ -97,13 +97,12 @@ def _linear_forward(x: Array, w: Array, axes: tuple[str, str]):
 def _linear_backward(axes: tuple[str, str], kept: tuple[Array, Array], g: Array):
     x, w = kept
     d_x = jnp.einsum("bto,io->bti", g, constrain(w, *_uncut(axes)))
-    # The sum over the batch is cut by its leading side: by the other, XLA would sum the whole on every device. Asked
-    # for the cut gradient at once, it would make it slice by slice, in narrow products.
-    turned = axes[1] == "embed" and is_cut("embed")
-    left, right, axes = (g, x, axes[::-1]) if turned else (x, g, axes)
-    d_w = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())))
-    d_w = constrain(constrain(d_w, *_uncut(axes)), *axes)
-    return d_x, d_w.T if turned else d_w
+    if is_cut("embed") and "embed" in axes:
+        if axes[0] == "embed":
+            return d_x, summed_product(x, g, axes[1])
+        return d_x, summed_product(g, x, axes[0]).T
+    d_w = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
+    return d_x, constrain(d_w, *axes)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -157,7 +156,9 @@ class Layer(nnx.Module):
         if c.gemma:
             self.attn_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
             self.mlp_post_norm = _filled(1.0 - c.norm_offset, d, "norm")
-        several, into, out_of = (), ("embed", "mlp"), ("mlp", "embed")
+        several: tuple[int, ...] = ()
+        into: tuple[str, ...] = ("embed", "mlp")
+        out_of: tuple[str, ...] = ("mlp", "embed")
         if c.num_experts:
             several = (c.num_experts,)
             into, out_of = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")

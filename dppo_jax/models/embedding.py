@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from dppo_jax.sharding import dividing, mesh_axes, spec, whole
+from dppo_jax.sharding import dividing, mesh_axes, spec
 
 
 def embed(table: Float[Array, "V E"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
@@ -18,7 +18,8 @@ def embed(table: Float[Array, "V E"], tokens: Int32[Array, "B T"]) -> Float[Arra
     scattered = by_token[1] is not None and mesh_axes("stream") == rows and rows
 
     def local(table: Array, tokens: Array) -> Array:
-        table = whole(table, columns, axis=1)
+        if columns:  # along a leading axis: along another, XLA sums the whole of the gradient on every device
+            table = jnp.moveaxis(jax.lax.all_gather(table, columns), 0, 1).reshape(len(table), -1)
         if not rows:
             return table[tokens]
         index = tokens - jax.lax.axis_index(rows) * len(table)
@@ -29,5 +30,7 @@ def embed(table: Float[Array, "V E"], tokens: Int32[Array, "B T"]) -> Float[Arra
         return jax.lax.psum(found, rows)
 
     out = spec(by_token[0], "stream" if scattered else None, None)
-    share = jax.shard_map(local, in_specs=(spec("vocab", "embed"), spec(by_token[0], None)), out_specs=out)
+    share = jax.shard_map(
+        local, in_specs=(spec("vocab", "embed"), spec(by_token[0], None)), out_specs=out, check_vma=False
+    )
     return share(table, tokens)

@@ -12,14 +12,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int32
 
-from dppo_jax.sharding import constrain, dividing, mesh_axes, spec, whole
+from dppo_jax.sharding import constrain, dividing, mesh_axes, spec
 
 Rounding = Callable[[Array], Array]
 Weights = tuple[Array, Array, Array]  # gate and up [X, E, F], down [X, F, E]
 
 PIECE = 0.6  # of an equal share of the load: two pieces hold a device's share and a fifth more
+LEAST = 2048  # pairs of a piece: of fewer, reading the experts costs more than the products
+TILE = 512  # rows that the kernel of a weight's gradient takes at a time
 
 
 def route(
@@ -50,7 +53,7 @@ def mixture(
     mesh, weights = jax.sharding.get_abstract_mesh(), weights.astype(h.dtype)
     if mesh.empty:
         return _local(h, weights, chosen, experts, narrow=narrow, gather=(), same=())
-    holders = mesh_axes("expert")
+    holders = mesh_axes("holder")
     by_token = dividing(mesh, h, "batch", "stream", None)
     differ = {axis for name in by_token if name for axis in mesh_axes(name)}  # mesh axes along which the tokens do
     share = jax.shard_map(
@@ -79,12 +82,14 @@ def _local(
 ) -> Array:
     """One device's part. Tokens are gathered over the mesh axes `gather`, and are the same over `same`."""
     shape, k = h.shape, chosen.shape[-1]
-    columns = mesh_axes("expert_embed") if gather or same else ()
-    gate, up, down = (whole(w, columns, axis) for w, axis in zip(experts, (1, 1, 2), strict=True))
+    holders = gather + same
+    if cut := tuple(axis for axis in mesh_axes("expert") if holders and axis not in mesh_axes("holder")):
+        experts = jax.tree.map(lambda w: jax.lax.all_gather(w, cut, tiled=True), experts)
+    gate, up, down = experts
     tokens, weights, chosen = h.reshape(-1, shape[-1]), weights.reshape(-1, k), chosen.reshape(-1, k)
     if gather:
         tokens, weights, chosen = (jax.lax.all_gather(x, gather, tiled=True) for x in (tokens, weights, chosen))
-    holders = mesh_axes("expert") if gather or same else ()
+    holders = mesh_axes("holder") if holders else ()
     first = jax.lax.axis_index(holders) * len(gate) if holders else 0
     here = (chosen >= first) & (chosen < first + len(gate))
     chosen = jnp.where(here, chosen - first, len(gate))
@@ -106,7 +111,7 @@ def _grouped(tokens: Array, weights: Array, chosen: Array, experts: Weights, nar
     starts = jnp.searchsorted(flat[order], jnp.arange(count + 1)).astype(jnp.int32)
     if shares == 1:
         return _piece(tokens, weights, experts, order, starts, narrow)
-    size = min(pairs, math.ceil(PIECE * pairs / shares / 128) * 128)
+    size = min(pairs, max(LEAST, math.ceil(PIECE * pairs / shares / TILE) * TILE))
     order = jnp.pad(order, (0, size))
     return _in_pieces((narrow, size), tokens, weights, experts, order, starts)
 
@@ -117,9 +122,43 @@ def _piece(tokens: Array, weights: Array, experts: Weights, order: Array, bounds
     sizes, token = bounds[1:] - bounds[:-1], order // weights.shape[1]
     weight = jnp.where(jnp.arange(len(order)) < bounds[-1], weights.reshape(-1)[order], 0)
     rows = tokens[token]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(narrow(hidden), down, sizes)
+    hidden = jax.nn.silu(_grouped_product(rows, gate, sizes)) * _grouped_product(rows, up, sizes)
+    out = _grouped_product(narrow(hidden), down, sizes)
     return jnp.zeros_like(tokens).at[token].add(jnp.where(weight[:, None] == 0, 0, out * weight[:, None]))
+
+
+@jax.custom_vjp
+def _grouped_product(x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]) -> Float[Array, "n O"]:
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; rows beyond them give 0."""
+    return _rows_of_groups(jax.lax.ragged_dot(x, w, sizes), sizes)
+
+
+def _rows_of_groups(x: Array, sizes: Array) -> Array:
+    return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(sizes), x, 0)
+
+
+def _grouped_product_forward(x, w, sizes):
+    return _grouped_product(x, w, sizes), (x, w, sizes)
+
+
+def _grouped_product_backward(kept, g):
+    x, w, sizes = kept
+    d_x = _rows_of_groups(jax.lax.ragged_dot(g, w.swapaxes(1, 2), sizes), sizes)
+
+    def by_xla(x, g, sizes):
+        return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), w)[1](g)[0]
+
+    def by_kernel(x, g, sizes):  # XLA for TPUs multiplies every row by every expert here
+        return tgmm(x.T, g, sizes, w.dtype, tiling=(TILE, 512, 512))
+
+    if len(x) % TILE or x.dtype != jnp.bfloat16 or min(w.shape[1:]) < 128:
+        d_w = by_xla(x, g, sizes)
+    else:
+        d_w = jax.lax.platform_dependent(x, g, sizes, tpu=by_kernel, default=by_xla)
+    return d_x, d_w, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -102,7 +102,7 @@ class Module:
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a while loop turns, from the constant that its condition compares with; None: not known."""
-        condition = self.computations[re.search(r"condition=%([^,\s]+)", loop.text)[1]]
+        condition = self.computations[_named(loop, "condition")]
         compared = [i for i in condition.values() if i.kind == "compare"]
         constants = [
             int(found[1])
@@ -122,8 +122,7 @@ class Module:
                 found.append((i, times, in_loop))
                 if i.kind == "while":
                     turns = self.trips(i)
-                    body = re.search(r"body=%([^,\s]+)", i.text)[1]
-                    visit(body, times * (self._unknown(i) if turns is None else turns), True)
+                    visit(_named(i, "body"), times * (self._unknown(i) if turns is None else turns), True)
                 elif i.kind == "conditional":
                     visit(max(i.called, key=lambda c: self._weight(c)), times, in_loop)
                 elif i.kind == "call":
@@ -166,17 +165,22 @@ class Module:
             for called in i.called:
                 yield from self._deep(called)
 
-    def cycles(self, kernel: Callable[[Instruction, "Module"], float]) -> float:
+    def cycles(self, kernel: Callable[[Instruction, "Module"], float], bytes_per_cycle: float) -> float:
         """The compiler's estimates, summed over trips; `kernel` gives those of custom calls, which have none.
 
-        That of a fusion which takes a slice of an array is for the whole array, and is cut to its share of the bytes.
+        That of a fusion which takes a slice of an array is for the whole array: where memory bounds it, at
+        `bytes_per_cycle`, it is cut to the share of the bytes that move. A fusion without an estimate (of a gather, a
+        scatter) takes the time of its bytes.
         """
         total = 0.0
         for i, times, _ in self.executed:
             if i.kind == "custom-call":
                 total += times * kernel(i, self)
             elif i.cycles < SENTINEL:
-                total += times * i.cycles * self._share(i)
+                known = i.cycles * self._share(i, bytes_per_cycle)
+                total += times * (known if known or i.kind != "fusion" else self._moved(i) / bytes_per_cycle)
+            elif i.kind == "fusion":
+                total += times * self._moved(i) / bytes_per_cycle
         return total
 
     def operand(self, i: Instruction, number: int) -> Buffer | None:
@@ -264,17 +268,24 @@ class Module:
             return sum(inside[name].bytes for name in new if name in inside)
         return written
 
-    def _share(self, i: Instruction) -> float:
-        """Of the bytes that the compiler's estimate of a fusion counts, those that it moves: it counts a sliced operand
-        whole."""
+    def _share(self, i: Instruction, bytes_per_cycle: float) -> float:
+        """Of the estimate of a fusion that memory bounds, the share that moves: it counts a sliced operand whole."""
         if i.kind != "fusion":
             return 1.0
         read, written = self._read(i, whole=True), self._written(i)
-        return (self._read(i) + written) / (read + written) if read + written else 1.0
+        if not read + written or i.cycles > 1.5 * (read + written) / bytes_per_cycle:
+            return 1.0  # bound by its products
+        return (self._read(i) + written) / (read + written)
 
     @functools.cached_property
     def _owner(self) -> dict[int, dict[str, Instruction]]:
         return {id(i): computation for computation in self.computations.values() for i in computation.values()}
+
+
+def _named(i: Instruction, what: str) -> str:
+    found = re.search(rf"{what}=%([^,\s]+)", i.text)
+    assert found, i.text
+    return found[1]
 
 
 def _instruction(found: re.Match, line: str) -> Instruction:

@@ -1,5 +1,6 @@
 """What was found of each compiled step, as numbers for scripts and as text for people."""
 
+import math
 import re
 from collections import defaultdict
 from typing import Any
@@ -51,7 +52,7 @@ def kernel_cycles(chip: Chip, rows_share: float):
     """Cycles of a Pallas kernel: its products at the chip's full rate. `rows_share`: real rows of a grouped product."""
 
     def cycles(i: Instruction, module: Module) -> float:
-        if i.name.startswith(("splash", "ragged-dot")) and "metadata" not in i.name:
+        if i.name.startswith(("splash", "ragged-dot", "tgmm")) and "metadata" not in i.name:
             return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
         return 0.0
 
@@ -61,12 +62,11 @@ def kernel_cycles(chip: Chip, rows_share: float):
 def _kernel_flops(i: Instruction, module: Module, rows_share: float) -> float:
     shapes = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
     if i.name.startswith("splash"):
-        batch, heads, length, size = next(s for s in shapes if len(s) == 4 and s[2] > s[0])
-        heads = max(s[1] for s in shapes if len(s) == 4 and s[2] == length)
-        products = {"fwd": 2, "dkv": 4, "dq_": 3}[re.search(r"fwd|dkv|dq_", i.name)[0]]
-        return products * batch * heads * length * length * size  # causal: half the scores, two operations each
-    experts, inner, outer = next(s for s in shapes if len(s) == 3)
-    rows = max(s[0] for s in shapes if len(s) == 2)
+        queries = max((s for s in shapes if len(s) >= 3), key=math.prod)  # [..., heads, length, size]
+        products = next(n for name, n in {"fwd": 2, "dkv": 4, "dq": 3}.items() if name in i.name)
+        return float(products * math.prod(queries) * queries[-2])  # causal: half the scores, two operations each
+    _, inner, outer = next(s for s in shapes if len(s) == 3)
+    rows = max(math.prod(s) for s in shapes if len(s) == 2) // max(inner, outer)
     return 2.0 * rows_share * rows * inner * outer
 
 
@@ -78,7 +78,7 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
 
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     rows_share = 1 / (0.6 * EXPERT_PIECES)
-    predicted = module.cycles(kernel_cycles(chip, rows_share)) / chip.clock
+    predicted = module.cycles(kernel_cycles(chip, rows_share), chip.bandwidth / chip.clock) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():

@@ -89,7 +89,7 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
             recompute = make_recompute(build.score(c, model, layout, mesh), policy)
             batch = jax.eval_shape(recompute, state.policy, batch, plan)
     oracle = "exact" in needed
-    update = jit_update(build.update(c, model, layout, mesh), shardings, mesh, oracle=oracle)
+    update: Any = jit_update(build.update(c, model, layout, mesh), shardings, mesh, oracle=oracle)
     arguments = [
         state,
         placed(batch, jax.tree.map(lambda _: rows(mesh), batch)),
@@ -113,14 +113,14 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     prompts = placed(_prompts(c), jax.tree.map(lambda _: rows(mesh), _prompts(c)))
     published = jax.eval_shape(policy.publish, build.abstract_begin(c, model).policy)
     published = placed(published, named(mesh, build.published_axes(policy.config, published), ROLLOUT))
-    waiting, state, experts = jax.eval_shape(policy.prefill, published, prompts, key)
-    where = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), (waiting, state, experts))
-    out = where
-    waiting, state, _ = placed((waiting, state, experts), where)
+    waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
+    shapes = waiting, experts, jax.eval_shape(policy.idle, waiting, experts)
+    out = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), shapes)
+    waiting, _, state = placed(shapes, out)
     everywhere = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    prefill = jax.jit(policy.prefill, out_shardings=out)
-    step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[1])
+    prefill = jax.jit(policy.prefill, out_shardings=out[:2])
+    step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
     slots, count = len(state.row), c.rollout.prompts
     read = {name: p for name, p in published.items() if name != "embed" or model.tie_embeddings}
     shards = build.batch_shards(mesh)
