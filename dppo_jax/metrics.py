@@ -105,16 +105,15 @@ def trust_region_metrics(
 
 
 def routing_metrics(routing: Routing) -> Metrics:
-    """`moe/load_max`: what the busiest expert of any layer takes, over an equal share; `moe/unused`: experts that no
-    token of a piece chose; `moe/routing_entropy`: the router's, in nats, over tokens and layers."""
-    share = jnp.sum(routing.load, axis=-1, keepdims=True) / routing.load.shape[-1]
+    """`moe/routing_entropy`: the router's, in nats, over tokens and layers.
+
+    The histogram `expert_load` counts the tokens of each layer's experts; `summary` makes of it `moe/load_max`, what
+    the busiest expert of any layer took over an equal share, and `moe/unused`, the fraction of experts without a token.
+    """
     return Metrics(
-        sums={
-            "moe/routing_entropy": (jnp.mean(routing.entropy), routing.tokens),
-            "moe/unused": (jnp.mean((routing.load == 0).astype(jnp.float32)), jnp.float32(1.0)),
-        },
-        maxima={"moe/load_max": jnp.max(routing.load / jnp.maximum(share, 1.0))},
-        histograms={},
+        sums={"moe/routing_entropy": (jnp.mean(routing.entropy), routing.tokens)},
+        maxima={},
+        histograms={"expert_load": routing.load},
     )
 
 
@@ -168,6 +167,10 @@ def summary(metrics: Metrics) -> dict[str, float]:
     if "ratio/square" in means:
         square = means.pop("ratio/square")
         means["ratio/ess"] = means["ratio/mean"] ** 2 / square if square else 0.0
+    if "expert_load" in metrics.histograms:
+        load = np.asarray(metrics.histograms["expert_load"])
+        share = np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
+        means |= {"moe/load_max": float((load / share).max()), "moe/unused": float((load == 0).mean())}
     return means | {name: float(value) for name, value in (metrics.maxima | metrics.minima).items()}
 
 

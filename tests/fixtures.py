@@ -1,6 +1,7 @@
 """What several tests train on: a tiny random model directory, a few questions, a config that uses them."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -74,10 +75,16 @@ if jax.default_backend() != "cpu":
     COMPILER_OPTIONS = {}
 
 
-def random_params(seed: int = 0):
+MOE = dataclasses.replace(
+    TINY, model_type="qwen3_moe", intermediate_size=16, num_experts=8, experts_per_token=3, norm_topk=True,
+    qk_norm=True, qkv_bias=False,
+)  # fmt: skip
+
+
+def random_params(seed: int = 0, model: ModelConfig = TINY):
     """Parameters of TINY in NumPy, large enough that the policy is far from uniform."""
     draw = np.random.default_rng(seed).normal
-    params = jax.tree.map(lambda s: (0.2 * draw(size=s.shape)).astype(np.float32), abstract_params(TINY))
+    params = jax.tree.map(lambda s: (0.2 * draw(size=s.shape)).astype(np.float32), abstract_params(model))
     return params | {"final_norm": 5 * params["final_norm"]}
 
 

@@ -6,9 +6,11 @@ Run in its own process, since the number of devices is fixed when jax starts. te
 FOLDER/found.json, {mesh: what was found}, and FOLDER/<mesh>/checkpoints.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +19,46 @@ import numpy as np
 from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.metrics import summary
+from dppo_jax.models import ModelConfig, moe
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch
 from experiments import build, checks
-from tests.fixtures import EOS, PAD, TINY, random_params, small_config
+from tests.fixtures import EOS, MOE, PAD, TINY, random_params, small_config
 
 ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # data, fsdp, tensor
+MIXTURE_MESHES = [(1, 2, 1, 4), (2, 1, 2, 2), (1, 1, 4, 2)]  # and expert
 
 
-def config_of(sizes):
+class Case(NamedTuple):
+    """A model, and rollout keys of its own."""
+
+    model: ModelConfig
+    params: dict
+    numbers: dict
+
+
+def dense() -> Case:
+    return Case(TINY, random_params(), {})
+
+
+def mixture() -> Case:
+    """Its experts are replayed; in training the pairs of token and expert go through in several pieces."""
+    moe.FEW, moe.TILE = 16, 8  # a decode step has few
+    return Case(MOE, random_params(model=MOE), dict(rollout__router_replay=True))
+
+
+def config_of(sizes, numbers):
     """Top-K, so that tracked ids meet a sharded vocabulary; pieces of one row a device; 16 slots for 32 rows.
 
     One device alone decodes all rows side by side, so that the slots are compared too.
     """
-    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, train__micro_rows=1, optimizer__eps=1e-4)
+    numbers |= dict(loss__name="dppo_topk_tv", rollout__tracked=3, train__micro_rows=1, optimizer__eps=1e-4)
     numbers |= dict(rollout__max_new_tokens=24, rollout__slots=0 if sizes == ALONE else 16)
-    places = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes, strict=True))
+    places = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor", "mesh__expert"), sizes, strict=False))
     return small_config(Path("unused"), **numbers, **places)
 
 
@@ -55,23 +77,26 @@ def parts(array) -> int:
     return len({str(index) for index in array.sharding.devices_indices_map(array.shape).values()})
 
 
-def run(sizes, devices, folder):
+def run(sizes, devices, folder, case: Case):
     """What the training loop does in a step, on a mesh of these sizes, and its checkpoint in `folder`."""
-    config = config_of(sizes)
+    model, config = case.model, config_of(sizes, case.numbers)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         checks.check(config)
-        checks.check_mesh(config, mesh, TINY)
+        checks.check_mesh(config, mesh, model)
         optimizer = build.optimizer(config)
-        shardings = state_shardings(param_axes(TINY), optimizer, abstract_params(TINY), mesh)
-        state = init_state(random_params(), optimizer, shardings)
+        shardings = state_shardings(param_axes(model), optimizer, abstract_params(model), mesh)
+        state = init_state(case.params, optimizer, shardings)
         start = jax.tree.map(np.asarray, state.params)
-        generate = build.on_mesh(build.rollout(config, TINY, build.Text(None, (EOS,), PAD), mesh), mesh)
+        policy = build.rollout(config, model, build.Text(None, (EOS,), PAD), mesh)
+        generate = build.on_mesh(policy, mesh)
         prompts = prompt_batch(config)
         prompt_lengths = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
         layout = build.layout(config, mesh, prompt_lengths.mean())
-        update = jit_update(build.update(config, TINY, layout, mesh), shardings, mesh)
-        rollout = generate(state.params, prompts, step_key(0, 0, build.ROLLOUT))
+        update = jit_update(build.update(config, model, layout, mesh), shardings, mesh)
+        key = step_key(0, 0, build.ROLLOUT)
+        rollout = generate(state.params, prompts, key)
+        scanned = build.on_mesh(dataclasses.replace(policy, unrolled=False), mesh)(state.params, prompts, key)
         batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
         rewards = np.random.default_rng(2).integers(0, 2, size=batch.tokens.shape[0]).astype(np.float32)
         advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
@@ -94,6 +119,7 @@ def run(sizes, devices, folder):
             pieces[what] = {name: parts(leaf) for name, leaf in flat.items()}
         return {
             "rollout": jax.tree.map(np.asarray, rollout),
+            "scanned": jax.tree.map(np.asarray, scanned),
             "summaries": summaries,
             "params": jax.tree.map(np.asarray, state.params),
             "start": start,
@@ -114,6 +140,7 @@ def compare(found, single) -> dict:
         report[f"same_{name}"] = bool(np.array_equal(getattr(found["rollout"], name), getattr(single["rollout"], name)))
     for name in ("behavior_logp", "topk_logp"):
         report[name] = largest_difference(getattr(found["rollout"], name), getattr(single["rollout"], name))
+    report["same_scanned"] = bool(np.array_equal(found["scanned"].tokens, single["rollout"].tokens))
     report["summaries"] = found["summaries"]
     report["params"] = largest_difference(found["params"], single["params"])
     return report
@@ -122,13 +149,16 @@ def compare(found, single) -> dict:
 def main(folder: Path) -> None:
     devices = jax.devices()
     assert len(devices) == 8, devices
-    single = run(ALONE, devices[:1], folder / "1x1x1")
-    report = {"1x1x1": compare(single, single)}
-    report["1x1x1"]["moved"] = largest_difference(single["params"], single["start"])
-    report["1x1x1"]["lengths"] = single["rollout"].response_mask.sum(axis=1).tolist()
-    for sizes in MESHES:
-        name = "x".join(map(str, sizes))
-        report[name] = compare(run(sizes, devices, folder / name), single)
+    report = {}
+    for case, meshes, prefix in ((dense(), MESHES, ""), (mixture(), MIXTURE_MESHES, "moe-")):
+        alone = f"{prefix}1x1x1"
+        single = run(ALONE, devices[:1], folder / alone, case)
+        report[alone] = compare(single, single)
+        report[alone]["moved"] = largest_difference(single["params"], single["start"])
+        report[alone]["lengths"] = single["rollout"].response_mask.sum(axis=1).tolist()
+        for sizes in meshes:
+            name = prefix + "x".join(map(str, sizes))
+            report[name] = compare(run(sizes, devices, folder / name, case), single)
     (folder / "found.json").write_text(json.dumps(report, indent=1))
 
 

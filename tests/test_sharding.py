@@ -33,6 +33,7 @@ from dppo_jax.train_step import init_state, state_shardings
 from experiments import build
 from tests.fixtures import HURRIED_FLAGS, TINY, small_config
 
+MIXTURE_MESHES = ["moe-1x2x1x4", "moe-2x1x2x2", "moe-1x1x4x2"]
 ROOT = Path(__file__).parent.parent
 MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x8x1": (1, 8, 1), "1x2x4": (1, 2, 4)}  # data, fsdp, tensor
 
@@ -52,12 +53,13 @@ def test_every_parameter_axis_is_in_the_table():
 
 def test_spec_follows_the_table():
     assert spec("batch", "length", "vocab") == P(("data", "fsdp", "expert"), None, "tensor")
-    assert spec("layers", "embed", "heads") == P(None, ("fsdp", "expert"), "tensor")
+    assert spec("layers", "embed", "heads") == P(None, "fsdp", "tensor")
     assert spec("batch", None) == P(("data", "fsdp", "expert"), None)
-    assert spec("layers", "expert", "expert_embed", "expert_mlp") == P(None, ("expert", "tensor"), "fsdp", None)
+    assert spec("layers", "expert", "expert_embed", "expert_mlp") == P(None, ("expert", "tensor", "fsdp"), None, None)
     with using(ROLLOUT):
         assert spec("layers", "embed", "heads") == P(None, None, "tensor")
-    assert spec("embed") == P(("fsdp", "expert"))
+        assert spec("expert", "expert_embed") == P(("expert", "tensor"), None)
+    assert spec("embed") == P("fsdp")
 
 
 def test_spec_refuses_to_use_a_mesh_axis_twice():
@@ -70,7 +72,7 @@ def test_spec_refuses_to_use_a_mesh_axis_twice():
 def test_named_and_rows_place_by_the_table():
     mesh = fake_mesh(2, 2, 2)
     placed = named(mesh, {"a": ("vocab", "embed"), "b": {"c": ("norm",)}})
-    cut = NamedSharding(mesh, P("tensor", ("fsdp", "expert")))
+    cut = NamedSharding(mesh, P("tensor", "fsdp"))
     assert placed == {"a": cut, "b": {"c": NamedSharding(mesh, P(None))}}
     assert rows(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
     assert batch_shards(mesh) == 4
@@ -124,7 +126,7 @@ def test_rows_that_do_not_divide_are_named_with_the_nearest_that_do():
 def test_parameters_that_do_not_divide_are_named():
     with pytest.raises(UserError, match=r"parameter embed has vocab = 16, which mesh.tensor = 3 does not divide"):
         check_divisible(fake_mesh(1, 1, 3), {}, abstract_params(TINY), param_axes(TINY))
-    with pytest.raises(UserError, match="layers/down has embed = 32, which mesh.fsdp x mesh.expert = 5"):
+    with pytest.raises(UserError, match="layers/down has embed = 32, which mesh.fsdp = 5"):
         tree = {"layers": {"down": abstract_params(TINY)["layers"]["down"]}}
         check_divisible(fake_mesh(1, 5, 1), {}, tree, {"layers": {"down": param_axes(TINY)["layers"]["down"]}})
 
@@ -155,17 +157,18 @@ def test_the_single_device_run_is_worth_comparing_with(found):
     assert second["trust_region/masked"] > 0 and first["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *MIXTURE_MESHES])
 def test_eight_devices_draw_the_same_tokens(found, mesh):
-    for name in ("same_tokens", "same_response_mask", "same_topk_ids"):
+    for name in ("same_tokens", "same_response_mask", "same_topk_ids", "same_scanned"):
         assert found[mesh][name], name
     assert found[mesh]["behavior_logp"] < 1e-5
     assert found[mesh]["topk_logp"] < 1e-5
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *MIXTURE_MESHES])
 def test_eight_devices_make_the_same_updates(found, mesh):
-    for got, want in zip(found[mesh]["summaries"], found["1x1x1"]["summaries"], strict=True):
+    alone = "moe-1x1x1" if mesh in MIXTURE_MESHES else "1x1x1"
+    for got, want in zip(found[mesh]["summaries"], found[alone]["summaries"], strict=True):
         assert got.keys() == want.keys()
         for tag in want:
             assert got[tag] == pytest.approx(want[tag], rel=1e-4, abs=1e-6), tag
@@ -188,6 +191,18 @@ def test_parameters_moments_and_rows_are_sharded(found, mesh):
         for name, pieces in found[mesh]["pieces"][what].items():
             assert pieces == (1 if name.endswith("norm") else fsdp * tensor), (what, name)
     assert found[mesh]["row_pieces"] == [data * fsdp] * 3
+
+
+def test_experts_are_cut_by_their_number(found):
+    """And nothing else of them: each device runs whole ones."""
+    for mesh in MIXTURE_MESHES:
+        data, fsdp, tensor, expert = map(int, mesh.removeprefix("moe-").split("x"))
+        for what in ("params", "mu", "nu"):
+            pieces = found[mesh]["pieces"][what]
+            assert {pieces[name] for name in ("gate", "up", "down")} == {expert * tensor * fsdp}
+            assert pieces["q"] == fsdp * tensor
+    first, second = found["moe-1x1x1"]["summaries"]
+    assert 1 < first["moe/load_max"] < 8 and 0 < first["moe/routing_entropy"] < np.log(8)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,6 +1,7 @@
 """A mixture of experts in place of the MLP: each token goes through the k experts that its router likes best.
 
-Nothing is dropped: tokens are sorted by expert and go through grouped products, whatever the load. Over a mesh, each
+Nothing is dropped: tokens are sorted by expert and go through grouped products, whatever the load; the few of a decode
+step meet every expert instead. Over a mesh, each
 device holds whole experts: it gathers the tokens of the devices that hold the others, runs its own experts on those
 that chose them, and gives every token's owner its part of the sum.
 """
@@ -21,7 +22,7 @@ Rounding = Callable[[Array], Array]
 Weights = tuple[Array, Array, Array]  # gate and up [X, E, F], down [X, F, E]
 
 PIECE = 0.6  # of an equal share of the load: two pieces hold a device's share and a fifth more
-LEAST = 2048  # pairs of a piece: of fewer, reading the experts costs more than the products
+FEW = 256  # tokens: of no more, reading the experts costs more than all experts' products of all tokens
 TILE = 512  # rows that the kernel of a weight's gradient takes at a time
 
 
@@ -106,14 +107,24 @@ def _grouped(tokens: Array, weights: Array, chosen: Array, experts: Weights, nar
     there turn out to be.
     """
     pairs, count = chosen.size, len(experts[0])
+    if len(tokens) <= FEW:
+        return _dense(tokens, weights, chosen, experts, narrow)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     starts = jnp.searchsorted(flat[order], jnp.arange(count + 1)).astype(jnp.int32)
     if shares == 1:
         return _piece(tokens, weights, experts, order, starts, narrow)
-    size = min(pairs, max(LEAST, math.ceil(PIECE * pairs / shares / TILE) * TILE))
+    size = min(pairs, math.ceil(PIECE * pairs / shares / TILE) * TILE)
     order = jnp.pad(order, (0, size))
     return _in_pieces((narrow, size), tokens, weights, experts, order, starts)
+
+
+def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, narrow: Rounding) -> Array:
+    """`_grouped` by every expert of every token, those not chosen with weight 0: nothing is sorted or moved."""
+    gate, up, down = experts
+    share = jnp.sum(jnp.where(chosen[..., None] == jnp.arange(len(gate)), weights[..., None], 0), axis=1)  # [n, X]
+    hidden = jax.nn.silu(jnp.einsum("ne,xef->xnf", tokens, gate)) * jnp.einsum("ne,xef->xnf", tokens, up)
+    return jnp.einsum("xne,nx->ne", jnp.einsum("xnf,xfe->xne", narrow(hidden), down), share)
 
 
 def _piece(tokens: Array, weights: Array, experts: Weights, order: Array, bounds: Array, narrow: Rounding) -> Array:

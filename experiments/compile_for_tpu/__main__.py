@@ -62,6 +62,8 @@ def compile_all(
             print(report.text(found[-1]), flush=True)
     if failures:
         raise UserError("; ".join(failures))
+    if len(found) == 3:
+        print(report.whole_run(config, found))
     return found
 
 

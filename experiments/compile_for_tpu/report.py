@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax.models import ModelConfig
 from experiments.chips import GIB, Chip
-from experiments.compile_for_tpu.hlo import COLLECTIVES, Instruction, Module
+from experiments.compile_for_tpu.hlo import Instruction, Module
 from experiments.compile_for_tpu.steps import Step
 
 EXPERT_PIECES = 2  # turns of the loop over a device's share of the pairs of token and expert, under an even load
@@ -163,6 +163,19 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
+def whole_run(config: ConfigDict, found: list[dict[str, Any]]) -> str:
+    """How long the run would take if every response were as long as it may be."""
+    c, seconds = config, {f["step"]: f["predicted_seconds"] for f in found}
+    rows = c.rollout.prompts * c.rollout.group_size
+    waves = math.ceil(rows / min(c.rollout.slots or rows, rows))
+    rollout = seconds["prefill"] + waves * c.rollout.max_new_tokens * seconds["decode"]
+    updates = c.train.epochs * c.train.minibatches * seconds["train"]
+    return (
+        f"a step of the run, every response as long as it may be: {rollout:,.0f} s of rollout, {updates:,.0f} s of "
+        f"updates; {c.steps} steps, without evaluation: {c.steps * (rollout + updates) / 3600:.0f} hours, estimate"
+    )
+
+
 ADVICE = {
     "train": "train.micro_rows, or raise mesh.tensor or mesh.fsdp; policy.remat=full keeps least",
     "prefill": "rollout.prompts or data.max_prompt_len, or raise mesh.tensor",
@@ -175,6 +188,3 @@ def too_large(step: str, error: str) -> str:
     said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
     by = f"{said[1]} of {said[2]}" if said else "more memory than a chip has"
     return f"{step} does not fit: it would use {by}; lower {ADVICE[step]}"
-
-
-__all__ = ["COLLECTIVES", "facts", "text", "too_large"]
