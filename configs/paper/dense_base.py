@@ -1,10 +1,12 @@
 """The paper's Dense Base run (2602.04879, section 7 and appendix E): Qwen3-8B-Base, responses of 8,000 tokens.
 
-    python -m experiments.train --config configs/paper/dense_base.py --workdir runs/dense_base
+    python -m experiments.train --config configs/paper/dense_base.py --workdir runs/dense_base --distributed
     ... --config.loss.name=clip_higher, or any other row of LOSSES, for the paper's comparison
 
-Needs a pod, the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them,
---trace checks the config and traces its shapes. Not run at this scale by us.
+The mesh is for v5p:4x4x4. MEMORY_8B
+On v6e:8x8: the same mesh, with --config.train.micro_rows=1
+Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them, --trace
+checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
 """
 
 from configs import base
@@ -16,6 +18,7 @@ def get_config():
     c.policy.shape = "configs/paper/qwen3_8b_base.json"  # typed by hand; policy.path wins
     c.policy.dtype = "bfloat16"
     c.policy.remat = "full"
+    c.policy.matmul = "default"
     c.data.kind = "jsonl"
     c.data.path = "data/dense_base.jsonl"
     c.data.size = 100_000
@@ -27,7 +30,7 @@ def get_config():
     c.rollout.max_new_tokens = 8000
     c.rollout.dtype = "bfloat16"
     c.train.minibatches = 4  # of 32 prompts
-    c.train.micro_rows = 1  # ours
+    c.train.micro_rows = 4  # ours
     c.steps = 300  # ours
     c.eval.every = 10
     c.eval.sets.aime24 = base.data_section(
@@ -35,4 +38,6 @@ def get_config():
     )
     c.eval.samples = 32
     c.checkpoint.every = 10  # ours
+    c.mesh.fsdp = 16
+    c.mesh.tensor = 4
     return c

@@ -165,31 +165,21 @@ class Module:
             for called in i.called:
                 yield from self._deep(called)
 
-    def cycles(self, kernel: Callable[[Instruction, "Module"], float], bytes_per_cycle: float) -> float:
+    def cycles(
+        self, kernel: Callable[[Instruction, "Module"], float], bytes_per_cycle: float, flops_per_cycle: float
+    ) -> float:
         """The compiler's estimates, summed over trips; `kernel` gives those of custom calls, which have none.
 
-        That of a fusion which takes a slice of an array is for the whole array: where memory bounds it, at
-        `bytes_per_cycle`, it is cut to the share of the bytes that move. A fusion without an estimate (of a gather, a
-        scatter) takes the time of its bytes.
+        That of a fusion which takes a slice of an array is for the whole array, and is corrected by the chip's speeds.
+        A fusion without an estimate (a gather, a scatter) takes the time of its bytes.
         """
         total = 0.0
         for i, times, _ in self.executed:
             if i.kind == "custom-call":
                 total += times * kernel(i, self)
-            elif i.cycles < SENTINEL:
-                known = i.cycles * self._share(i, bytes_per_cycle)
-                total += times * (known if known or i.kind != "fusion" else self._moved(i) / bytes_per_cycle)
-            elif i.kind == "fusion":
-                total += times * self._moved(i) / bytes_per_cycle
+            elif i.cycles < SENTINEL or i.kind == "fusion":
+                total += times * self._corrected(i, bytes_per_cycle, flops_per_cycle)
         return total
-
-    def operand(self, i: Instruction, number: int) -> Buffer | None:
-        """The first array of an operand, wherever it was made in the same computation."""
-        for computation in self.computations.values():
-            if computation.get(i.name) is i:
-                made = computation.get(i.operands[number])
-                return made.outputs[0] if made and made.outputs else None
-        return None
 
     def largest(self) -> tuple[int, str]:
         """The largest array that an instruction makes, in bytes, and where it comes from."""
@@ -268,14 +258,27 @@ class Module:
             return sum(inside[name].bytes for name in new if name in inside)
         return written
 
-    def _share(self, i: Instruction, bytes_per_cycle: float) -> float:
-        """Of the estimate of a fusion that memory bounds, the share that moves: it counts a sliced operand whole."""
+    def _corrected(self, i: Instruction, bytes_per_cycle: float, flops_per_cycle: float) -> float:
+        """The compiler's estimate of a fusion, which counts a sliced operand whole: cut to the share of the bytes that
+        move, but not below what its products take."""
         if i.kind != "fusion":
-            return 1.0
+            return i.cycles
+        if not 0 < i.cycles < SENTINEL:
+            return self._moved(i) / bytes_per_cycle
         read, written = self._read(i, whole=True), self._written(i)
-        if not read + written or i.cycles > 1.5 * (read + written) / bytes_per_cycle:
-            return 1.0  # bound by its products
-        return (self._read(i) + written) / (read + written)
+        share = (self._read(i) + written) / (read + written) if read + written else 1.0
+        products = sum(self._product_flops(c) for c in i.called) / flops_per_cycle
+        return min(i.cycles, max(i.cycles * share, products))
+
+    def _product_flops(self, computation: str) -> float:
+        """2 M N K of the products inside, from the sizes MK, KN and MN; of B products at once, sqrt(B) too many."""
+        inside, total = self.computations.get(computation, {}), 0.0
+        for i in inside.values():
+            if i.kind in ("convolution", "dot"):
+                made = [inside[name].outputs[0] for name in i.operands[:2] if name in inside]
+                total += 2 * math.sqrt(math.prod(math.prod(b.shape) for b in (*made, i.outputs[0])))
+            total += sum(self._product_flops(c) for c in i.called)
+        return total
 
     @functools.cached_property
     def _owner(self) -> dict[int, dict[str, Instruction]]:

@@ -78,7 +78,8 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
 
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     rows_share = 1 / (0.6 * EXPERT_PIECES)
-    predicted = module.cycles(kernel_cycles(chip, rows_share), chip.bandwidth / chip.clock) / chip.clock
+    speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
+    predicted = module.cycles(kernel_cycles(chip, rows_share), *speeds) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():

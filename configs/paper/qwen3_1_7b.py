@@ -1,0 +1,18 @@
+"""The paper's smaller run on Qwen3-1.7B-Base (2602.04879), with the settings of dense_base.
+
+    python -m experiments.train --config configs/paper/qwen3_1_7b.py --workdir runs/qwen3_1_7b --distributed
+
+The mesh is for v5p:2x2x4. MEMORY_17B
+On v6e:4x4: the same mesh. Batch, lengths and thresholds are dense_base's: the paper's table is of the five large runs.
+"""
+
+from configs.paper import dense_base
+
+
+def get_config():
+    c = dense_base.get_config()
+    c.policy.path = "models/Qwen3-1.7B-Base"
+    c.policy.shape = "configs/paper/qwen3_1_7b_base.json"  # typed by hand; policy.path wins
+    c.mesh.fsdp = 8
+    c.mesh.tensor = 2
+    return c
