@@ -2,7 +2,7 @@
 
     python -m experiments.train --config configs/paper/moe_base_lora.py --workdir runs/moe_base_lora --distributed
 
-The mesh is for v5p:4x4x4. MEMORY_MOE_LORA
+The mesh is for v5p:4x4x4, and v6e as moe_base says; memory and time: compile_for_tpu says, we did not ask it.
 Adapters of rank 32 on every matrix of every layer, experts' too (which matrices is ours). The rollout has them merged.
 """
 

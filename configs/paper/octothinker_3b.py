@@ -2,8 +2,8 @@
 
     python -m experiments.train --config configs/paper/octothinker_3b.py --workdir runs/octothinker --distributed
 
-The mesh is for v5p:2x2x4. MEMORY_OCTO
-On v6e:4x4: the same mesh. Batch, lengths and thresholds are dense_base's: the paper's table is of the five large runs.
+The mesh is for v5p:2x2x4, and for v6e:4x4; memory and time: compile_for_tpu says, we did not ask it.
+Batch, lengths and thresholds are dense_base's: the paper's table is of the five large runs.
 """
 
 from configs.paper import dense_base
