@@ -10,37 +10,24 @@ Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path 
 checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
 """
 
-from configs import base
+from configs.paper import dense_base
 
 
 def get_config():
-    c = base.get_config()
+    c = dense_base.get_config()
     c.policy.path = "models/Qwen3-30B-A3B-Base"
     c.policy.shape = "configs/paper/qwen3_30b_a3b_base.json"  # typed by hand; policy.path wins
-    c.policy.dtype = "bfloat16"
-    c.policy.remat = "full"
-    c.policy.matmul = "default"
-    c.data.kind = "jsonl"
-    c.data.path = "data/dapo_math.jsonl"
-    c.data.size = 100_000
-    c.data.verifier = "math_verify"
-    c.data.max_prompt_len = 1024
-    c.data.too_long = "skip"
+    c.data.path = "data/moe_base.jsonl"
     c.rollout.prompts = 256
     c.rollout.group_size = 16
     c.rollout.max_new_tokens = 16384
-    c.rollout.dtype = "bfloat16"
     c.rollout.slots = 2048  # ours
     c.train.minibatches = 8  # of 32 prompts
     c.train.micro_rows = 1  # ours
-    c.steps = 300  # ours
     c.eval.every = 5
-    c.eval.sets.aime24 = base.data_section(
-        kind="jsonl", path="data/aime24.jsonl", size=30, verifier="math_verify", max_prompt_len=1024
-    )
-    c.eval.samples = 32
     c.eval.prompts = 64  # the mesh divides it
     c.checkpoint.every = 5  # ours
     c.mesh.fsdp = 16
+    c.mesh.tensor = 1
     c.mesh.expert = 4
     return c
