@@ -70,12 +70,13 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; a size of -1 takes what the others leave. UserError if it does not fit.
+    """A mesh over all devices; an axis not named has size 1, and -1 takes what the others leave. UserError if it does not
+    fit.
 
     On TPUs, axes follow the links between chips.
     """
     devices = jax.devices() if devices is None else devices
-    shape = {axis: int(sizes[axis]) for axis in MESH_AXES}
+    shape = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = int(np.prod([size for size in shape.values() if size != -1]))
     if len(free) > 1 or any(size < 1 for size in shape.values() if size != -1):
