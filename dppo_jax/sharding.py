@@ -70,8 +70,7 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; an axis not named has size 1, and -1 takes what the others leave. UserError if it does not
-    fit.
+    """A mesh over all devices: an axis not named has size 1, -1 takes what the others leave. UserError unless it fits.
 
     On TPUs, axes follow the links between chips.
     """
