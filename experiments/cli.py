@@ -20,6 +20,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def by_commas(kind: Callable[[str], Any] = str) -> Callable[[str], list]:
+    """The `type` of an option that takes a list, such as 1,3."""
+
+    def items(text: str) -> list:
+        try:
+            return [kind(item) for item in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 1,3") from None
+
+    return items
+
+
 def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted name and value of every key, sections included."""
     for name, value in config.items():

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.errors import UserError
 from dppo_jax.run_log import Scalars, read_scalars
-from experiments import cli
+from experiments import cli, sweep
 from experiments.plot import Method, bootstrap_interval, draw
-from experiments.sweep import Run, Sweep, config_of
+from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
 
 LAST = 10  # steps at a run's end whose mean reward is its outcome
@@ -62,15 +61,7 @@ def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequenc
             for run in runs:
                 train_one(config_of(own, run), workdir / arm.name / run.folder)
             continue
-        folder = workdir / arm.name
-        with Checkpoints(folder, keep=1) as checkpoints:
-            if checkpoints.latest() == config.steps:
-                continue
-        sweep = Sweep(own, runs, folder)
-        try:
-            sweep.train()
-        finally:
-            sweep.close()
+        sweep.train(own, runs, workdir / arm.name)
 
 
 def read(workdir: Path, arm: Arm, seeds: Sequence[int]) -> list[Scalars]:
@@ -140,14 +131,16 @@ def main(description: str, arms: Sequence[Arm]) -> None:
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each arm; resumes"),
             "--out": dict(type=Path, required=True, metavar="F", help="writes F.md, F.json and F.png"),
             "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
-            "--arms": dict(metavar="NAMES", help=f"some of {', '.join(arm.name for arm in arms)}, by commas"),
+            "--arms": dict(
+                type=cli.by_commas(), metavar="NAMES", help=f"some of {', '.join(arm.name for arm in arms)}, by commas"
+            ),
             "--separate": dict(action="store_true", help="one run after another, by experiments.train"),
         },
     )
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     named = {arm.name: arm for arm in arms}
-    chosen = list(named) if arguments.arms is None else arguments.arms.split(",")
+    chosen = arguments.arms or list(named)
     for name in chosen:
         if name not in named:
             raise UserError(f"--arms has {name!r}; the arms are {', '.join(named)}")

@@ -251,34 +251,40 @@ class Sweep:
         return state, past, scalars
 
 
+def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto") -> None:
+    """Trains the runs from their last checkpoint to the end; a sweep that is finished stays as it is."""
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest() == config.steps:
+            return
+    sweep = Sweep(config, runs, workdir, over=over)
+    try:
+        sweep.train()
+    finally:
+        sweep.close()
+
+
 def main() -> None:
     config, arguments = cli.parse(
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
-            "--methods": dict(required=True, metavar="NAMES", help="losses, by commas"),
+            "--methods": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="losses, by commas"),
             "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
-            "--rates": dict(default="1", metavar="NUMBERS", help="factors of optimizer.learning_rate, by commas (1)"),
+            "--rates": dict(
+                type=cli.by_commas(float), default="1", metavar="NUMBERS", help="factors of the learning rate (1)"
+            ),
         },
     )
-    try:
-        rates = [float(x) for x in arguments.rates.split(",")]
-    except ValueError:
-        raise UserError(f"--rates {arguments.rates!r} is not a list of numbers, such as 1,3") from None
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     runs = [
         Run(method, seed, rate)
-        for method in arguments.methods.split(",")
-        for rate in rates
+        for method in arguments.methods
+        for rate in arguments.rates
         for seed in range(config.seed, config.seed + arguments.seeds)
     ]
-    sweep = Sweep(config, runs, arguments.workdir, over=arguments.over)
-    try:
-        sweep.train()
-    finally:
-        sweep.close()
+    train(config, runs, arguments.workdir, over=arguments.over)
 
 
 if __name__ == "__main__":

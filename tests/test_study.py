@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import reuse
+from dppo_jax.errors import UserError
 from dppo_jax.run_log import RunLog, read_scalars, write_config
 from experiments import checks
 from experiments.cli import load_config
@@ -102,6 +103,18 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     assert found["m1", 0]["outcome"][0] == 0.5
     assert "| `pg_is` | 0.0003 | 1 · 0.50 | 0 · 0.25 |" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+
+
+def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
+    config = dict(steps=12, rollout=dict(activations="m1", weights="", lag=0))
+    for seed in range(2):
+        folder = tmp_path / "m1_lag0" / "pg_is" / f"seed_{seed}"
+        write_config(folder, config, resuming=False)
+        with RunLog(folder, hparams=config, resume_step=0, total_steps=12) as log:
+            log.scalars(0, {"reward/mean": 0.5})
+    with pytest.raises(UserError, match="none of the 2 runs in .* is finished; train them to their end first"):
+        survival.report(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_region_around_a_rounded_rollout_masks_before_any_update(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.run_log import read_config, read_scalars
-from experiments.sweep import Run, Sweep, check, config_of
+from experiments.sweep import Run, check, config_of, train
 from tests.fixtures import hurried, run, small_config, tiny
 
 METHODS = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # with their learning rates
@@ -19,18 +19,10 @@ def hurry(tmp_path_factory):
         yield
 
 
-def sweep(config, runs, folder, over: str = "auto") -> None:
-    made = Sweep(config, runs, folder, over=over)
-    try:
-        made.train()
-    finally:
-        made.close()
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    sweep(small_config(tiny(tmp_path_factory), **NUMBERS), RUNS, folder)
+    train(small_config(tiny(tmp_path_factory), **NUMBERS), RUNS, folder)
     return folder
 
 
@@ -50,7 +42,7 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
 def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
     config = small_config(tiny(tmp_path_factory), **NUMBERS)
     for over in ("vmap", "map"):
-        sweep(config, RUNS[1:4], tmp_path / over, over)
+        train(config, RUNS[1:4], tmp_path / over, over=over)
     for one in RUNS[1:4]:
         vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
         for tag in vmap:
@@ -61,7 +53,7 @@ def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
 def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
     for steps in (1, 3):
         config = small_config(tiny(tmp_path_factory), **NUMBERS | {"steps": steps})
-        sweep(config, RUNS, tmp_path / "cut")
+        train(config, RUNS, tmp_path / "cut")
     for one in RUNS:
         whole, cut = (read_scalars(folder / one.folder) for folder in (swept, tmp_path / "cut"))
         assert whole.keys() == cut.keys()

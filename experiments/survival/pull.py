@@ -22,7 +22,7 @@ from experiments import build, cli
 from experiments.probe import Probe
 from experiments.sweep import Run, config_of
 
-LOSSES = "pg_is,clip_higher,clip_unsigned,minirl,dppo_binary_tv,dppo_binary_tv_proximal"
+LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 
 
 def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--out": dict(type=Path, required=True, metavar="DIR", help="writes pull.json there"),
-            "--losses": dict(default=LOSSES, metavar="NAMES", help="by commas"),
+            "--losses": dict(type=cli.by_commas(), default=LOSSES, metavar="NAMES", help="by commas"),
             "--batches": dict(type=int, default=16, metavar="N", help="of the config's prompts (16)"),
         },
     )
-    found = measure(config, arguments.losses.split(","), arguments.batches)
+    found = measure(config, arguments.losses, arguments.batches)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "pull.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

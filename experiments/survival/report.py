@@ -27,7 +27,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 def cells(workdir: Path) -> list[dict[str, Any]]:
     """One entry for each mismatch, lag, method and learning rate, with the outcomes of its seeds. Unfinished runs are
-    left out."""
+    left out; UserError if no run is finished."""
     groups: dict[tuple, list] = {}
     folders = sorted({path.parent for path in workdir.glob("**/seed_*/config.json")})
     if not folders:
@@ -40,6 +40,8 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
         groups.setdefault((mismatch, rollout["lag"], method_of(config), rate), []).append(run)
+    if not groups:
+        raise UserError(f"none of the {len(folders)} runs in {workdir} is finished; train them to their end first")
     starts: dict[tuple, list[float]] = {}
     for key, runs in groups.items():
         starts.setdefault(key[:2], []).extend(run["reward/mean"][1][0] for run in runs)
@@ -127,11 +129,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def report(workdir: Path, out: Path) -> str:
     """Writes map.json, map.md and map.png into `out`; returns the table."""
-    found, text = cells(workdir), ""
-    if found:
-        text = markdown(found)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "map.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "map.md").write_text(text)
-        draw(found, out / "map.png")
+    found = cells(workdir)
+    text = markdown(found)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "map.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "map.md").write_text(text)
+    draw(found, out / "map.png")
     return text
