@@ -102,6 +102,8 @@ class Rollout:
     head_float32: bool = False
     record_experts: bool = False
 
+    __name__ = "rollout"  # as jit calls it, in profiles and in the list of what was compiled
+
     def __post_init__(self) -> None:
         if not 0 <= self.tracked <= self.config.vocab_size:
             raise ValueError(f"tracked = {self.tracked} tokens of a vocabulary of {self.config.vocab_size}")

@@ -162,6 +162,7 @@ def test_two_layers_for_a_pod(steps):
     [
         (["--topology", "v5p"], "topology 'v5p' is not CHIP:SHAPE, such as v5p:4x4x4 or v6e:8x8"),
         (["--topology", "v9:4x4"], "unknown chip 'v9'; the nearest is 'v4'"),
+        (["--topology", "v5p:4x4x4", "--steps", "trian"], "unknown step 'trian'; the nearest is 'train'"),
         (["--topology", "v5p:2x2x1"], "does not use exactly the 4 devices there are"),
     ],
 )

@@ -171,6 +171,8 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         "attn_softcap": theirs.attn_logit_softcapping if gemma else None,
         "window": theirs.sliding_window if gemma else None,
         "sliding": tuple(kind == "sliding_attention" for kind in theirs.layer_types) if gemma else (),
+        "lora": None,  # these two are set by our configs, not by a model's files
+        "quantization": None,
     }
 
 

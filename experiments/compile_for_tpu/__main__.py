@@ -26,7 +26,7 @@ if LIBTPU.is_dir():
 import jax  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from dppo_jax.errors import UserError, run_main  # noqa: E402
+from dppo_jax.errors import UserError, lookup, run_main  # noqa: E402
 from dppo_jax.models import ModelConfig  # noqa: E402
 from experiments import checks, chips, cli  # noqa: E402
 from experiments.compile_for_tpu import report, steps  # noqa: E402
@@ -43,6 +43,8 @@ def compile_all(
     mesh = steps.mesh_of(config, topology)
     checks.check_mesh(config, mesh, model)
     found, failures = [], []
+    for name in only:
+        lookup(dict.fromkeys(steps.NAMES), name, "step")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"jax {jax.__version__}, libtpu {_libtpu_version()}, {topology}: {mesh.size} chips, mesh {sizes}", flush=True)
     with steps.in_force(config, mesh):
@@ -79,7 +81,7 @@ def main() -> None:
         {
             "--topology": dict(required=True, metavar="CHIP:SHAPE", help="v5p:4x4x4, v6e:8x8, ..."),
             "--json": dict(type=Path, metavar="F", help="write a list with one object per step"),
-            "--steps": dict(default="train,prefill,decode", metavar="S,...", help="only these"),
+            "--steps": dict(type=cli.by_commas(), default=steps.NAMES, metavar="S,...", help="only these"),
             "--layers": dict(type=int, metavar="N", help="a model of N layers, otherwise the same: quicker"),
             "--hlo": dict(type=Path, metavar="DIR", help="keep the compiled programs' text"),
         },
@@ -89,7 +91,7 @@ def main() -> None:
         model = dataclasses.replace(model, num_layers=arguments.layers)
     if arguments.hlo:
         arguments.hlo.mkdir(parents=True, exist_ok=True)
-    found = compile_all(config, model, arguments.topology, tuple(arguments.steps.split(",")), arguments.hlo)
+    found = compile_all(config, model, arguments.topology, tuple(arguments.steps), arguments.hlo)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 

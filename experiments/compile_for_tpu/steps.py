@@ -21,6 +21,8 @@ from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments import build
 
+NAMES = ("train", "prefill", "decode")
+
 
 class Step(NamedTuple):
     """One program: how it is compiled, and what is known of it beforehand. Bytes are per chip."""
