@@ -1,29 +1,30 @@
 """A mixture of experts in place of the MLP: each token goes through the k experts that its router likes best.
 
 Nothing is dropped: tokens are sorted by expert and go through grouped products, whatever the load; the few of a decode
-step meet every expert instead. Over a mesh, each
-device holds whole experts: it gathers the tokens of the devices that hold the others, runs its own experts on those
-that chose them, and gives every token's owner its part of the sum.
+step meet every expert instead. Over a mesh, each device holds whole experts: it gathers the tokens of the devices that
+hold the others, runs its own experts on those that chose them, and gives every token's owner its part of the sum.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-from jaxtyping import Array, Float, Int32
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jaxtyping import Array, Bool, Float, Int32
 
 from dppo_jax.sharding import constrain, dividing, mesh_axes, spec
 
 Rounding = Callable[[Array], Array]
-Weights = tuple[Array, Array, Array]  # gate and up [X, E, F], down [X, F, E]
+Weights = tuple[Array, ...]  # gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]
 
-PIECE = 0.6  # of an equal share of the load: two pieces hold a device's share and a fifth more
+FIRST, MORE = 1.2, 0.3  # of an equal share of the load: what a device works through at once, and then, if it has more
 FEW = 256  # tokens: of no more, reading the experts costs more than all experts' products of all tokens
-TILE = 512  # rows that the kernel of a weight's gradient takes at a time
+TILE = 512  # rows that the kernels of the gradients take at a time
 
 
 def route(
@@ -85,125 +86,203 @@ def _local(
     shape, k = h.shape, chosen.shape[-1]
     holders = gather + same
     if cut := tuple(axis for axis in mesh_axes("expert") if holders and axis not in mesh_axes("holder")):
-        experts = jax.tree.map(lambda w: jax.lax.all_gather(w, cut, tiled=True), experts)
-    gate, up, down = experts
+        gate, up, down = experts
+        beside = jnp.concatenate([gate, up], axis=-1)  # one product in place of two
+        experts = tuple(jax.lax.all_gather(w, cut, tiled=True) for w in (beside, down))
+    count = len(experts[0])
     tokens, weights, chosen = h.reshape(-1, shape[-1]), weights.reshape(-1, k), chosen.reshape(-1, k)
     if gather:
+        tokens = _by_row(tokens)
         tokens, weights, chosen = (jax.lax.all_gather(x, gather, tiled=True) for x in (tokens, weights, chosen))
     holders = mesh_axes("holder") if holders else ()
-    first = jax.lax.axis_index(holders) * len(gate) if holders else 0
-    here = (chosen >= first) & (chosen < first + len(gate))
-    chosen = jnp.where(here, chosen - first, len(gate))
+    first = jax.lax.axis_index(holders) * count if holders else 0
+    here = (chosen >= first) & (chosen < first + count)
+    chosen = jnp.where(here, chosen - first, count)
     shares = jax.lax.axis_size(holders) if holders else 1
-    out = _grouped(tokens, weights, chosen, (gate, up, down), narrow, shares)
-    out = jax.lax.psum_scatter(out, gather, tiled=True) if gather else out
+    out = _grouped(tokens, weights, chosen, experts, narrow, shares)
+    out = _by_row(jax.lax.psum_scatter(out, gather, tiled=True)) if gather else out
     return (jax.lax.psum(out, same) if same else out).reshape(shape)
+
+
+def _by_row(x: Array) -> Array:
+    """x, laid out row by row: XLA for TPUs would exchange it laid out by columns, and turn all of it behind that."""
+    return with_layout_constraint(x, Layout((0, 1)))
 
 
 def _grouped(tokens: Array, weights: Array, chosen: Array, experts: Weights, narrow: Rounding, shares: int) -> Array:
     """f[n, E]: of each token [n, E], the sum over those of its `chosen` [n, k] experts that are here; X: elsewhere.
 
-    With 1 / `shares` of the load expected here, the pairs of token and expert are worked through in pieces, as many as
-    there turn out to be.
+    With 1 / `shares` of the load expected here, the pairs of token and expert are worked through in a large piece and
+    as many small ones as there turn out to be.
     """
-    pairs, count = chosen.size, len(experts[0])
     if len(tokens) <= FEW:
         return _dense(tokens, weights, chosen, experts, narrow)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    starts = jnp.searchsorted(flat[order], jnp.arange(count + 1)).astype(jnp.int32)
+    starts = jnp.sum(flat[:, None] < jnp.arange(len(experts[0]) + 1), axis=0, dtype=jnp.int32)
     if shares == 1:
-        return _piece(tokens, weights, experts, order, starts, narrow)
-    size = min(pairs, math.ceil(PIECE * pairs / shares / TILE) * TILE)
-    order = jnp.pad(order, (0, size))
-    return _in_pieces((narrow, size), tokens, weights, experts, order, starts)
+        sizes = (len(flat), 0)
+    else:
+        first, more = (math.ceil(part * len(flat) / shares / TILE) * TILE for part in (FIRST, MORE))
+        sizes = (min(first, len(flat)), more)
+    return _of_pairs((narrow, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts)
 
 
 def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, narrow: Rounding) -> Array:
     """`_grouped` by every expert of every token, those not chosen with weight 0: nothing is sorted or moved."""
-    gate, up, down = experts
-    share = jnp.sum(jnp.where(chosen[..., None] == jnp.arange(len(gate)), weights[..., None], 0), axis=1)  # [n, X]
-    hidden = jax.nn.silu(jnp.einsum("ne,xef->xnf", tokens, gate)) * jnp.einsum("ne,xef->xnf", tokens, up)
-    return jnp.einsum("xne,nx->ne", jnp.einsum("xnf,xfe->xne", narrow(hidden), down), share)
+    *into, down = experts
+    share = jnp.sum(jnp.where(chosen[..., None] == jnp.arange(len(down)), weights[..., None], 0), axis=1)  # [n, X]
+    hidden = _hidden(narrow, *(jnp.einsum("ne,xef->xnf", tokens, w) for w in into))
+    return jnp.einsum("xne,nx->ne", jnp.einsum("xnf,xfe->xne", hidden, down), share)
 
 
-def _piece(tokens: Array, weights: Array, experts: Weights, order: Array, bounds: Array, narrow: Rounding) -> Array:
-    """The pairs `order` (that of token i and its choice j is i k + j), from bounds[x] to bounds[x + 1] expert x's."""
-    gate, up, down = experts
-    sizes, token = bounds[1:] - bounds[:-1], order // weights.shape[1]
-    weight = jnp.where(jnp.arange(len(order)) < bounds[-1], weights.reshape(-1)[order], 0)
-    rows = tokens[token]
-    hidden = jax.nn.silu(_grouped_product(rows, gate, sizes)) * _grouped_product(rows, up, sizes)
-    out = _grouped_product(narrow(hidden), down, sizes)
-    return jnp.zeros_like(tokens).at[token].add(jnp.where(weight[:, None] == 0, 0, out * weight[:, None]))
+def _hidden(narrow: Rounding, *products: Array) -> Array:
+    """What goes into `down`, of the products with gate and up, or with both side by side."""
+    gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
+    return narrow(jax.nn.silu(gate) * up)
 
 
-@jax.custom_vjp
-def _grouped_product(x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]) -> Float[Array, "n O"]:
-    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; rows beyond them give 0."""
-    return _rows_of_groups(jax.lax.ragged_dot(x, w, sizes), sizes)
+class _Piece(NamedTuple):
+    """Some of the pairs, those of one expert after those of another; that of token i and its choice j is i k + j."""
+
+    pair: Int32[Array, "p"]
+    token: Int32[Array, "p"]
+    there: Bool[Array, "p 1"]  # false behind the last
+    sizes: Int32[Array, "X"]  # how many are of each expert
+
+    def only(self, x: Array) -> Array:
+        """x with 0 behind the last pair, where grouped products leave what they find."""
+        return jnp.where(self.there, x, 0)
+
+    def taken(self, x: Float[Array, "n E"]) -> Float[Array, "p E"]:
+        """Each pair's row of x."""
+        return x.at[self.token].get(mode="promise_in_bounds")
+
+    def add(self, total: Float[Array, "n E"], rows: Float[Array, "p E"]) -> Float[Array, "n E"]:
+        """`total` and each pair's row, summed by token."""
+        return total.at[jnp.where(self.there[:, 0], self.token, len(total))].add(rows, mode="drop")
 
 
-def _rows_of_groups(x: Array, sizes: Array) -> Array:
-    return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(sizes), x, 0)
+def _over_pieces(sizes: tuple[int, int], k: int, order: Array, starts: Array, work: Callable, carry: Any) -> Any:
+    """carry = work(carry, piece) for a first piece and, while there are pairs left, further ones."""
 
+    def piece(begin, size: int) -> _Piece:
+        bounds = jnp.clip(starts - begin, 0, size)
+        pair = jax.lax.dynamic_slice_in_dim(order, begin, size)
+        there = jnp.arange(size) < bounds[-1]
+        return _Piece(pair, pair // k, there[:, None], bounds[1:] - bounds[:-1])
 
-def _grouped_product_forward(x, w, sizes):
-    return _grouped_product(x, w, sizes), (x, w, sizes)
-
-
-def _grouped_product_backward(kept, g):
-    x, w, sizes = kept
-    d_x = _rows_of_groups(jax.lax.ragged_dot(g, w.swapaxes(1, 2), sizes), sizes)
-
-    def by_xla(x, g, sizes):
-        return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), w)[1](g)[0]
-
-    def by_kernel(x, g, sizes):  # XLA for TPUs multiplies every row by every expert here
-        return tgmm(x.T, g, sizes, w.dtype, tiling=(TILE, 512, 512))
-
-    if len(x) % TILE or x.dtype != jnp.bfloat16 or min(w.shape[1:]) < 128:
-        d_w = by_xla(x, g, sizes)
-    else:
-        d_w = jax.lax.platform_dependent(x, g, sizes, tpu=by_kernel, default=by_xla)
-    return d_x, d_w, np.zeros(sizes.shape, jax.dtypes.float0)
-
-
-_grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
+    first, more = sizes
+    carry = work(carry, piece(0, first))
+    if not more:
+        return carry
+    turns = (starts[-1] - first + more - 1) // more
+    return jax.lax.fori_loop(0, turns, lambda turn, carry: work(carry, piece(first + turn * more, more)), carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_pieces(static, tokens, weights, experts, order, starts):
-    def add(number, out):
-        return out + _numbered(static, tokens, weights, experts, order, starts, number)
+def _of_pairs(
+    static: tuple[Rounding, tuple[int, int]],
+    tokens: Array,
+    weights: Array,
+    experts: Weights,
+    order: Array,
+    starts: Array,
+) -> Float[Array, "n E"]:
+    """The sum by token over the pairs in this `order`, of which those from starts[x] to starts[x + 1] are expert x's.
 
-    return jax.lax.fori_loop(0, _pieces(static, starts), add, jnp.zeros_like(tokens))
+    Its backward pass keeps none of the pairs' rows: it takes them anew.
+    """
+    narrow, sizes = static
+    *into, down = experts
 
+    def work(out, piece):
+        rows = piece.taken(tokens)
+        hidden = _weighted(narrow, piece, _weight(weights, piece), *(_times(rows, w, piece.sizes) for w in into))
+        return piece.add(out, _times(hidden, down, piece.sizes))
 
-def _pieces(static, starts) -> Array:
-    return (starts[-1] + static[1] - 1) // static[1]
-
-
-def _numbered(static, tokens, weights, experts, order, starts, number):
-    narrow, size = static
-    part = jax.lax.dynamic_slice_in_dim(order, number * size, size)
-    return _piece(tokens, weights, experts, part, jnp.clip(starts - number * size, 0, size), narrow)
-
-
-def _in_pieces_forward(static, *inputs):
-    return _in_pieces(static, *inputs), inputs
-
-
-def _in_pieces_backward(static, inputs, g):
-    *values, order, starts = inputs
-
-    def add(number, total):
-        _, pull = jax.vjp(lambda *values: _numbered(static, *values, order, starts, number), *values)
-        return jax.tree.map(jnp.add, total, pull(g))
-
-    zeros = jax.tree.map(jnp.zeros_like, tuple(values))
-    found = jax.lax.fori_loop(0, _pieces(static, starts), add, zeros)
-    return *found, *(np.zeros(x.shape, jax.dtypes.float0) for x in (order, starts))
+    return _over_pieces(sizes, weights.shape[1], order, starts, work, jnp.zeros_like(tokens))
 
 
-_in_pieces.defvjp(_in_pieces_forward, _in_pieces_backward)
+def _weight(weights: Array, piece: _Piece) -> Array:
+    return weights.reshape(-1)[piece.pair, None]
+
+
+def _weighted(narrow: Rounding, piece: _Piece, weight: Array, *products: Array) -> Array:
+    """The hidden values times their pair's weight, as good as the outputs times it, and narrower."""
+    return piece.only(_hidden(narrow, *products) * weight)
+
+
+def _of_pairs_forward(static, *inputs):
+    return _of_pairs(static, *inputs), inputs
+
+
+def _of_pairs_backward(static, inputs, g):
+    (narrow, sizes), (tokens, weights, experts, order, starts) = static, inputs
+    *into, down = experts
+
+    def work(carry, piece):
+        d_tokens, d_weights, d_experts = carry
+        rows, g_rows = piece.taken(tokens), piece.taken(g)
+        products = [_times(rows, w, piece.sizes) for w in into]
+        hidden, pull = jax.vjp(functools.partial(_weighted, narrow, piece), _weight(weights, piece), *products)
+        d_weight, *d_products = pull(_times_transposed(g_rows, down, piece.sizes))
+        found = [*(_by_group(rows, d, piece.sizes) for d in d_products), _by_group(hidden, g_rows, piece.sizes)]
+        back = (_times_transposed(d, w, piece.sizes) for d, w in zip(d_products, into, strict=True))
+        return (
+            piece.add(d_tokens, functools.reduce(jnp.add, back)),
+            d_weights.at[piece.pair].add(d_weight[:, 0]),
+            [total + one for total, one in zip(d_experts, found, strict=True)],
+        )
+
+    zeros = jnp.zeros_like(tokens), jnp.zeros_like(weights.reshape(-1)), [jnp.zeros_like(w) for w in experts]
+    d_tokens, d_weights, d_experts = _over_pieces(sizes, weights.shape[1], order, starts, work, zeros)
+    none = (np.zeros(x.shape, jax.dtypes.float0) for x in (order, starts))
+    return d_tokens, d_weights.reshape(weights.shape), tuple(d_experts), *none
+
+
+_of_pairs.defvjp(_of_pairs_forward, _of_pairs_backward)
+
+
+def _times(x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]) -> Float[Array, "n O"]:
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; of rows beyond them, anything."""
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def _times_transposed(
+    x: Float[Array, "n O"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]
+) -> Float[Array, "n I"]:
+    """`_times` by each expert's transpose."""
+
+    def by_xla(x, w, sizes):
+        return _times(x, w.swapaxes(1, 2), sizes)
+
+    def by_kernel(x, w, sizes):  # XLA for TPUs copies the weights to transpose them
+        return gmm(x, w, sizes, x.dtype, tiling=_tiling(w.shape[2], w.shape[1]), transpose_rhs=True)
+
+    return _on_tpu(by_kernel, by_xla, x, w, sizes)
+
+
+def _by_group(x: Float[Array, "n I"], g: Float[Array, "n O"], sizes: Int32[Array, "X"]) -> Float[Array, "X I O"]:
+    """x^T g of each expert's rows."""
+
+    def by_xla(x, g, sizes):
+        zeros = jnp.zeros((len(sizes), x.shape[1], g.shape[1]), x.dtype)
+        return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), zeros)[1](g)[0]
+
+    def by_kernel(x, g, sizes):  # XLA for TPUs multiplies every row by every expert here
+        return tgmm(x.T, g, sizes, x.dtype, tiling=_tiling(x.shape[1], g.shape[1]))
+
+    return _on_tpu(by_kernel, by_xla, x, g, sizes)
+
+
+def _tiling(*widths: int) -> tuple[int, ...]:
+    """Tiles of a kernel's rows, and of its two other sides."""
+    return TILE, *(max((t for t in range(512, 1025, 128) if width % t == 0), default=512) for width in widths)
+
+
+def _on_tpu(by_kernel: Callable, by_xla: Callable, x: Array, other: Array, sizes: Array) -> Array:
+    """One of two ways to the same, by platform; the kernel wants whole tiles of bfloat16."""
+    if len(x) % TILE or x.dtype != jnp.bfloat16 or min(x.shape[1], *other.shape[-2:]) < 128:
+        return by_xla(x, other, sizes)
+    return jax.lax.platform_dependent(x, other, sizes, tpu=by_kernel, default=by_xla)

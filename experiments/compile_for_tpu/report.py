@@ -8,11 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dppo_jax.models import ModelConfig
+from dppo_jax.models.moe import FIRST
 from experiments.chips import GIB, Chip
 from experiments.compile_for_tpu.hlo import Instruction, Module
 from experiments.compile_for_tpu.steps import Step
-
-EXPERT_PIECES = 2  # turns of the loop over a device's share of the pairs of token and expert, under an even load
 
 
 def layer_weights(model: ModelConfig) -> float:
@@ -52,7 +51,7 @@ def kernel_cycles(chip: Chip, rows_share: float):
     """Cycles of a Pallas kernel: its products at the chip's full rate. `rows_share`: real rows of a grouped product."""
 
     def cycles(i: Instruction, module: Module) -> float:
-        if i.name.startswith(("splash", "ragged-dot", "tgmm")) and "metadata" not in i.name:
+        if i.name.startswith(("splash", "ragged-dot", "gmm", "tgmm")) and "metadata" not in i.name:
             return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
         return 0.0
 
@@ -60,13 +59,13 @@ def kernel_cycles(chip: Chip, rows_share: float):
 
 
 def _kernel_flops(i: Instruction, module: Module, rows_share: float) -> float:
-    shapes = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
+    found = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
     if i.name.startswith("splash"):
-        queries = max((s for s in shapes if len(s) >= 3), key=math.prod)  # [..., heads, length, size]
+        queries = max((s for s in found if len(s) >= 3), key=math.prod)  # [..., heads, length, size]
         products = next(n for name, n in {"fwd": 2, "dkv": 4, "dq": 3}.items() if name in i.name)
         return float(products * math.prod(queries) * queries[-2])  # causal: half the scores, two operations each
-    _, inner, outer = next(s for s in shapes if len(s) == 3)
-    rows = max(math.prod(s) for s in shapes if len(s) == 2) // max(inner, outer)
+    _, inner, outer = next(s for s in found if len(s) == 3)
+    rows = max(math.prod(s) for s in found if len(s) == 2) // max(inner, outer)
     return 2.0 * rows_share * rows * inner * outer
 
 
@@ -74,12 +73,11 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
     """The object of one step that --json writes."""
 
     def turns(loop: Instruction) -> int:
-        return EXPERT_PIECES if "shard_map" in loop.op_name else step.pieces
+        return 0 if "shard_map" in loop.op_name else step.pieces  # a mixture's load is even: its first piece is all
 
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
-    rows_share = 1 / (0.6 * EXPERT_PIECES)
     speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
-    predicted = module.cycles(kernel_cycles(chip, rows_share), *speeds) / chip.clock
+    predicted = module.cycles(kernel_cycles(chip, 1 / FIRST), *speeds) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():
