@@ -123,6 +123,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(*dividing(mesh, x, *axes)))
 
 
+def cuts_evenly(size: int, name: str) -> bool:
+    """Whether the mesh in force cuts a dimension of this size and logical name into equal pieces."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % parts(mesh, *mesh_axes(name)) == 0
+
+
 def is_cut(name: str) -> bool:
     """Whether the mesh in force cuts this logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -132,22 +138,25 @@ def is_cut(name: str) -> bool:
 def summed_product(left: Array, right: Array, across: str | None, *, dtype: Any = None) -> Array:
     """The gradient of a weight [embed, across]: left^T right over their rows, [B, T, embed] and [B, T, across].
 
+    `across` may be two dimensions, of which the second is whole; then it is in the result, too.
+
     Each device adds up its own rows, and keeps its part of the sum over all: asked for the sum and its layout, XLA may
     make it slice by slice, in narrow products, or leave the whole of it on every device.
     """
-    batch, embed = mesh_axes("batch"), mesh_axes("embed")
+    batch, embed, whole = mesh_axes("batch"), mesh_axes("embed"), (None,) * (right.ndim - 3)
     others = tuple(axis for axis in batch if axis not in embed)
 
     def local(left: Array, right: Array) -> Array:
         own = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
-        own = own.reshape(jax.lax.axis_size(embed), -1, own.shape[1])  # of other than leading axes, XLA sums the whole
+        # Of other than leading axes, XLA would sum the whole.
+        own = own.reshape(jax.lax.axis_size(embed), -1, *own.shape[1:])
         own = jax.lax.psum_scatter(own, embed)
         return jax.lax.psum(own, others) if others else own
 
     share = jax.shard_map(
         local,
-        in_specs=(spec("batch", None, None), spec("batch", None, across)),
-        out_specs=spec("embed", across),
+        in_specs=(spec("batch", None, None), spec("batch", None, across, *whole)),
+        out_specs=spec("embed", across, *whole),
         check_vma=False,
     )
     return share(left, right)

@@ -20,7 +20,7 @@ from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.embedding import embed
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
-from dppo_jax.sharding import constrain, is_cut, summed_product
+from dppo_jax.sharding import constrain, cuts_evenly, is_cut, summed_product
 
 Params = dict[str, Any]
 # attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)
@@ -76,36 +76,61 @@ def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
     return (x32 * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: Float[Array, "B T I"], w: Float[Array, "I O"], axes: tuple[str, str]) -> Float[Array, "B T O"]:
+def linear(
+    x: Float[Array, "B T *I"], w: Float[Array, "I O"], axes: tuple[str, str], heads: int | None = None
+) -> Float[Array, "B T *O"]:
     """x w, for a weight with these logical axes, whose residual side is gathered first.
+
+    x may be [B, T, H, D]; what comes out is, with so many `heads`, if they are given.
+    """
+    inner = x.shape[2] if x.ndim == 4 else None
+    whole = [n is None or cuts_evenly(n, axis) for n, axis in zip((inner, heads), axes, strict=True)]
+    if x.shape[1] > 1 and all(whole):
+        return _linear(x, w, axes, heads)
+    # The tokens of a decode step are less than the weight, which would be laid out anew.
+    y = _linear(x.reshape(*x.shape[:2], -1), w, axes, None)
+    return y if heads is None else y.reshape(*y.shape[:2], heads, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear(x: Array, w: Array, axes: tuple[str, str], heads: int | None) -> Array:
+    """`linear`. The weight is split into heads in place of what it makes: XLA for TPUs lays either out anew.
 
     Its backward pass says x^T g for the weight's gradient, where JAX says (g^T x)^T: XLA's CPU backend copies what it
     transposes, and x is already at hand in the layout that it wants (1.2 x a layer's training).
     """
-    return x @ constrain(w, *_uncut(axes))
+    return _linear_forward(x, w, axes, heads)[0]
+
+
+def _gathered(w: Array, axes: tuple[str, str], inner: tuple[int, ...], heads: int | None) -> Array:
+    """w [*I, *O], whole along the residual side."""
+    return constrain(w, *_uncut(axes)).reshape(*inner, *((w.shape[1],) if heads is None else (heads, -1)))
 
 
 def _uncut(axes: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(None if axis == "embed" else axis for axis in axes)
 
 
-def _linear_forward(x: Array, w: Array, axes: tuple[str, str]):
-    return x @ constrain(w, *_uncut(axes)), (x, w)
+def _linear_forward(x: Array, w: Array, axes: tuple[str, str], heads: int | None):
+    whole = _gathered(w, axes, x.shape[2:], heads)
+    inner = tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))
+    return jax.lax.dot_general(x, whole, (inner, ((), ()))), (x, w)
 
 
-def _linear_backward(axes: tuple[str, str], kept: tuple[Array, Array], g: Array):
+def _linear_backward(axes: tuple[str, str], heads: int | None, kept: tuple[Array, Array], g: Array):
     x, w = kept
-    d_x = jnp.einsum("bto,io->bti", g, constrain(w, *_uncut(axes)))
+    whole = _gathered(w, axes, x.shape[2:], heads)
+    outer = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, whole.ndim))
+    d_x = jax.lax.dot_general(g, whole, (outer, ((), ())))
     if is_cut("embed") and "embed" in axes:
         if axes[0] == "embed":
-            return d_x, summed_product(x, g, axes[1])
-        return d_x, summed_product(g, x, axes[0]).T
-    d_w = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())))
+            return d_x, summed_product(x, g, axes[1]).reshape(w.shape)
+        return d_x, summed_product(g, x, axes[0]).reshape(w.shape[::-1]).T
+    d_w = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ()))).reshape(w.shape)
     return d_x, constrain(d_w, *axes)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def adapt(layer: nnx.Module, name: str, rank: int, rngs: nnx.Rngs) -> None:
@@ -189,19 +214,20 @@ class Layer(nnx.Module):
     ):
         """(x, cache, what `attend` keeps, routed): through the experts chosen, or given; None without a mixture."""
         c, narrow = self.config, (lambda x: x) if narrow is None else narrow
-        batch, length, _ = x.shape
         h = constrain(narrow(self._norm("attn_norm", x)), "batch", "length", "residual")
-        q, k, v = self._product("q", h), self._product("k", h), self._product("v", h)
+        q = self._product("q", h, c.num_heads)
+        k, v = (self._product(name, h, c.num_kv_heads) for name in ("k", "v"))
         if c.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        q = constrain(q.reshape(batch, length, c.num_heads, c.head_dim), "batch", "length", "heads", None)
-        k, v = (a.reshape(batch, length, c.num_kv_heads, c.head_dim) for a in (k, v))
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (a + bias[...].reshape(-1, c.head_dim) for a, bias in zip((q, k, v), biases, strict=True))
+        q = constrain(q, "batch", "length", "heads", None)
         k, v = (constrain(a, "batch", "length", "kv_heads", None) for a in (k, v))
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
-        mixed = constrain(narrow(mixed.reshape(batch, length, -1)), "batch", "length", "heads")
+        mixed = narrow(mixed.reshape(*x.shape[:2], -1)).reshape(*x.shape[:2], c.num_heads, -1)
+        mixed = constrain(mixed, "batch", "length", "heads", None)
         mixed = constrain(self._product("o", mixed), "batch", "stream", "residual")
         mixed = mixed + self.o_bias[...] if c.o_bias else mixed
         x = x + (self._norm("attn_post_norm", mixed) if c.gemma else mixed)
@@ -215,21 +241,22 @@ class Layer(nnx.Module):
         """x through the norm of that name."""
         return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
 
-    def _product(self, name: str, x: Array) -> Array:
-        """x times the weight of that name, and its adapter."""
+    def _product(self, name: str, x: Array, heads: int | None = None) -> Array:
+        """x times the weight of that name, and its adapter; x may be [B, T, H, D], and y is if `heads` are named."""
         if how := self.config.quantization:
             w, scales = getattr(self, name)[...], getattr(self, name + quantize.SCALE)[...]
-            return quantize.product(x, w, scales, how.format, activations=how.activations)
+            y = quantize.product(x.reshape(*x.shape[:2], -1), w, scales, how.format, activations=how.activations)
+            return y if heads is None else y.reshape(*y.shape[:2], heads, -1)
 
-        def times(x: Array, name: str) -> Array:
+        def times(x: Array, name: str, heads: int | None = None) -> Array:
             weight = getattr(self, name)
-            return linear(x, weight[...], weight.get_metadata()["axes"])
+            return linear(x, weight[...], weight.get_metadata()["axes"], heads)
 
-        y = times(x, name)
+        y = times(x, name, heads)
         if (lora := self.config.lora) is None or name not in lora.targets:
             return y
         a, b = (name + suffix for suffix in ADAPTER)
-        return y + lora.scale * times(times(x, a), b)
+        return y + lora.scale * times(times(x, a), b, heads)
 
     def _whole(self, name: str, dtype: Any) -> Array:
         """The weight of that name with its adapter added, or dequantised: of experts, whose products are grouped."""
