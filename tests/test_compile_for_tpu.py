@@ -150,7 +150,8 @@ def test_two_layers_for_a_pod(steps):
     if name == "moe_base":  # a chip gathers a quarter of a layer's experts, never all of them
         for step in found:
             compiled = (folder / f"{step}.txt").read_text()
-            assert ("[32,2048,768]" in compiled) and not re.search(r"\[128,(2048,768|768,2048)\]", compiled)
+            experts = {int(count) for count, _ in re.findall(r"\[(\d+),(2048,768|768,2048|2048,1536)\]", compiled)}
+            assert max(experts) == 32, step
     # The cache is written in place: what is temporary beside it does not grow with it.
     assert decode["temp_gib"] * 2**30 < 0.15 * decode["cache_bytes"], "2% at full depth"
     assert decode["moved_bytes"] <= 1.4 * (decode["weight_bytes"] + decode["cache_bytes"])

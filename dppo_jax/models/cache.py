@@ -111,26 +111,40 @@ def attend(
     """
     batch, heads, size = q.shape
     q = (q * (size**-0.5 if scale is None else scale)).reshape(batch, cache[0][0].shape[1], -1, size)
-    mixed = _attend(q, cache, visible[:, None, None], used, softcap, "bkgd,bkdc->bkgc", "bkgc,bkcd->bkgd", None)
+    mixed = _attend(q, cache, visible, used, softcap, "bkgd,bkdc->bkgc", "bkgc,bkcd->bkgd", None)
     return mixed.reshape(batch, heads, size)
 
 
 def _attend(q, cache, visible, used, softcap, scores: str, mix: str, layer) -> Array:
-    """`visible` fits the scores. Of all layers' cache, `layer` is taken out within the products: they read it there."""
+    """Products by rows and heads, as `scores` and `mix` say. Of all layers' cache, `layer` is taken out within them:
+    they read it there.
+
+    Blocks are never put together: the largest score of each is found within the product that makes its scores, and the
+    mixed values are divided by the softmax's sum, as they are fewer than its terms.
+    """
     at = edges(visible.shape[-1])
+
+    def score(q, keys, seen):
+        score = jnp.einsum(scores, q, keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
+        by_row = score.reshape(len(seen), -1, *score.shape[-2:])
+        return jnp.where(seen[:, None, None], by_row, -1e30).reshape(score.shape)
 
     def over(count: int):
         def read(q, cache, visible):
             blocks = cache[:count]
             if layer is not None:
                 blocks = [tuple(jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in pair) for pair in blocks]
-            score = [jnp.einsum(scores, q, k, preferred_element_type=jnp.float32) for k, _ in blocks]
-            score = jnp.concatenate(score, axis=-1)
-            if softcap is not None:
-                score = softcap * jnp.tanh(score / softcap)
-            p = jax.nn.softmax(jnp.where(visible[..., : at[count]], score, -1e30), axis=-1).astype(q.dtype)
-            weighed = zip(jnp.split(p, at[1:count], axis=-1), blocks, strict=True)
-            return sum(jnp.einsum(mix, p, v) for p, (_, v) in weighed)
+            keys, values = zip(*blocks, strict=True)
+            seen = jnp.split(visible[:, : at[count]], at[1:count], axis=-1)
+            scored = [score(q, k, s) for k, s in zip(keys, seen, strict=True)]
+            most = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scored])
+            weights = [jnp.exp(s - most) for s in scored]
+            total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+            weights = [w.astype(q.dtype) for w in weights]
+            product = functools.partial(jnp.einsum, mix, preferred_element_type=jnp.float32)
+            return (sum(map(product, weights, values)) / total).astype(q.dtype)
 
         return read
 
@@ -184,7 +198,6 @@ def _step_of_all(q, key, value, cache, column, visible, used, layer, *, scale, s
         blocks.append((put(pair[0], key), put(pair[1], value)))
         at += width
     q = (q * (size**-0.5 if scale is None else scale)).reshape(1, batch * kv_heads, -1, size)
-    seen = jnp.repeat(visible, kv_heads, axis=0)[None, :, None]
-    mixed = _attend(q, tuple(blocks), seen, used, softcap, "lbgd,lbcd->lbgc", "lbgc,lbcd->lbgd", layer)
+    mixed = _attend(q, tuple(blocks), visible, used, softcap, "lbgd,lbcd->lbgc", "lbgc,lbcd->lbgd", layer)
     whole = jax.tree.map(lambda x, old: x.reshape(old.shape), tuple(blocks), cache)
     return mixed.reshape(batch, heads, size), whole

@@ -293,6 +293,8 @@ def _named(i: Instruction, what: str) -> str:
 
 def _instruction(found: re.Match, line: str) -> Instruction:
     name, kind = found[2], found[4]
+    if kind == "constant":
+        line = line[: found.end() + 100]  # of a large array, all numbers are printed
     inside = line[found.end() :]
     depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in inside)
     end = next((at for at, level in enumerate(depth) if level < 0), 0)
