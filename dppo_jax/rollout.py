@@ -53,7 +53,7 @@ class _Slots:
     cache: Cache | list[Cache]  # of all layers, or of each
     handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
     out: _Drawn  # [B, R]
-    experts: Integer[Array, "B R L k"] | None  # of the tokens that were decoded from, if they are recorded
+    experts: Integer[Array, "B R Lk"] | None  # of the tokens that were decoded from, if they are recorded
 
 
 @struct.dataclass
@@ -180,10 +180,10 @@ class Rollout:
         return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
     def _recorded(self, routed: Routed | None) -> Array:
-        """[L, b, t, k] -> [b, t, L, k], as small as the number of experts allows."""
+        """[L, b, t, k] -> [b, t, Lk], as small as the number of experts allows."""
         assert routed is not None
         kind = jnp.uint8 if self.config.num_experts <= 256 else jnp.int32
-        return jnp.moveaxis(routed.experts, 0, 2).astype(kind)
+        return jax.lax.collapse(jnp.moveaxis(routed.experts, 0, 2).astype(kind), 2)
 
     # Shard d owns rows d * B/D .. and slots d * S/D ..: rows and prompts are moved within a shard only.
 

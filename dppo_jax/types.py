@@ -1,8 +1,8 @@
 """What crosses a boundary: frozen pytree dataclasses, with the shape and dtype of every field.
 
 N = prompts, G = responses per prompt, B = N * G rows (row b answers prompt b // G), P = prompt length,
-R = response length, K = tracked tokens; a mixture has k experts a token in each of L layers. Prompts are padded on the
-left, responses on the right.
+R = response length, K = tracked tokens; a mixture has k experts a token in each of L layers, Lk in all, those of a
+layer after those of the one before. Prompts are padded on the left, responses on the right.
 
 A training pass sees M packed rows of T tokens, several samples (a prompt and its response) in each, and Q of each
 row's columns as response tokens.
@@ -33,8 +33,8 @@ class RolloutBatch:
     group: Int32[Array, "B"]
     topk_ids: Int32[Array, "B R K"] | None = None  # the K likeliest tokens under the behavior policy
     topk_logp: Float32[Array, "B R K"] | None = None  # their behavior log-probabilities
-    prompt_experts: Integer[Array, "N P L k"] | None = None  # that each token went through
-    experts: Integer[Array, "B R L k"] | None = None  # a response's last token went through none: 0
+    prompt_experts: Integer[Array, "N P Lk"] | None = None  # that each token went through
+    experts: Integer[Array, "B R Lk"] | None = None  # a response's last token went through none: 0
 
 
 @struct.dataclass
@@ -53,8 +53,8 @@ class TrainBatch:
     proximal_logp: Float32[Array, "B R"] | None = None
     topk_proximal_logp: Float32[Array, "B R K"] | None = None
     reference_logp: Float32[Array, "B R"] | None = None
-    prompt_experts: Integer[Array, "B P L k"] | None = None
-    experts: Integer[Array, "B R L k"] | None = None
+    prompt_experts: Integer[Array, "B P Lk"] | None = None
+    experts: Integer[Array, "B R Lk"] | None = None
 
 
 @struct.dataclass
@@ -75,7 +75,7 @@ class PackedBatch:
     proximal_logp: Float32[Array, "M Q"] | None = None
     topk_proximal_logp: Float32[Array, "M Q K"] | None = None
     reference_logp: Float32[Array, "M Q"] | None = None
-    experts: Integer[Array, "M T L k"] | None = None  # to be gone through again
+    experts: Integer[Array, "M T Lk"] | None = None  # to be gone through again
 
 
 @struct.dataclass

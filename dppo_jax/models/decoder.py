@@ -430,7 +430,7 @@ def forward_routed(
     attention: str = "xla",
     narrow: Rounding | None = None,
     noise_key: Key[Array, ""] | None = None,
-    experts: Integer[Array, "B T L k"] | None = None,
+    experts: Integer[Array, "B T Lk"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Routed | None]:
     """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
 
@@ -451,7 +451,8 @@ def forward_routed(
     if noise_key is not None:
         keys = jax.random.split(noise_key, config.num_layers)
         noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
-    experts = None if experts is None else jnp.moveaxis(experts, 2, 0)
+    if experts is not None:
+        experts = jnp.moveaxis(experts.reshape(*tokens.shape, config.num_layers, -1), 2, 0)
     model = bind(config, params, dtype=dtype)
     hidden, _, _, routed = model(tokens, position, attend, None, remat, narrow, noise, experts)
     return hidden, routed

@@ -81,7 +81,7 @@ def plot(rows, path: Path) -> None:
         (axes[1], [row[2]["peak_gib"] for row in rows], "peak GiB of a chip"),
     ):
         axis.plot(chips, values, marker="o")
-        axis.set(xscale="log", xlabel="chips", ylabel=label, ylim=(0, None))
+        axis.set(xscale="log", xlabel="chips", ylabel=label, ylim=(0, 1.15 * max(values)))
         axis.set_xticks(chips, [f"{n:,}" for n in chips])
         axis.minorticks_off()
     figure.savefig(path, dpi=150)
