@@ -3,9 +3,9 @@
     python -m experiments.train --config configs/paper/dense_base.py --workdir runs/dense_base --distributed
     ... --config.loss.name=clip_higher, or any other row of LOSSES, for the paper's comparison
 
-The mesh is for v5p:4x4x4: 7.5 GiB a chip in training, 23.9 in the rollout, of 95.7. 300 steps, every response as long
-as it may be, take 8 hours without evaluation (estimates of experiments.compile_for_tpu; docs/pods.md). For v6e:8x8 the
-same mesh, with --config.train.micro_rows=1: not compiled by us.
+The mesh is for v5p:4x4x4: 7.6 GiB a chip in training, 23.9 in the rollout, of 95.7. 300 steps, every response as long
+as it may be, take 9 hours without evaluation. For v6e:8x8 too: as much memory, of 31.3; 12 hours. Estimates of
+experiments.compile_for_tpu (docs/pods.md).
 Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them, --trace
 checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
 """

@@ -3,9 +3,9 @@
     python -m experiments.train --config configs/paper/moe_base.py --workdir runs/moe_base --distributed
     ... --config.loss.name=clip_higher, or any other row of LOSSES, for the paper's comparison
 
-The mesh is for v5p:4x4x4: 18.0 GiB a chip in training, 67.5 in the rollout, of 95.7. 300 steps, every response as long
-as it may be, take 122 hours without evaluation (estimates of experiments.compile_for_tpu; docs/pods.md). For v6e:8x8:
---config.mesh.fsdp=8 --config.mesh.expert=8 --config.rollout.slots=512, not compiled by us.
+The mesh is for v5p:4x4x4: 18.3 GiB a chip in training, 67.5 in the rollout, of 95.7. 300 steps, every response as long
+as it may be, take 98 hours without evaluation. For v6e:8x8, with --config.mesh.fsdp=8 --config.mesh.expert=8
+--config.rollout.slots=512: 20.6 and 22.4, of 31.3; 163 hours. Estimates of experiments.compile_for_tpu (docs/pods.md).
 Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them, --trace
 checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
 """

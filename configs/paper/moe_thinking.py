@@ -2,7 +2,7 @@
 
     python -m experiments.train --config configs/paper/moe_thinking.py --workdir runs/moe_thinking --distributed
 
-As moe_base in all else: mesh, memory and time.
+As moe_base in all else: mesh, memory and time are what that file says, of programs of the same shapes.
 """
 
 from configs.paper import moe_base
