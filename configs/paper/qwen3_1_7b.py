@@ -2,9 +2,9 @@
 
     python -m experiments.train --config configs/paper/qwen3_1_7b.py --workdir runs/qwen3_1_7b --distributed
 
-The mesh is for v5p:2x2x4: 6.2 GiB a chip in training, 63.9 in the rollout, of 95.7. 300 steps, every response as long as
-it may be, take 20 hours without evaluation. For v6e:4x4, with --config.rollout.slots=256: 6.3 and 17.2, of 31.3; 31 hours.
-Estimates of experiments.compile_for_tpu (docs/pods.md).
+The mesh is for v5p:2x2x4: 6.2 GiB a chip in training, 63.9 in the rollout, of 95.7. 300 steps, every response as long
+as it may be, take 20 hours without evaluation. For v6e:4x4, with --config.rollout.slots=256: 6.3 and 17.2, of 31.3; 31
+hours. Estimates of experiments.compile_for_tpu (docs/pods.md).
 Batch, lengths and thresholds are dense_base's: the paper's table is of the five large runs.
 """
 
