@@ -8,8 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import make_folder
 from dppo_jax.models.decoder import LOG_SIGMA
-from dppo_jax.run_log import make_folder
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:

@@ -26,6 +26,12 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     return table[name]
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for the end of a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs an entry point; a `UserError` becomes one line on stderr and exit status 2, an interruption status 130."""
     try:

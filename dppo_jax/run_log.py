@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from dppo_jax import panels
 from dppo_jax.errors import UserError
+from dppo_jax.files import make_folder
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
 
@@ -220,13 +221,6 @@ def _character(c: str) -> str:
     if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"):
         c = c.encode("unicode_escape").decode()
     return "".join(f"&#{ord(x)};" if x in string.punctuation else x for x in c)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
 
 
 # --- config.json ---

@@ -23,8 +23,7 @@ import jax
 from jax._src import distributed  # its client has the heartbeats, which jax.distributed does not show
 from jax.experimental import multihost_utils
 
-from dppo_jax.data.examples import first_line
-from dppo_jax.errors import UserError
+from dppo_jax.errors import UserError, first_line
 from dppo_jax.errors import run_main as run_alone
 
 LOST = 3  # exit status where another process is gone

@@ -54,9 +54,3 @@ def answer_task(name: str, examples: Sequence[Example], verifier: str) -> Task:
     if verifier == "math_verify":
         return Task(name, examples, AnswerVerifier(verifier), isolated=True, worker_imports=("math_verify",))
     return Task(name, examples, AnswerVerifier(verifier), isolated=False)
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough for the end of a sentence."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.arithmetic import exact_value
-from dppo_jax.data.examples import Example, Task, answer_task, first_line
-from dppo_jax.errors import UserError, lookup, nearest
+from dppo_jax.data.examples import Example, Task, answer_task
+from dppo_jax.errors import UserError, first_line, lookup, nearest
 from dppo_jax.rewards.verifiers import answer_fault, extract_answer
 
 NONSENSE = "I do not know."  # no scorer may accept it

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dppo_jax.data.examples import Example, Task, first_line
-from dppo_jax.errors import UserError
+from dppo_jax.data.examples import Example, Task
+from dppo_jax.errors import UserError, first_line
 from dppo_jax.types import PromptBatch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

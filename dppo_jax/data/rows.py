@@ -5,8 +5,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from dppo_jax.data.examples import Example, Task, answer_task, first_line
-from dppo_jax.errors import UserError
+from dppo_jax.data.examples import Example, Task, answer_task
+from dppo_jax.errors import UserError, first_line
 from dppo_jax.rewards.verifiers import VERIFIERS, answer_fault
 
 

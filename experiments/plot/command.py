@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.run_log import make_folder
+from dppo_jax.files import make_folder
 from experiments.cli import Parser
 from experiments.plot.figure import draw, remarks
 from experiments.plot.runs import group_runs
