@@ -1,0 +1,106 @@
+"""Paths that a user gives, and the small files at them: found, read and written in one place, each fault one sentence.
+
+Nothing here imports jax: reward workers may.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from dppo_jax.errors import UserError
+
+_BUCKET = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?=/?[^/])")  # pathlib leaves gs:/b of gs://b
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
+    """The path with ~ expanded. `key`: the flag or config key that gave it, for the sentence.
+
+    Raises: UserError for a bucket or another address (not read yet), a character that no file name can have, a ~ of
+    nobody.
+    """
+    text = os.fspath(path)
+    if found := _BUCKET.match(text):
+        raise UserError(
+            f"{key} = {text!r}: {found[1]}:// addresses are neither read nor written yet; mount the bucket, or copy "
+            "it to a folder, and name that"
+        )
+    if "\0" in text or _SURROGATES.search(text):
+        raise UserError(f"{key} = {text!r} holds a character that no file name can have")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no HOME, or no such user
+        raise UserError(f"{key} = {text!r}: no home folder is known for ~; write the path out") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it, parents included, if need be. UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """The whole file, UTF-8. UserError where it cannot be read, or is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. `where`: file, and row or key, for the sentence.
+
+    Raises: UserError for what is no JSON, an integer of more digits or a nesting deeper than Python reads, and lone
+    surrogates, which are JSON but no text.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON: {error}") from None
+    except ValueError as error:  # the limit on digits
+        raise UserError(f"{where}: {str(error).split(';')[0]}") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON that is nested too deeply") from None
+    if "\\u" in text or _SURROGATES.search(text):
+        check_text(value, where)
+    return value
+
+
+def check_text(value: Any, where: str) -> None:
+    """UserError where a text, or one inside lists and objects, holds a lone surrogate: it cannot be encoded."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if found := _SURROGATES.search(item):
+                raise UserError(f"{where}: a lone surrogate, \\u{ord(found[0]):04x}, which is no character")
+        elif isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. UserError as of `read_text` and `parse_json`."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The same, where it must be an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a kill leaves the old one. OSError."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
