@@ -1,9 +1,14 @@
 """Errors that are the user's to mend: one sentence that names the offending thing and the nearest right one."""
 
+import contextlib
 import difflib
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -32,13 +37,79 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+class WriteError(UserError):
+    """A run's folder can no longer be written: the disk is full, the folder is gone, a limit is reached."""
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError inside becomes a `WriteError` that names the folder and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write to {os.fspath(folder)!r}: {error.strerror or first_line(error)}") from error
+
+
+class _Sturdy(io.TextIOBase):
+    """A stream that goes silent when nobody reads it any more, in place of ending the program."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._silenced():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silenced():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _silenced(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # a broken pipe, a terminal that is gone, a full disk; a closed file
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+
+@contextlib.contextmanager
+def sturdy_streams() -> Iterator[None]:
+    """Until it closes, a reader of stdout or stderr who goes away (`2>&1 | head`), or never came, stops nothing."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (_Sturdy(nowhere if stream is None else stream) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs an entry point; a `UserError` becomes one line on stderr and exit status 2, an interruption status 130."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with sturdy_streams():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)

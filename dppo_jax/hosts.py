@@ -5,13 +5,17 @@ hosts), the first of them owns it: each row is decoded and scored once. With one
 """
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+
+from dppo_jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -110,6 +114,33 @@ def total(counts: dict[str, int]) -> dict[str, int]:
     names = sorted(counts)
     found = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
     return dict(zip(names, found.tolist(), strict=True))
+
+
+def agree(what: str, mine: Mapping[str, Any], may_differ: Sequence[str]) -> None:
+    """Compares small JSON values by name with those of process 0; names matching `may_differ` (* for any) may differ.
+
+    Raises: UserError, the same on all processes, which must all call this.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    for number, other in enumerate(others, start=1):
+        differing = [
+            name
+            for name in sorted({*first, *other})
+            if first.get(name) != other.get(name) and not any(fnmatchcase(name, pattern) for pattern in may_differ)
+        ]
+        if differing:
+            named = [f"{name} is {first.get(name)!r} there and {other.get(name)!r} here" for name in differing[:3]]
+            more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+            raise UserError(
+                f"process {number} has another {what} than process 0 (there, against process {number}, here): "
+                f"{'; '.join(named)}{more}; start all hosts with the same"
+            )
 
 
 def is_writer() -> bool:

@@ -8,17 +8,16 @@ Steps count from 0: step s is written when s + 1 training steps are done, and a 
 writes step s next.
 """
 
-import json
-import math
+import contextlib
 import os
+import re
 import shlex
 import shutil
 import string
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +31,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from dppo_jax import panels
-from dppo_jax.errors import UserError
+from dppo_jax.errors import UserError, WriteError, writing
 from dppo_jax.files import make_folder
+from dppo_jax.run_config import flatten
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
 
@@ -44,8 +44,6 @@ TABLE_TAGS = (
     "mismatch/abs_prob_diff_mean",
     "trust_region/masked",
 )
-# Config keys that a resumed run may set anew.
-MAY_CHANGE = ("steps", "train.staleness", "train.micro_rows", "rollout.slots", "compile_cache", "checkpoint.*", "log.*")
 EVENTS = "tb"  # the folder of event files inside a run's folder
 
 
@@ -92,8 +90,10 @@ class RunLog:
             return
         folder = self.workdir / EVENTS
         make_folder(folder)
-        # The suffix keeps two processes that start within one second from sharing a file name.
-        self._events = EventsWriter(str(folder / "events"), f".{len(event_files(folder)):04d}")
+        # Readers take files in the order of their names. A number of our own leads, since a clock may have been set
+        # back since the last start; r puts it after the names of runs that were begun without numbers.
+        with writing(folder):
+            self._events = EventsWriter(str(folder / f"events.r{_next_number(folder):06d}"))
         # Readers drop what came before at this step or later. A new run needs it too: TensorBoard's own loader takes
         # the first start in a run for its beginning, and drops nothing there.
         self._write(Event(step=resume_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
@@ -114,13 +114,16 @@ class RunLog:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.close(finished=kind is None)
+        with contextlib.suppress(*([WriteError] if kind else [])):  # what went wrong first is what is told
+            self.close(finished=kind is None)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes {tag: value}; a value is anything that float() takes."""
         self._add(step, Summary(value=[Summary.Value(tag=t, simple_value=float(v)) for t, v in values.items()]))
         if self._events is not None:
-            self._events.flush()
+            with writing(self.workdir):
+                self._events.flush()
+                os.stat(self.workdir / EVENTS)  # a folder that was removed takes what is written, and keeps nothing
 
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
         """Writes a histogram that was binned elsewhere: counts [n] over edges [n+1], increasing.
@@ -181,10 +184,12 @@ class RunLog:
             self._bar.close()
             self._bar = None
         if self._events is not None:
-            if finished:
-                self._add(self._resume_step, self._session_end)
-            self._events.close()
+            events, end = self._events, Event(step=self._resume_step, wall_time=time.time(), summary=self._session_end)
             self._events = None
+            with writing(self.workdir):
+                if finished:
+                    events.write_event(end)
+                events.close()
 
     def _add(self, step: int, what: Summary) -> None:
         if self._events is not None:
@@ -192,7 +197,8 @@ class RunLog:
 
     def _write(self, event: Event) -> None:
         assert self._events is not None
-        self._events.write_event(event)
+        with writing(self.workdir):
+            self._events.write_event(event)
 
 
 def transcript_table(rows: Iterable[Transcript], limit: int = 2000) -> str:
@@ -223,29 +229,7 @@ def _character(c: str) -> str:
     return "".join(f"&#{ord(x)};" if x in string.punctuation else x for x in c)
 
 
-# --- config.json ---
-
-
-def plain(value: Any) -> Any:
-    """The value as strict JSON holds it: tuples as lists, numbers that are not finite as "inf", "-inf", "nan"."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists and tuples become JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = json.dumps(value) if isinstance(value, (list, tuple)) else value
-    return flat
+# --- hyperparameters ---
 
 
 def _sortable(hparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,68 +242,19 @@ def _sortable(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {k: min(max(v, -largest), largest) if isinstance(v, float) else v for k, v in flat.items()}
 
 
-def write_config(
-    workdir: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    *,
-    resuming: bool,
-    is_writer: bool = True,
-    may_change: Sequence[str] = MAY_CHANGE,
-) -> list[str]:
-    """Stores the config in workdir/config.json, and says what changed since the run began.
-
-    resuming: compare with the stored config first. Keys matching `may_change` (dotted names, * for any) may differ.
-    A process with `is_writer=False` compares and stores nothing.
-    Returns sentences such as "steps: 100 -> 200". Raises UserError naming the other keys that differ.
-    """
-    path, new, changes = Path(workdir) / "config.json", plain(config), []
-    if resuming and path.exists():
-        before, after = flatten(read_config(workdir)), flatten(new)
-        absent = object()
-        differing = [k for k in sorted({*before, *after}) if before.get(k, absent) != after.get(k, absent)]
-
-        def show(flat: dict[str, Any], key: str) -> str:
-            return repr(flat[key]) if key in flat else "absent"
-
-        fixed = [k for k in differing if not any(fnmatchcase(k, pattern) for pattern in may_change)]
-        if fixed:
-            named = [f"{k} was {show(before, k)} and is now {show(after, k)}" for k in fixed[:5]]
-            named += [f"{len(fixed) - 5} more keys differ"] if len(fixed) > 5 else []
-            raise UserError(
-                f"cannot resume {str(workdir)!r} with another config: {'; '.join(named)}; "
-                "set the stored values, or take another --workdir"
-            )
-        changes = [f"{k}: {show(before, k)} -> {show(after, k)}" for k in differing]
-    if not is_writer:
-        return changes
-    make_folder(path.parent)
-    part = path.with_name("config.json.part")
-    part.write_text(json.dumps(new, indent=2, allow_nan=False) + "\n")
-    part.replace(path)
-    return changes
-
-
-def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_config` stored. Raises UserError where there is none, or it is no JSON object."""
-    path = Path(workdir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"run folder {str(workdir)!r} holds no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{str(path)!r} holds no JSON object")
-    return config
-
-
 # --- reading back ---
 
 
 def event_files(run_dir: str | os.PathLike[str]) -> list[Path]:
     """The event files of a run's folder, or of its tb folder, in the order they were begun."""
     folder = Path(run_dir)
-    return sorted([*folder.glob(f"{EVENTS}/events.out.tfevents.*"), *folder.glob("events.out.tfevents.*")])
+    return sorted([*folder.glob(f"{EVENTS}/events*tfevents.*"), *folder.glob("events*tfevents.*")])
+
+
+def _next_number(folder: Path) -> int:
+    """Larger than that of every event file in the folder."""
+    found = (re.match(r"events\.r([0-9]+)\.", file.name) for file in event_files(folder))
+    return max((int(number[1]) + 1 for number in found if number), default=0)
 
 
 def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:

@@ -359,6 +359,19 @@ def init_state(
     return dataclasses.replace(make(params), frozen=frozen)
 
 
+def jit_finite() -> Callable[[Any], Array]:
+    """tree -> bool[]: whether the global norm of its floating leaves is a finite float32.
+
+    That also tells parameters of 1e20 and more, which are finite and useless.
+    """
+
+    def finite(tree: Any) -> Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return jnp.isfinite(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+
+    return jax.jit(finite)
+
+
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, oracle: bool = False) -> Update:
     """The update compiled for the mesh, with its state donated; with an oracle, for its fourth argument too."""
     everywhere = NamedSharding(mesh, P())

@@ -442,6 +442,11 @@ class Evaluation:
         }
         self._generate = on_mesh(eval_rollout(config, model, text, mesh), mesh)
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the prompts and answers of every set, by config section."""
+        return {f"eval.sets.{name}": stream.fingerprint for name, (stream, _) in self._sets.items()}
+
     def at(self, step: int, params: Params) -> dict[str, float]:
         """{"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""
         every, last = self._config.eval.every, step == self._config.steps

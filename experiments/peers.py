@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -176,11 +176,8 @@ class Group:
                 self._end(f"{_named(lost)} lost: no heartbeat for {self._timeout_s} s")
 
     def _aborted(self) -> None:
-        """jax's client aborts as soon as its connection to process 0 breaks; it printed what it knows before this."""
-        host, _, port = self._coordinator.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
-        except OSError:
+        """jax's client aborts as soon as process 0 is gone or silent; it printed what it knows before this."""
+        if not _answers(self._coordinator):
             self._end(f"process 0 ({self._coordinator}) was lost")
         os._exit(128 + signal.SIGABRT)
 
@@ -244,12 +241,51 @@ def _named(numbers: list[int]) -> str:
     return f"process {numbers[0]} was" if one else f"processes {', '.join(map(str, numbers))} were"
 
 
-def asked_to_stop(step: int) -> bool:
-    """Whether this is the step after which all processes stop, since one was sent SIGTERM: a machine is taken away.
+def _answers(address: str) -> bool:
+    """Whether a gRPC server speaks there. A stopped process still takes connections, but says nothing."""
+    host, _, port = address.rpartition(":")
+    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3.0) as connection:
+            connection.sendall(greeting)
+            return bool(connection.recv(1))
+    except OSError:
+        return False
 
-    All of them must ask, after every step. A process on its own is ended by the signal itself.
+
+_stop = threading.Event()  # a process on its own was sent SIGTERM
+
+
+@contextlib.contextmanager
+def hearing_sigterm() -> Iterator[None]:
+    """Until it closes, SIGTERM asks the run to stop after its step, and a second one ends the process at once.
+
+    Machines are taken away so. Of several processes jax's coordination service hears it.
     """
-    return _group is not None and multihost_utils.reached_preemption_sync_point(step)
+    if _group is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(*_: object) -> None:
+        _stop.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nasked to stop: the step is finished and saved first; a second signal ends at once\n")
+
+    _stop.clear()
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether this is the step after which the run stops, since a process was sent SIGTERM.
+
+    Of several processes, all must ask, after every step.
+    """
+    return _stop.is_set() if _group is None else multihost_utils.reached_preemption_sync_point(step)
 
 
 def run_main(main: Callable[[], None]) -> None:

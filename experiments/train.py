@@ -28,21 +28,25 @@ from dppo_jax import metrics as metrics_lib
 from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import decode_replies
-from dppo_jax.errors import UserError
+from dppo_jax.errors import UserError, WriteError
+from dppo_jax.files import make_folder
+from dppo_jax.lock import locked
 from dppo_jax.lora import joined
 from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.models.peft import save_adapters
 from dppo_jax.rewards.scorer import Pending
-from dppo_jax.run_log import RunLog, summary_table, write_config
+from dppo_jax.run_config import read_config, write_config
+from dppo_jax.run_log import RunLog, summary_table
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import rows, to_host
-from dppo_jax.train_step import TrainState, assemble, jit_update, make_recompute
+from dppo_jax.train_step import TrainState, assemble, jit_finite, jit_update, make_recompute
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 from experiments import build, checks, cli, peers
 from experiments.compilations import Compilations, keep_compiled
 from experiments.critic import Critic
+from experiments.identity import compare, identity, rate_change, same_config_everywhere, same_everywhere
 from experiments.report import Report
 from experiments.resample import AWAY, Drawn, resample
 from experiments.trace import trace
@@ -51,6 +55,7 @@ from experiments.trace import trace
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes a run. UserError, one sentence, for whatever the user can mend."""
     checks.check(config)
+    same_config_everywhere(config)
     keep_compiled(config.compile_cache)
     with contextlib.ExitStack() as stack:
         # Mesh, policy, optimizer.
@@ -68,6 +73,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # Data and rewards.
         stream, scorer = build.stream_and_scorer(config, config.data, text.tokenizer, config.rollout.prompts, stack)
         evaluation = build.Evaluation(config, model, mesh, text, stack)
+        now = identity(config, {"data": stream.fingerprint, **evaluation.fingerprints})
+        same_everywhere(now)
 
         # The prompts and the responses of this host.
         asked = hosts.share(rows(mesh), config.rollout.prompts)
@@ -116,18 +123,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
             rewards, verifier = pending.result()
             return hosts.gather(rewards, mine), hosts.total(verifier)
 
-        # A fresh state, or the last checkpoint's.
+        # A fresh state, or that of the newest checkpoint that is whole.
+        make_folder(workdir)
+        if hosts.is_writer():
+            stack.enter_context(locked(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
-        start = checkpoints.latest()
+        start, changes = checkpoints.newest_whole()
+        finite = jit_finite()
         ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
             start, state = 0, build.begin(config, model, load_params(directory)[1], shardings)
-            changes = write_config(workdir, config.to_dict(), resuming=False, is_writer=hosts.is_writer())
             if critic:
                 critic.begin(load_params(directory)[1])
         else:
-            changes = write_config(workdir, config.to_dict(), resuming=True, is_writer=hosts.is_writer())
-            changes.insert(0, f"going on from the checkpoint at step {start}")
+            changes.append(f"going on from the checkpoint at step {start}")
+            saved = checkpoints.about(start) or {"config": read_config(workdir)}
+            changes += compare(saved, now, str(workdir)) + rate_change(saved, config, start)
             wanted = abstract_state(build.abstract_begin(config, model), shardings)
             extras: dict[str, Any] = {}
             if checkpoints.holds(start, "ahead"):
@@ -160,6 +171,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if hosts.is_writer():
                 print(f"nothing to do: {workdir} has {start} of {config.steps} steps\n{summary_table(workdir)}")
             return
+        if hosts.is_writer():
+            write_config(workdir, config.to_dict())
+        sound = lambda: bool(finite((state.params, state.opt_state, critic.state if critic else ())))  # noqa: E731
+        if not sound():
+            where = f"the checkpoint of step {start}, which is set aside," if start else f"the model in {directory}"
+            if start:
+                checkpoints.reject(start)
+            raise UserError(f"{where} has parameters that are not finite, or too large")
         log = stack.enter_context(
             RunLog(
                 workdir,
@@ -210,7 +229,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
             answers = dict(zip(mine.owned.tolist(), zip(examples, replies, strict=True), strict=True))
             return Drawn(prompts, stream.lengths(elsewhere), rollout, answers, lengths, truncated, rewards, shaped)
 
+        def last_good() -> str:
+            kept = checkpoints.latest()
+            return "there is no checkpoint" if kept is None else f"the last good checkpoint is that of step {kept}"
+
+        def save(done: int) -> None:
+            """A checkpoint, where the state is worth one."""
+            if not sound():
+                raise UserError(
+                    f"step {done - 1}: the parameters are not finite after it, or too large, so training stops and "
+                    f"they are not saved; {last_good()}"
+                )
+            older = list(past) if past else None
+            extras = state.saved(ahead=ahead, past=older, critic=critic.saved() if critic else None)
+            checkpoints.save(done, extras, now.saved())
+
+        stack.enter_context(peers.hearing_sigterm())
         for step in range(start, config.steps):
+            unwritten: WriteError | None = None  # the log is lost, the training state need not be
             evaluated = evaluation.at(step, state.policy)
 
             # Rollout. Meanwhile the host writes the last step's log.
@@ -218,7 +254,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
             prompts, examples = ask(step)
             rollout, ahead = draw(step) if ahead is None else ahead, None
             behavior = past[0] if past else copy(state.params) if oracle else state.params
-            report.flush()
+            try:
+                report.flush()
+            except WriteError as error:
+                if jax.process_count() > 1:  # the others, who save with this one, do not know
+                    raise
+                unwritten = error
             tokens, mask, lengths, truncated = read(rollout)
             rolled = time.perf_counter()
 
@@ -290,22 +331,25 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 "throughput/tokens_per_s": float((1 + redrawn) * lengths.sum()) / (trained - began),
             }
             if not math.isfinite(scalars["grad_norm"]):
-                latest = checkpoints.latest()
-                kept = "there is no checkpoint" if latest is None else f"the last checkpoint is that of step {latest}"
-                raise UserError(f"step {step}: the gradient norm is {scalars['grad_norm']}, so training stops; {kept}")
+                first = metrics_lib.summary(measured[0])["grad_norm"]
+                if not math.isfinite(first) and checkpoints.latest() == step:
+                    checkpoints.reject(step)  # whoever goes on from it arrives here again
+                raise UserError(
+                    f"step {step}: the gradient norm is {scalars['grad_norm']}, so training stops; {last_good()}"
+                )
             report.keep(step, scalars, total.histograms, answers, rewards)
 
             done = step + 1
             due = done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0)
             stopping = peers.asked_to_stop(done)
+            if unwritten:
+                with contextlib.suppress(UserError):
+                    save(done)
+                    checkpoints.wait()
+                raise UserError(f"step {step}: {unwritten}; {last_good()}")
             if due or stopping:
                 report.flush()
-                checkpoints.save(
-                    done,
-                    state.saved(
-                        ahead=ahead, past=list(past) if past else None, critic=critic.saved() if critic else None
-                    ),
-                )
+                save(done)
             if stopping and done < config.steps:
                 raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
 

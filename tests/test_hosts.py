@@ -18,7 +18,8 @@ from dppo_jax import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.models import load_params
 from dppo_jax.models.decoder import param_axes
-from dppo_jax.run_log import event_files, read_config, read_scalars
+from dppo_jax.run_config import read_config
+from dppo_jax.run_log import event_files, read_scalars
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, named, rows, to_host
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -344,8 +345,17 @@ def main():
     if arguments.then == "die":
         time.sleep(1)
         __import__("os").kill(__import__("os").getpid(), 9)
+    if arguments.then == "stop":
+        time.sleep(1)
+        __import__("os").kill(__import__("os").getpid(), 19)
     if arguments.then == "wait":
         time.sleep(100)
+    if arguments.then.startswith("seed="):
+        from experiments.identity import same_config_everywhere
+        from tests.fixtures import small_config
+        from pathlib import Path
+
+        same_config_everywhere(small_config(Path("m"), seed=int(arguments.then[5:]), compile_cache=arguments.then))
 
 
 peers.run_main(main)
@@ -367,6 +377,36 @@ def test_the_coordinator_is_lost(tmp_path_factory):
     (dead, _), (status, said) = members(tmp_path_factory, "die", "wait")
     assert dead == -signal.SIGKILL and status == peers.LOST
     assert "was lost; so process 1 ends too; started again" in said.splitlines()[-1]
+
+
+def test_the_coordinator_is_stopped(tmp_path_factory):
+    """Its machine still takes connections; nothing in it answers any more."""
+    folder, port = tmp_path_factory.mktemp("stopped"), free_port()
+    meeting = ["--coordinator", f"127.0.0.1:{port}", "--num_processes", "2", "--peer_timeout", "5"]
+    commands = [
+        [sys.executable, "-c", MEMBER, *meeting, "--process_id", str(number), "--then", then]
+        for number, then in enumerate(("stop", "wait"))
+    ]
+    env = environment(tmp_path_factory, 1)
+    with open(folder / "said", "wb") as said:
+        stopped, other = (subprocess.Popen(command, cwd=ROOT, env=env, stderr=said) for command in commands)
+        try:
+            assert other.wait(TIME_LIMIT_S) == peers.LOST
+        finally:
+            stopped.kill()
+            other.kill()
+    assert "so process 1 ends too; started again" in (folder / "said").read_text(errors="replace").splitlines()[-1]
+
+
+def test_hosts_that_were_started_with_different_configs(tmp_path_factory):
+    """Their places may differ; their seeds may not."""
+    ended = members(tmp_path_factory, "seed=3", "seed=4")
+    assert [status for status, _ in ended] == [2, 2]
+    for _, said in ended:
+        assert said.splitlines()[-1] == (
+            "error: process 1 has another config than process 0 (there, against process 1, here): "
+            "seed is 3 there and 4 here; start all hosts with the same"
+        )
 
 
 @pytest.mark.parametrize("then", [("refuse", "wait"), ("wait", "refuse")])

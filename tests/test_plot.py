@@ -12,7 +12,8 @@ from matplotlib.image import imread
 from scipy import stats
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import RunLog, write_config
+from dppo_jax.run_config import write_config
+from dppo_jax.run_log import RunLog
 from experiments.plot import bootstrap_interval, draw, exponential_average, group_runs, main, moving_average
 from experiments.plot.figure import choose, remarks
 
@@ -27,7 +28,7 @@ TAGS = {
 
 def write_run(folder: Path, series: dict[str, list[float]], every: int = 1, **config) -> str:
     if config:
-        write_config(folder, config, resuming=False)
+        write_config(folder, config)
     with RunLog(folder, hparams=config, resume_step=0, total_steps=1) as log:
         for i in range(max(map(len, series.values()))):
             log.scalars(i * every, {tag: values[i] for tag, values in series.items() if i < len(values)})

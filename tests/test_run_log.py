@@ -36,11 +36,9 @@ from dppo_jax.run_log import (
     event_files,
     final_table,
     first_and_last,
-    read_config,
     read_scalars,
     summary_table,
     transcript_table,
-    write_config,
 )
 
 KEEP_ALL = {"scalars": 0, "histograms": 0, "tensors": 0}
@@ -351,44 +349,6 @@ def test_on_a_terminal_progress_is_one_line_that_is_redrawn(tmp_path, monkeypatc
     os.close(leader)
     assert "3/4" in screen and "reward 0.500" in screen and "s/step" in screen
     assert screen.count("\n") == 1 and screen.endswith("\n")
-
-
-# --- config.json ---
-
-
-def test_config_is_stored_as_strict_json(tmp_path):
-    config = {"steps": 3, "loss": {"ratio_cap": math.inf, "name": "cispo"}, "stop": (1, 2), "clip": None}
-    assert write_config(tmp_path / "new", config, resuming=False) == []
-    stored = json.loads((tmp_path / "new" / "config.json").read_text(), parse_constant=pytest.fail)
-    assert stored == {"steps": 3, "loss": {"ratio_cap": "inf", "name": "cispo"}, "stop": [1, 2], "clip": None}
-    assert read_config(tmp_path / "new") == stored
-    assert write_config(tmp_path / "new", config, resuming=True) == []
-
-
-def test_resuming_with_another_config_names_the_keys(tmp_path):
-    config = {"steps": 3, "loss": {"name": "cispo"}, "checkpoint": {"every": 1, "keep": 2}, "seed": 0, "gone": 1}
-    write_config(tmp_path, config, resuming=False)
-    longer = {**config, "steps": 9, "checkpoint": {"every": 5, "keep": 2}}
-    assert write_config(tmp_path, longer, resuming=True) == ["checkpoint.every: 1 -> 5", "steps: 3 -> 9"]
-    assert read_config(tmp_path)["steps"] == 9
-    other = {"steps": 9, "loss": {"name": "pg_is"}, "checkpoint": config["checkpoint"], "seed": 0, "fresh": 2}
-    with pytest.raises(UserError) as error:
-        write_config(tmp_path, other, resuming=True)
-    for part in ("loss.name was 'cispo' and is now 'pg_is'", "gone was 1 and is now absent", "--workdir"):
-        assert part in str(error.value)
-    assert "steps" not in str(error.value) and "checkpoint" not in str(error.value)
-    assert read_config(tmp_path)["loss"] == {"name": "cispo"}
-    assert len(write_config(tmp_path, other, resuming=True, may_change=("*",))) == 4
-    assert write_config(tmp_path, config, resuming=False) == []
-
-
-def test_a_config_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no config.json"):
-        read_config(tmp_path)
-    for text, complaint in (("{", "not valid JSON"), ("[1]", "no JSON object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=complaint):
-            read_config(tmp_path)
 
 
 # --- reading ---

@@ -9,7 +9,8 @@ import pytest
 
 from configs import reuse
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import RunLog, read_scalars, write_config
+from dppo_jax.run_config import write_config
+from dppo_jax.run_log import RunLog, read_scalars
 from experiments import checks
 from experiments.cli import load_config
 from experiments.study import TAGS, Arm, markdown, summary, train
@@ -85,7 +86,7 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
             loss_defaults={},
             optimizer=dict(learning_rate=3e-4),
         )
-        write_config(folder, config, resuming=False)
+        write_config(folder, config)
         with RunLog(folder, hparams=config, resume_step=0, total_steps=12) as log:
             for step in range(steps):
                 log.scalars(step, {"reward/mean": ends if step else 0.5, survival.DRIFT: 0.01})
@@ -109,7 +110,7 @@ def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
     config = dict(steps=12, rollout=dict(activations="m1", weights="", lag=0))
     for seed in range(2):
         folder = tmp_path / "m1_lag0" / "pg_is" / f"seed_{seed}"
-        write_config(folder, config, resuming=False)
+        write_config(folder, config)
         with RunLog(folder, hparams=config, resume_step=0, total_steps=12) as log:
             log.scalars(0, {"reward/mean": 0.5})
     with pytest.raises(UserError, match="none of the 2 runs in .* is finished; train them to their end first"):

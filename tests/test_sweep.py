@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import read_config, read_scalars
+from dppo_jax.run_config import read_config
+from dppo_jax.run_log import read_scalars
 from experiments.sweep import Run, check, config_of, train
 from tests.fixtures import hurried, run, small_config, tiny
 

@@ -21,7 +21,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES, required_fields
 from dppo_jax.models import load_policy
 from dppo_jax.models.decoder import abstract_params
-from dppo_jax.run_log import plain, read_config, read_scalars
+from dppo_jax.run_config import plain, read_config
+from dppo_jax.run_log import read_scalars
 from experiments import build, checks, eval
 from tests.fixtures import (
     TINY,

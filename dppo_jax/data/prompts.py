@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from dppo_jax import fingerprints
 from dppo_jax.data.examples import Example, Task
 from dppo_jax.errors import UserError, first_line
 from dppo_jax.types import PromptBatch
@@ -164,6 +165,12 @@ class PromptStream:
     def __len__(self) -> int:
         """Examples in an epoch."""
         return len(self.examples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all token ids and gold answers: what a run draws its prompts from and scores by."""
+        answers = (example.answer for example in self.examples)
+        return fingerprints.of_prompts(zip(self._ids, answers, strict=True))
 
     @property
     def mean_prompt_length(self) -> float:

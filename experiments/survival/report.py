@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import read_config, read_scalars
+from dppo_jax.run_config import read_config
+from dppo_jax.run_log import read_scalars
 from experiments.study import LAST, mean_and_interval, outcome
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make

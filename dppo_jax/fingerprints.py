@@ -1,0 +1,33 @@
+"""Fingerprints: short texts that differ where the weights or the prompts of two runs differ."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+WHOLE = 2**28  # bytes: of a larger file the beginning, the end and samples between are read
+BLOCK, BLOCKS = 2**20, 256
+
+
+def of_weights(directory: Path) -> str:
+    """Of the safetensors files of a model directory, by name, size and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            if size <= WHOLE:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for number in range(BLOCKS):
+                file.seek((size - BLOCK) * number // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def of_prompts(prompts: Iterable[tuple[list[int], str]]) -> str:
+    """Of token ids and gold answers, in their order."""
+    digest = hashlib.sha256()
+    for ids, answer in prompts:
+        digest.update(json.dumps([ids, answer]).encode())
+    return digest.hexdigest()[:16]

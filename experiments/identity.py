@@ -1,0 +1,104 @@
+"""What makes a run the run it is: its config, its weights, its prompts and gold answers.
+
+A run that goes on is compared with what its checkpoint says of it, and several hosts with one another.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import base
+from dppo_jax import fingerprints, hosts
+from dppo_jax.errors import UserError
+from dppo_jax.run_config import MAY_CHANGE, changed, flatten, plain
+from experiments import build
+
+# May change where fingerprints say that the same is there.
+PLACES = ("policy.path", "data.path", "eval.sets.*.path")
+# What each host may have of its own.
+OF_A_HOST = ("compile_cache", "policy.path", "data.path", "eval.sets.*.path")
+
+
+class Identity(NamedTuple):
+    """Of a run. Fingerprints by what they are of: "data", "eval.sets.NAME"."""
+
+    config: dict[str, Any]  # as JSON holds it
+    weights: str  # fingerprint
+    prompts: dict[str, str]  # fingerprints
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self._asdict()
+
+
+def identity(config: ConfigDict, prompts: Mapping[str, str]) -> Identity:
+    """Of the run that a config describes here; `prompts` by data section."""
+    return Identity(plain(config.to_dict()), fingerprints.of_weights(build.model_directory(config)), dict(prompts))
+
+
+def compare(saved: Mapping[str, Any], now: Identity, workdir: str) -> list[str]:
+    """What changed since a checkpoint, in sentences; `saved` holds at least its config.
+
+    Raises: UserError where another run would go on.
+    """
+    before, after = _with_new_keys(flatten(saved["config"]), flatten(now.config)), flatten(now.config)
+    known = "weights" in saved
+    changes = changed(before, after, workdir, (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
+    if not known:
+        return changes
+    if saved["weights"] != now.weights:
+        sentence = f"the weights in {now.config['policy']['path']} are not those that this run began with"
+        if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
+            raise UserError(f"cannot resume {workdir!r}: {sentence}; put them back, or take another --workdir")
+        changes.append(f"{sentence}: the checkpoint has its own, and goes on")
+    for section in sorted({*saved["prompts"], *now.prompts}):
+        if saved["prompts"].get(section) == now.prompts.get(section):
+            continue
+        sentence = f"the prompts or answers of {section} are not those that this run began with"
+        if section == "data":
+            raise UserError(
+                f"cannot resume {workdir!r}: {sentence}; put the data and the tokenizer back, or take another --workdir"
+            )
+        changes.append(f"{sentence}: its scores before and after do not compare")
+    return changes
+
+
+def _with_new_keys(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The stored config as today's code would store it: keys that are new since have their defaults, and a data set
+    that is generated has the 2,000 examples that were the default of data.size."""
+    defaults = flatten(plain(base.get_config().to_dict()))
+    filled = dict(before)
+    for key in after.keys() - before.keys():
+        general = f"data.{key.rpartition('.')[2]}" if key.startswith("eval.sets.") else key
+        if general in defaults and after[key] == defaults[general]:
+            filled[key] = after[key]
+    for key, value in before.items():
+        generated = before.get(f"{key.rpartition('.')[0]}.kind") == "reasoning_gym"
+        if key.endswith(".size") and generated and value == 2000 and after.get(key, value) is None:
+            filled[key] = None
+    return filled
+
+
+def rate_change(saved: Mapping[str, Any], config: ConfigDict, start: int) -> list[str]:
+    """A sentence where the learning rate jumps, since its schedule ends at another step than before."""
+    before = config.copy_and_resolve_references()
+    before.steps = saved["config"]["steps"]
+    update = start * config.train.epochs * config.train.minibatches
+    was, now = (float(build.schedule(c)(update)) for c in (before, config))
+    if was == now:
+        return []
+    return [
+        f"optimizer.schedule = {config.optimizer.schedule} ends at steps, which changed: the learning rate goes on at "
+        f"{now:.3g} in place of {was:.3g}"
+    ]
+
+
+def same_config_everywhere(config: ConfigDict) -> None:
+    """UserError where another host was started with another config. All hosts must call this."""
+    hosts.agree("config", flatten(plain(config.to_dict())), OF_A_HOST)
+
+
+def same_everywhere(now: Identity) -> None:
+    """UserError where another host has other weights or data. All hosts must call this."""
+    hosts.agree("weights and data", {"policy.path": now.weights, **now.prompts}, ())
