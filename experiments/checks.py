@@ -46,8 +46,8 @@ def check(config: ConfigDict) -> None:
     build.schedule(config)
     _check_lora(config)
     _check_narrow(config)
-    _check_needed(config, build.needed_fields(config))
     _check_regions(config)
+    _check_needed(config, build.needed_fields(config))
     _check_learning(config)
 
 

@@ -38,26 +38,45 @@ def path(text: str) -> Path:
 
 def whole(least: int, most: int) -> Callable[[str], int]:
     """The `type` of an option that takes a whole number between these, both included."""
-    return lambda text: _number(text, int, "a whole number", least <= _as(int, text) <= most, f"{least} to {most:,}")
+
+    def number(text: str) -> int:
+        value = _read(int, text)
+        if not least <= value <= most:
+            raise _mismatch(text, f"a whole number from {least} to {most:,}")
+        return value
+
+    return number
 
 
 def positive(text: str) -> float:
     """The `type` of an option that takes a number above 0."""
-    return _number(text, float, "a number", 0 < _as(float, text) < math.inf, "above 0, finite")
+    value = _read(float, text)
+    if not 0 < value < math.inf:
+        raise _mismatch(text, "a finite number above 0")
+    return value
 
 
-def _as(kind: Callable[[str], Any], text: str) -> Any:
-    """NaN of what is none."""
+def not_negative(text: str) -> float:
+    """The `type` of an option that takes a number of at least 0."""
+    value = _read(float, text)
+    if not 0 <= value < math.inf:
+        raise _mismatch(text, "a finite number of at least 0")
+    return value
+
+
+SEEDS = whole(1, 10_000)  # of --seeds, how many
+
+
+def _read(kind: Callable[[str], Any], text: str) -> Any:
+    """NaN of what is no number."""
     try:
         return kind(text)
     except ValueError:
         return math.nan
 
 
-def _number(text: str, kind: Callable[[str], Any], what: str, inside: bool, wanted: str) -> Any:
-    if not inside:
-        raise argparse.ArgumentTypeError(f"{short(text)!r} is not {what} of {wanted}")
-    return kind(text)
+def _mismatch(text: str, wanted: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must be {wanted}, not {short(text)!r}")
 
 
 def by_commas(kind: Callable[[str], Any] = str) -> Callable[[str], list]:
@@ -93,7 +112,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(value, f"{prefix}{name}.")
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
     text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says

@@ -38,19 +38,22 @@ class Range(NamedTuple):
         if value in (INF, -INF):
             return "must be finite"
         below, above = self._outside(value)
+        rounded = ""
         if not (below or above) and isinstance(value, float):
             if value and abs(value) < TINY:
-                return f"must be 0 or at least {TINY:.2g}, what float32 can hold"
+                return f"must be {'' if self.open_least else '0 or '}at least {TINY:.2g}, what float32 can hold"
             if value > LARGEST:
                 return None if self.inf else f"must be at most {LARGEST:.2g}, what float32 can hold"
             below, above = self._outside(float(np.float32(value)))
+            rounded = " in float32, too"
         if not (below or above):
             return None
         floor = f"{'above' if self.open_least else 'at least'} {self.least:g}"
         ceiling = f"{'below' if self.open_most else 'at most'} {self.most:.10g}"
+        ends = f"{floor} and {ceiling}"
         if self.most in (INF, INT32, SEEDS, ROWS):  # the machine's bounds: told where they are met
-            return f"must be {ceiling if above else floor}"
-        return f"must be {floor} and {ceiling}"
+            ends = ceiling if above else floor
+        return f"must be {'' if self.also is None else f'{self.also:g}, or '}{ends}{rounded}"
 
     def _outside(self, value: float) -> tuple[bool, bool]:
         """Whether it is not above the lower end, and not below the upper one. NaN is neither."""
