@@ -22,6 +22,7 @@ import reasoning_gym
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dppo_jax.errors import run_main
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import Params, forward, head_weight, init_params
 from dppo_jax.models.hf import save_hf
@@ -30,6 +31,7 @@ from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch, TrainBatch
+from experiments.cli import Parser, whole
 
 TASK = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 # reasoning-gym draws item i of seed s from s + i: seeds must lie further apart than sizes.
@@ -173,9 +175,9 @@ def accuracy(replies: list[str], entries: list[dict[str, Any]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"), help="the model directory to write")
-    parser.add_argument("--updates", type=int, default=2000, help=f"optimizer updates, of {BATCH} problems each")
+    parser.add_argument("--updates", type=whole(1, 1_000_000), default=2000, help=f"of {BATCH} problems each")
     arguments = parser.parse_args()
 
     rng = random.Random(0)
@@ -216,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,7 +1,7 @@
 """Advantages of whole responses, relative to the group that answers the same prompt.
 
 Each function is ADVANTAGES[name](rewards f32[B], group i32[B], num_groups=int) -> f32[B]; rows of a group may stand
-anywhere. `gae` is per token and needs a critic.
+anywhere. Those with a baseline raise UserError for groups of one response. `gae` is per token and needs a critic.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,15 @@ from dppo_jax.errors import UserError
 EPSILON = 1e-6  # beside a standard deviation, in units of reward
 
 
+def _check_groups(name: str, rewards: Array, num_groups: int) -> None:
+    """Raises: UserError for groups of one: a response that is compared with itself has the advantage 0."""
+    if rewards.shape[0] < 2 * num_groups:
+        raise UserError(
+            f"{name} needs at least 2 responses per prompt, but {rewards.shape[0]} rows form {num_groups} groups, so "
+            "there is nothing to learn; raise rollout.group_size, or use 'reward', which has no baseline"
+        )
+
+
 def _group_mean(values: Array, group: Array, num_groups: int) -> Array:
     """The mean of each row's group, [B]; exact where the group's values are equal, so that they differ from it by 0."""
     least = jax.ops.segment_min(values, group, num_groups)[group]
@@ -25,34 +34,39 @@ def _group_mean(values: Array, group: Array, num_groups: int) -> Array:
 
 def group_mean(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
     """R - mean. The paper's choice: no standard deviation (2602.04879, section 5; Dr. GRPO, 2503.20783)."""
+    _check_groups("group_mean", rewards, num_groups)
     return rewards - _group_mean(rewards, group, num_groups)
 
 
 def group_mean_std(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
     """(R - mean) / (std + 1e-6), with the group's population standard deviation (GRPO, 2402.03300, section 4.1)."""
+    _check_groups("group_mean_std", rewards, num_groups)
     centred = group_mean(rewards, group, num_groups=num_groups)
     return centred / (jnp.sqrt(_group_mean(centred**2, group, num_groups)) + EPSILON)
 
 
 def leave_one_out(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
-    """R - mean of the group's other rewards (RLOO, 2402.14740, equation 6). UserError for groups of one."""
-    if rewards.shape[0] < 2 * num_groups:
-        raise UserError(
-            f"leave_one_out needs at least 2 responses per prompt, but {rewards.shape[0]} rows form {num_groups}; "
-            "raise rollout.group_size, or use group_mean"
-        )
+    """R - mean of the group's other rewards (RLOO, 2402.14740, equation 6)."""
+    _check_groups("leave_one_out", rewards, num_groups)
     count = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups)[group]
-    return group_mean(rewards, group, num_groups=num_groups) * count / (count - 1.0)
+    return group_mean(rewards, group, num_groups=num_groups) * count / jnp.maximum(count - 1.0, 1.0)
 
 
 def max_rl(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
-    """(R - mean) / mean, and 0 where the mean is 0: maximum-likelihood RL, for rewards of 0 and 1."""
+    """(R - mean) / mean, and 0 where the mean is not above 0: maximum-likelihood RL, for rewards of 0 and 1.
+
+    A mean that is 0 but for rounding, below 1e-6 of the largest difference from it, counts as 0.
+    """
+    _check_groups("max_rl", rewards, num_groups)
     mean = _group_mean(rewards, group, num_groups)
-    return jnp.where(mean == 0, 0.0, (rewards - mean) / jnp.where(mean == 0, 1.0, mean))
+    centred = rewards - mean
+    positive = mean > EPSILON * jax.ops.segment_max(jnp.abs(centred), group, num_groups)[group]
+    return jnp.where(positive, centred / jnp.where(positive, mean, 1.0), 0.0)
 
 
 def batch_norm(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
     """(R - group mean) / (std of that over the batch + 1e-6) (ScaleRL, 2510.13786)."""
+    _check_groups("batch_norm", rewards, num_groups)
     centred = group_mean(rewards, group, num_groups=num_groups)
     return centred / (jnp.std(centred) + EPSILON)
 

@@ -15,24 +15,37 @@ _BUCKET = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?=/?[^/])")  # pathlib leaves
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
-    """The path with ~ expanded. `key`: the flag or config key that gave it, for the sentence.
-
-    Raises: UserError for a bucket or another address (not read yet), a character that no file name can have, a ~ of
-    nobody.
-    """
+def check_path(path: str | os.PathLike[str], key: str) -> str:
+    """The path as text. UserError for an address of a bucket (not read yet), or a character that no file name has."""
     text = os.fspath(path)
     if found := _BUCKET.match(text):
         raise UserError(
-            f"{key} = {text!r}: {found[1]}:// addresses are neither read nor written yet; mount the bucket, or copy "
-            "it to a folder, and name that"
+            f"{key} = {text!r:.200}: {found[1]}:// addresses are neither read nor written yet; mount the bucket, or "
+            "copy it to a folder, and name that"
         )
     if "\0" in text or _SURROGATES.search(text):
-        raise UserError(f"{key} = {text!r} holds a character that no file name can have")
+        raise UserError(f"{key} = {text!r:.200} holds a character that no file name can have")
+    return text
+
+
+def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
+    """The path with ~ expanded; nothing need be there. `key`: the flag or config key that gave it, for the sentence.
+
+    Raises: UserError as `check_path`, for a ~ of nobody, and for a path that cannot be asked for: too long a name, a
+    folder above it that is closed to us.
+    """
+    text = check_path(path, key)
     try:
-        return Path(text).expanduser()
+        expanded = Path(text).expanduser()
     except RuntimeError:  # no HOME, or no such user
-        raise UserError(f"{key} = {text!r}: no home folder is known for ~; write the path out") from None
+        raise UserError(f"{key} = {text!r:.200}: no home folder is known for ~; write the path out") from None
+    try:
+        expanded.stat()
+    except (FileNotFoundError, NotADirectoryError):  # whoever needs it says so
+        pass
+    except OSError as error:
+        raise UserError(f"{key} = {text!r:.200}: {error.strerror}") from None
+    return expanded
 
 
 def make_folder(folder: Path) -> None:

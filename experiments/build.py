@@ -21,6 +21,7 @@ from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate, evaluate
+from dppo_jax.files import user_path
 from dppo_jax.losses import bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import Choice, choose
@@ -111,11 +112,21 @@ def layout(config: ConfigDict, mesh: Mesh | None = None, mean_prompt: float | No
 def loss(config: ConfigDict) -> functools.partial:
     """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>; with the reference's
     penalty, where there is one."""
-    given = {key: value for key, value in config.loss.items() if key != "name" and value is not None}
-    bound = bind(config.loss.name, {**_defaults(config, config.loss.name), **given})
+    bound = bind(config.loss.name, loss_numbers(config))
     if not config.reference.coef:
         return bound
     return with_reference_kl(bound, coef=config.reference.coef, estimator=config.reference.estimator)
+
+
+def loss_numbers(config: ConfigDict) -> dict[str, float]:
+    """The hyperparameters of the loss that trains."""
+    given = {key: value for key, value in config.loss.items() if key != "name" and value is not None}
+    return {**_defaults(config, config.loss.name), **given}
+
+
+def data_sections(config: ConfigDict) -> dict[str, ConfigDict]:
+    """By name: the training data and every evaluation set."""
+    return {"data": config.data, **{f"eval.sets.{name}": data for name, data in config.eval.sets.items()}}
 
 
 def _defaults(config: ConfigDict, name: str) -> dict[str, float]:
@@ -384,7 +395,7 @@ def stream_and_scorer(
     task = load_task(
         data.kind,
         name=data.name,
-        path=data.path,
+        path=data.path and str(user_path(data.path, "data.path")),
         settings=data.settings.to_dict(),
         size=data.size,
         seed=data.seed,
@@ -428,7 +439,7 @@ def model_directory(config: ConfigDict) -> Path:
     """policy.path, which must be set."""
     if not config.policy.path:
         raise UserError("policy.path is empty: set it to a Hugging Face model directory")
-    return Path(config.policy.path)
+    return user_path(config.policy.path, "policy.path")
 
 
 class Evaluation:

@@ -1,6 +1,7 @@
 """What is refused before anything is loaded or compiled: configs, models and meshes that cannot run."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,56 +10,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dppo_jax import precision, quantize
+from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.data.prompts import TOO_LONG
+from dppo_jax.data.tasks import TASKS
 from dppo_jax.errors import UserError, lookup
+from dppo_jax.files import check_path, user_path
 from dppo_jax.lora import TARGETS
-from dppo_jax.losses import ESTIMATORS
+from dppo_jax.losses import ESTIMATORS, LOSSES, hyperparameters
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
+from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.sharding import check_divisible
 from dppo_jax.weights import WEIGHTS
 from experiments import build
+from experiments.ranges import INT32, ROWS, check_values, is_own, shown
 
 # Names of jax.default_matmul_precision.
 MATMUL = dict.fromkeys(("default", "high", "highest"))
-
-# The least that a number may be.
-LEAST = {
-    "seed": 0,
-    "steps": 1,
-    "policy.head_pieces": 0,
-    "rollout.prompts": 1,
-    "rollout.group_size": 1,
-    "rollout.max_new_tokens": 1,
-    "rollout.slots": 0,
-    "rollout.lag": 0,
-    "rollout.resample": 0,
-    "reward.overlong_buffer": 0,
-    "reference.coef": 0,
-    "lora.rank": 0,
-    "alp.sigma": 0,
-    "alp.learning_rate": 0,
-    "critic.learning_rate": 0,
-    "critic.value_clip": 0,
-    "train.minibatches": 1,
-    "train.epochs": 1,
-    "train.micro_rows": 1,
-    "train.staleness": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.warmup": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "eval.every": 0,
-    "eval.samples": 1,
-    "eval.prompts": 1,
-    "eval.temperature": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "log.histograms": 0,
-    "log.samples": 0,
-    "log.transcripts": 0,
-    "log.tokens": 0,
-}
 
 # Losses that correct the mismatch by the proximal policy.
 CORRECTED = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
@@ -66,56 +35,126 @@ CORRECTED = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
 
 def check(config: ConfigDict) -> None:
     """Refuses, before anything is loaded or compiled, what cannot run. UserError, one sentence."""
-    c = config
-    if c.rollout.top_p != 1.0:
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set, but rollouts and their keys are made for 32 bits: unset it")
+    _check_sampling(config)
+    check_values(config)
+    _check_names(config)
+    _check_paths(config)
+    _check_data(config)
+    _check_sizes(config)
+    build.schedule(config)
+    _check_lora(config)
+    _check_narrow(config)
+    _check_regions(config)
+    _check_needed(config, build.needed_fields(config))
+    _check_learning(config)
+
+
+def remarks(config: ConfigDict) -> list[str]:
+    """Sentences on what runs, but most likely is not meant."""
+    if config.optimizer.learning_rate == 0:
+        return ["optimizer.learning_rate = 0: every step is measured, and the policy stays as it is"]
+    return []
+
+
+def _check_sampling(c: ConfigDict) -> None:
+    """What training may not do, in words of its own."""
+    if _number(c, "rollout.top_p") and c.rollout.top_p != 1.0:
         raise UserError(
             f"rollout.top_p = {c.rollout.top_p}: nucleus sampling changes the behavior policy, so training "
             "refuses it; set rollout.top_p=1.0 (evaluation has eval.top_p)"
         )
     for key in ("rollout.temperature", "policy.temperature"):
-        temperature = value(config, key)
-        if temperature is not None and not 0 < temperature < float("inf"):
-            raise UserError(f"{key} = {temperature}: training samples, so it must be above 0")
-    for key, least in LEAST.items():
-        if not value(config, key) >= least:
-            raise UserError(f"{key} must be at least {least}, not {value(config, key)}")
-    if not 0 < c.eval.top_p <= 1:
-        raise UserError(f"eval.top_p must be above 0 and at most 1, not {c.eval.top_p}")
-    if not c.aggregation.constant > 0:
-        raise UserError(f"aggregation.constant must be above 0, not {c.aggregation.constant}")
-    if c.eval.every and not c.eval.sets:
-        raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
+        if _number(c, key) and not 0 < value(c, key) < float("inf"):
+            raise UserError(f"{key} = {value(c, key)}: training samples, so it must be above 0")
+    if _number(c, "train.staleness") and c.train.staleness > 1:
+        raise UserError(f"train.staleness = {shown(c.train.staleness)}: a rollout may be 1 step old, or 0")
+
+
+def _check_names(c: ConfigDict) -> None:
     for key in ("policy.dtype", "rollout.dtype"):
-        lookup(DTYPES, value(config, key), key)
+        lookup(DTYPES, value(c, key), key)
     if c.policy.dtype == "float16":
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
     lookup(REMAT, c.policy.remat, "policy.remat")
     lookup(MATMUL, c.policy.matmul, "policy.matmul")
     lookup({"auto": None, **KERNELS}, c.policy.attention, "policy.attention")
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
+    lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
+    lookup({**ADVANTAGES, "gae": None}, c.advantage.name, "advantage.name")
+
+
+def _check_paths(c: ConfigDict) -> None:
+    """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
+    for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in build.data_sections(c))):
+        user_path(value(c, key), key)
+    check_path(c.compile_cache, "compile_cache")  # of any other fault `keep_compiled` only warns
+
+
+def _check_data(c: ConfigDict) -> None:
+    for name, data in build.data_sections(c).items():
+        lookup(TASKS, data.kind, f"{name}.kind")
+        lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
+        lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
+        if "{prompt}" not in data.template:
+            raise UserError(f"{name}.template must hold '{{prompt}}', but is {shown(data.template)}")
+        if data.kind != "reasoning_gym" and data.settings:
+            raise UserError(
+                f"{name}.kind = {data.kind!r} takes no {name}.settings, but has {', '.join(map(str, data.settings))}; "
+                f"clear them: --config.{name}.settings={{}}"
+            )
+        if data.kind == "reasoning_gym" and data.path:
+            raise UserError(
+                f"{name}.kind = 'reasoning_gym' generates its examples, but {name}.path = {shown(data.path)}; clear "
+                f"it: --config.{name}.path=, or set {name}.kind to jsonl or parquet"
+            )
+    if c.eval.every and not c.eval.sets:
+        raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
+
+
+def _check_sizes(c: ConfigDict) -> None:
     if c.rollout.prompts % c.train.minibatches:
         raise UserError(
             f"rollout.prompts = {c.rollout.prompts} is not divisible by train.minibatches = {c.train.minibatches}"
         )
-    if c.train.staleness > 1:
-        raise UserError(f"train.staleness = {c.train.staleness}: a rollout may be 1 step old, or 0")
+    for keys in (("rollout.prompts", "rollout.group_size"), ("eval.prompts", "eval.samples")):
+        _check_product(c, keys, ROWS, "rows")
+    _check_product(c, ("steps", "train.epochs", "train.minibatches"), INT32, "updates")
+    if c.reward.overlong_buffer > c.rollout.max_new_tokens:
+        raise UserError(
+            f"reward.overlong_buffer = {c.reward.overlong_buffer} is longer than a response, "
+            f"rollout.max_new_tokens = {c.rollout.max_new_tokens}: every reward would be lowered"
+        )
+
+
+def _check_product(c: ConfigDict, keys: tuple[str, ...], most: int, what: str) -> None:
+    count = math.prod(value(c, key) for key in keys)
+    if count > most:
+        raise UserError(f"{' x '.join(keys)} = {count:,} {what}, more than the {most:,} that can be counted")
+
+
+def _check_lora(c: ConfigDict) -> None:
     for name in c.lora.targets:
         lookup(dict.fromkeys(TARGETS), name, "lora.targets")
-    if c.lora.rank and not (c.lora.targets and len(set(c.lora.targets)) == len(c.lora.targets)):
-        raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one matrix, and none of them twice")
-    if c.lora.rank and not 0 < c.lora.alpha < float("inf"):
-        raise UserError(f"lora.alpha must be above 0, not {c.lora.alpha}")
-    build.schedule(config)
-    lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
+    if c.lora.rank and not c.lora.targets:
+        raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one matrix")
+
+
+def _check_narrow(c: ConfigDict) -> None:
+    """The rollout's arithmetic."""
     precision.weights(c.rollout.weights)
     precision.activations(c.rollout.activations)
     lookup({"": None, **quantize.FORMATS}, c.rollout.quantize, "rollout.quantize")
     for key in ("rollout.weights", "rollout.activations"):
-        if c.rollout.quantize and value(config, key):
+        if c.rollout.quantize and value(c, key):
             raise UserError(f"rollout.quantize = {c.rollout.quantize} and {key} both narrow the rollout: unset one")
     if c.rollout.quantize_activations and not c.rollout.quantize:
         raise UserError("rollout.quantize_activations needs a format: set rollout.quantize to int8 or float8")
-    needed = build.needed_fields(config)
+
+
+def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
+    """What the loss and the measured regions need, and what else would take it away."""
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(
             f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
@@ -135,10 +174,6 @@ def check(config: ConfigDict) -> None:
         raise UserError("train.staleness and rollout.lag both age the behavior parameters: set one of them to 0")
     if "topk" in needed and c.rollout.tracked < 1:
         raise UserError(f"loss {c.loss.name!r} needs tracked tokens: set rollout.tracked to at least 1")
-    group = build.advantages(config)
-    if group is not None:
-        batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
-        jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
     if c.alp.sigma and not c.optimizer.learning_rate:
         raise UserError("alp.sigma needs an optimizer.learning_rate above 0: alp.learning_rate follows its schedule")
     if c.alp.sigma and c.loss.name in CORRECTED:
@@ -148,6 +183,49 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def _check_regions(c: ConfigDict) -> None:
+    for name in c.log.regions:
+        given = c.loss_defaults[name] if name in c.loss_defaults else {}
+        if missing := sorted(hyperparameters(lookup(LOSSES, name, "loss in log.regions")) - set(given)):
+            raise UserError(f"log.regions: {name!r} needs loss_defaults.{name}.{missing[0]}, which nothing sets")
+
+
+def _check_learning(c: ConfigDict) -> None:
+    """Refuses configs whose every update is 0, or that learn the wrong thing."""
+    group = build.advantages(c)
+    if group is not None:
+        batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
+        jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
+    if c.advantage.name == "max_rl" and c.reward.overlong_buffer:
+        raise UserError(
+            "advantage.name = max_rl is for rewards of 0 and 1, which reward.overlong_buffer lowers: set "
+            "reward.overlong_buffer=0, or another advantage.name"
+        )
+    for key in ("advantage.drop_equal", "rollout.resample"):
+        if value(c, key) and c.rollout.group_size == 1:
+            raise UserError(f"{key} leaves out groups of equal rewards, which all are with rollout.group_size = 1")
+    tokens = c.rollout.prompts * c.rollout.group_size * c.rollout.max_new_tokens
+    if c.advantage.name == "gae" and c.critic.whiten and tokens == 1:
+        raise UserError("critic.whiten: of a batch of one token nothing is left to learn; set critic.whiten=False")
+    if c.optimizer.clip_norm == 0:
+        raise UserError("optimizer.clip_norm = 0 would make every update 0; inf: never clipped")
+    numbers = build.loss_numbers(c)
+    if numbers.get("ratio_cap") == 0 and is_own(c.loss.name):
+        raise UserError(f"ratio_cap = 0 of loss {c.loss.name!r} would make every update 0; set loss.ratio_cap above 0")
+    low, high = numbers.get("correction_low", 0), numbers.get("correction_high", math.inf)
+    if low > high and is_own(c.loss.name):
+        raise UserError(f"loss.correction_low = {low} is above loss.correction_high = {high}: no token would be kept")
+
+
+def _number(config: ConfigDict, key: str) -> bool:
+    """Whether a key is there and holds a number: what else it may not be, `check_values` says."""
+    try:
+        found = value(config, key)
+    except (KeyError, AttributeError, TypeError):
+        return False
+    return isinstance(found, int | float)
+
+
 def value(config: ConfigDict, key: str) -> Any:
     """config.a.b for "a.b"."""
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
@@ -155,8 +233,7 @@ def value(config: ConfigDict, key: str) -> Any:
 
 def check_length(config: ConfigDict, model: ModelConfig) -> None:
     """Refuses prompts and responses that together are longer than the model's positions."""
-    sections = {"data": config.data, **{f"eval.sets.{name}": data for name, data in config.eval.sets.items()}}
-    for name, data in sections.items():
+    for name, data in build.data_sections(config).items():
         if data.max_prompt_len + config.rollout.max_new_tokens > model.max_position:
             raise UserError(
                 f"{name}.max_prompt_len + rollout.max_new_tokens = {data.max_prompt_len} + "

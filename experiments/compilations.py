@@ -1,26 +1,33 @@
 """What was compiled, how long it took, and where it is kept for the next run."""
 
 import os
-from pathlib import Path
+import sys
 from typing import NamedTuple
 
 import jax
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import make_folder, user_path
 
 BACKEND = "/jax/core/compile/backend_compile_duration"
 CACHED = "/jax/compilation_cache/cache_hits"
 
 
 def keep_compiled(folder: str) -> None:
-    """Keeps what is compiled in this folder ("": nowhere), unless JAX_COMPILATION_CACHE_DIR has named another."""
+    """Keeps what is compiled in this folder ("": nowhere), unless JAX_COMPILATION_CACHE_DIR has named another.
+
+    Where the folder cannot be made or written, a sentence on stderr says so: it saves time, and no run needs it.
+    """
     if not folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
         return
-    path = Path(folder).expanduser()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"compile_cache: cannot make the folder {path}: {error.strerror}") from error
+        path = user_path(folder, "compile_cache")
+        make_folder(path)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"the folder {str(path)!r} cannot be written")
+    except UserError as error:
+        print(f"compile_cache: {error}; what is compiled is not kept for later runs", file=sys.stderr)
+        return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

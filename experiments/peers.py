@@ -29,6 +29,7 @@ from dppo_jax.errors import run_main as run_alone
 LOST = 3  # exit status where another process is gone
 FAILED = "dppo_jax/failed"  # the coordination service's keys
 COUNT = "dppo_jax/processes"
+MOST = 1_000_000  # processes, and seconds: their milliseconds have 32 bits
 LEAVING_S = 5.0  # how long process 0 stays for the others to read why it ends
 FINISHING_S = 600.0  # how long a finished process waits for the others
 
@@ -70,6 +71,8 @@ def settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> S
     for name in ("join_timeout", "peer_timeout"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1 second, not {getattr(arguments, name)}")
+        if getattr(arguments, name) > MOST:
+            raise UserError(f"--{name} must be at most {MOST:,} seconds")
     found: dict[str, str | None] = {}
     for name, variables in VARIABLES.items():
         variable = next((variable for variable in variables if environment.get(variable)), None)
@@ -93,9 +96,12 @@ def settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> S
 
 def _whole(name: str, text: str | None) -> int | None:
     try:
-        return None if text is None else int(text)
+        number = None if text is None else int(text)
     except ValueError:
-        raise UserError(f"--{name} must be a whole number, not {text!r}") from None
+        raise UserError(f"--{name} must be a whole number, not {text!r:.60}") from None
+    if number is not None and abs(number) > MOST:
+        raise UserError(f"--{name} must be at most {MOST:,}, not {text!r:.60}")
+    return number
 
 
 _group: "Group | None" = None

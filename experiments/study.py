@@ -130,15 +130,13 @@ def main(description: str, arms: Sequence[Arm]) -> None:
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each arm; resumes"),
             "--out": dict(type=Path, required=True, metavar="F", help="writes F.md, F.json and F.png"),
-            "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
+            "--seeds": dict(type=cli.SEEDS, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--arms": dict(
                 type=cli.by_commas(), metavar="NAMES", help=f"some of {', '.join(arm.name for arm in arms)}, by commas"
             ),
             "--separate": dict(action="store_true", help="one run after another, by experiments.train"),
         },
     )
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     named = {arm.name: arm for arm in arms}
     chosen = arguments.arms or list(named)
     for name in chosen:

@@ -63,6 +63,9 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
         if run.method not in LOSSES:
             build.bind(run.method, {})  # names the nearest
         checks.check(config_of(config, run))
+    folders = [run.folder for run in runs]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")
     refused = {
         "advantage.name": config.advantage.name == "gae",
         "rollout.resample": config.rollout.resample,
@@ -269,15 +272,13 @@ def main() -> None:
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
             "--methods": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="losses, by commas"),
-            "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
+            "--seeds": dict(type=cli.SEEDS, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
             "--rates": dict(
-                type=cli.by_commas(float), default="1", metavar="NUMBERS", help="factors of the learning rate (1)"
+                type=cli.by_commas(cli.positive), default="1", metavar="NUMBERS", help="times the learning rate (1)"
             ),
         },
     )
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     runs = [
         Run(method, seed, rate)
         for method in arguments.methods

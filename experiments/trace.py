@@ -1,8 +1,6 @@
 """Traces a config's rollout and update to shapes: no weights, no data, no compilation."""
 
-import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax import packing
 from dppo_jax.errors import UserError
+from dppo_jax.files import read_json_object, user_path
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
@@ -21,14 +20,15 @@ from experiments import build, checks
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The model of policy.path or, where that directory is not here, of policy.shape (a config.json)."""
-    if Path(config.policy.path).is_dir() and config.policy.path:
-        return load_config(config.policy.path)
+    directory = user_path(config.policy.path, "policy.path")
+    if config.policy.path and directory.is_dir():
+        return load_config(directory)
     if not config.policy.shape:
         raise UserError(f"there is no directory {config.policy.path!r}, and policy.shape names no config.json instead")
-    shape = Path(config.policy.shape)
+    shape = user_path(config.policy.shape, "policy.shape")
     if not shape.is_file():
         raise UserError(f"policy.shape names {str(shape)!r}, which does not exist")
-    return config_from_hf(json.loads(shape.read_text()), str(shape))
+    return config_from_hf(read_json_object(shape), str(shape))
 
 
 def trace(config: ConfigDict) -> str:

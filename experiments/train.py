@@ -188,7 +188,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 is_writer=hosts.is_writer(),
             )
         )
-        for sentence in changes:
+        for sentence in [*changes, *checks.remarks(config)]:
             log.note(sentence)
         if build.platform(mesh) != "cpu":
             kernel = build.attention(config, model, mesh, dtype=config.policy.dtype, length=layout.length)

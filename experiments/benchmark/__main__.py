@@ -20,7 +20,7 @@ from typing import Any
 from dppo_jax.errors import UserError, nearest, run_main
 from experiments.benchmark.worker import Worker
 from experiments.benchmark.workloads import WORKLOADS, Workload
-from experiments.cli import Parser
+from experiments.cli import Parser, whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,16 +167,16 @@ def shown(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def peers(tunix: str | None, torch: str | None) -> dict[str, tuple[list[str], dict[str, str]]]:
+def peers(tunix: Path | None, torch: Path | None) -> dict[str, tuple[list[str], dict[str, str]]]:
     """The command of each side that there is."""
     path = {"PYTHONPATH": str(ROOT)}
     commands = {"ours": ([sys.executable, "-m", "experiments.benchmark.ours"], path)}
     if torch is None and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        torch = sys.executable
+        torch = Path(sys.executable)
     if torch is not None:
-        commands["torch"] = ([torch, "-m", "experiments.benchmark.peer_torch"], path)
+        commands["torch"] = ([str(torch), "-m", "experiments.benchmark.peer_torch"], path)
     if tunix is not None:
-        commands["tunix"] = ([tunix, str(ROOT / "experiments/benchmark/peer_tunix.py")], path)
+        commands["tunix"] = ([str(tunix), str(ROOT / "experiments/benchmark/peer_tunix.py")], path)
     return commands
 
 
@@ -193,13 +193,11 @@ def wanted(only: str | None) -> list[str]:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows there too")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs (5)")
+    parser.add_argument("--repeats", type=whole(1, 1000), default=5, metavar="N", help="pairs of runs (5)")
     parser.add_argument("--only", metavar="NAMES", help="workloads or WORKLOAD.METRIC, by commas; alone: without peers")
-    parser.add_argument("--tunix", metavar="PYTHON", help="a Python that has google-tunix")
-    parser.add_argument("--torch", metavar="PYTHON", help="a Python that has torch and transformers, if not this one")
+    parser.add_argument("--tunix", type=Path, metavar="PYTHON", help="a Python that has google-tunix")
+    parser.add_argument("--torch", type=Path, metavar="PYTHON", help="one that has torch and transformers, if not this")
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, not {arguments.repeats}")
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise UserError(f"--json: there is no folder {arguments.json.parent}")
     only = wanted(arguments.only)

@@ -82,7 +82,7 @@ def main() -> None:
             "--topology": dict(required=True, metavar="CHIP:SHAPE", help="v5p:4x4x4, v6e:8x8, ..."),
             "--json": dict(type=Path, metavar="F", help="write a list with one object per step"),
             "--steps": dict(type=cli.by_commas(), default=steps.NAMES, metavar="S,...", help="only these"),
-            "--layers": dict(type=int, metavar="N", help="a model of N layers, otherwise the same: quicker"),
+            "--layers": dict(type=cli.whole(1, 1000), metavar="N", help="of a model otherwise the same: quicker"),
             "--hlo": dict(type=Path, metavar="DIR", help="keep the compiled programs' text"),
         },
     )

@@ -25,7 +25,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--out": dict(type=Path, required=True, metavar="DIR", help="where the table and the figure go"),
-            "--layers": dict(type=int, metavar="N", help="a model of N layers, otherwise the same: quicker"),
+            "--layers": dict(type=cli.whole(1, 1000), metavar="N", help="of a model otherwise the same: quicker"),
         },
     )
     model = model_config(config)

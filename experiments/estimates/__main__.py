@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.divergences import binary_kl, binary_tv, sampled_in_topk, topk_kl, topk_tv
-from dppo_jax.errors import UserError, run_main
+from dppo_jax.errors import run_main
 from dppo_jax.types import TopKPair
 from experiments import build, cli
 from experiments.probe import Probe
@@ -159,11 +159,11 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--out": dict(type=Path, required=True, metavar="DIR", help="where the report goes"),
-            "--updates": dict(type=int, default=16, help="optimizer updates on the batch before it is measured (16)"),
+            "--updates": dict(
+                type=cli.whole(0, 100_000), default=16, help="optimizer updates on the batch before it is measured (16)"
+            ),
         },
     )
-    if arguments.updates < 0:
-        raise UserError(f"--updates must be at least 0, not {arguments.updates}")
     found = measure(config, arguments.updates)
     result = summary(config, found) | {"updates": arguments.updates}
     arguments.out.mkdir(parents=True, exist_ok=True)

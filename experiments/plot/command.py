@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import make_folder
+from dppo_jax.files import make_folder, user_path
 from experiments.cli import Parser
 from experiments.plot.figure import draw, remarks
 from experiments.plot.runs import group_runs
 
 FORMATS = (".png", ".svg", ".pdf")
+LONGEST = 10**9  # steps of a moving average
 OPTIONS = ("--runs", "--out", "--smooth", "--group", "--tags")
 
 
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], OPTIONS)}")
-    out = Path(args.out)
+    out = user_path(args.out, "--out")
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {args.out!r} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     smooth = smoothing(args.smooth)
-    methods = group_runs(args.runs, args.group)
+    methods = group_runs([str(user_path(folder, "--runs")) for folder in args.runs], args.group)
     figure = draw(methods, smooth, args.tags)
     for sentence in remarks(methods, args.tags):
         print(sentence, file=sys.stderr)
@@ -57,6 +57,6 @@ def smoothing(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not (0 < value < 1 or (value >= 1 and value.is_integer())):
+    if not (0 < value < 1 or (1 <= value <= LONGEST and value.is_integer())):
         raise UserError(f"--smooth must be a whole number of steps or a fraction between 0 and 1, not {text!r}")
     return value

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from dppo_jax.data.prompts import decode_replies
+from dppo_jax.errors import run_main
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import Params, forward, head_weight, init_params
 from dppo_jax.models.hf import save_hf
@@ -28,6 +29,7 @@ from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
+from experiments.cli import Parser, not_negative, whole
 from experiments.reuse.task import MODULUS, PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
 
 CONFIG = ModelConfig(
@@ -134,10 +136,10 @@ def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/reuse"), help="the model directory to write")
-    parser.add_argument("--spellings", type=int, default=TASK.spellings, help="of every state")
-    parser.add_argument("--tail", type=float, default=TASK.tail, help="the k-th has a frequency of k^-TAIL")
+    parser.add_argument("--spellings", type=whole(1, 1000), default=TASK.spellings, help="of every state")
+    parser.add_argument("--tail", type=not_negative, default=TASK.tail, help="the k-th has a frequency of k^-TAIL")
     arguments = parser.parse_args()
     task = Task(arguments.spellings, arguments.tail)
 
@@ -156,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,7 +7,6 @@ the converted weights, bit for bit; the logits of the converted directory in `tr
 tokenizer. Worst logit error allowed: 1e-4 of the largest logit. Exit status 1 where a check fails.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dppo_jax.errors import UserError, run_main
+from experiments.cli import Parser
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -129,7 +129,7 @@ def check(gguf: Path, model: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a converted SmolLM2 against transformers.")
+    parser = Parser(description="Check a converted SmolLM2 against transformers.")
     parser.add_argument("--gguf", type=Path, required=True, help="the GGUF file that was converted")
     parser.add_argument("--model", type=Path, required=True, help="the converted directory")
     args = parser.parse_args()

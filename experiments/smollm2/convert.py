@@ -10,7 +10,6 @@ tensor's largest). What is trained is therefore the quantised model, slightly di
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dppo_jax.errors import UserError, run_main
+from experiments.cli import Parser
 
 CONTROL = 3  # GGUF's token type for special tokens; 1 is an ordinary one
 
@@ -222,7 +222,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a Hugging Face directory from a Llama GGUF file.")
+    parser = Parser(description="Write a Hugging Face directory from a Llama GGUF file.")
     parser.add_argument("--gguf", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     args = parser.parse_args()

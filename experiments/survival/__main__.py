@@ -10,7 +10,7 @@ under --workdir show.
 import sys
 from pathlib import Path
 
-from dppo_jax.errors import UserError, lookup, run_main
+from dppo_jax.errors import lookup, run_main
 from dppo_jax.losses import LOSSES
 from experiments import cli
 from experiments.study import Arm
@@ -34,17 +34,15 @@ def main() -> None:
                 type=cli.by_commas(), default=MISMATCH, metavar="FORMATS", help="of activations[+weights]"
             ),
             "--lag": dict(type=cli.by_commas(int), default=LAGS, metavar="NUMBERS", help="of rollout.lag"),
-            "--rates": dict(type=cli.by_commas(float), default=RATES, metavar="NUMBERS", help="of the learning rate"),
-            "--scale": dict(type=float, default=1.0, metavar="X", help="of the methods' thresholds (1)"),
-            "--seeds": dict(type=int, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
+            "--rates": dict(type=cli.by_commas(cli.positive), default=RATES, metavar="NUMBERS", help="learning rates"),
+            "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the methods' thresholds (1)"),
+            "--seeds": dict(type=cli.SEEDS, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
             "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
         },
     )
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     for method in arguments.methods:
         lookup(LOSSES, method, "--methods")
         config = Arm(method, arguments.scale).config(config)

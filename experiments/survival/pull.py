@@ -67,7 +67,7 @@ def main() -> None:
         {
             "--out": dict(type=Path, required=True, metavar="DIR", help="writes pull.json there"),
             "--losses": dict(type=cli.by_commas(), default=LOSSES, metavar="NAMES", help="by commas"),
-            "--batches": dict(type=int, default=16, metavar="N", help="of the config's prompts (16)"),
+            "--batches": dict(type=cli.whole(1, 10_000), default=16, metavar="N", help="of the config's prompts (16)"),
         },
     )
     found = measure(config, arguments.losses, arguments.batches)

@@ -176,7 +176,7 @@ def advantages(rewards: np.ndarray, group: np.ndarray) -> dict[str, np.ndarray]:
         "group_mean": np.array(centred),
         "group_mean_std": np.array([centred[i] / (std[i] + 1e-6) for i in rows]),
         "leave_one_out": np.array([r[i] - (sum(mates[i]) - r[i]) / (len(mates[i]) - 1) for i in rows]),
-        "max_rl": np.array([centred[i] / mean[i] if mean[i] != 0 else 0.0 for i in rows]),
+        "max_rl": np.array([centred[i] / mean[i] if mean[i] > 0 else 0.0 for i in rows]),
         "batch_norm": np.array([c / (batch_std + 1e-6) for c in centred]),
     }
 
