@@ -19,11 +19,12 @@ def data_section(**changes) -> ConfigDict:
     data.name = ""  # reasoning_gym: the data set's name
     data.path = ""  # jsonl, parquet: the file; rows of {prompt or messages, answer}
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
-    data.size = 2000  # examples; a file may hold fewer
+    data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
     data.seed = 1  # reasoning_gym: generates the examples
     data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify
     data.chat = False  # wrap prompts by the tokenizer's chat template
     data.template = "{prompt}"  # text around every prompt
+    data.date = "2024-07-26"  # what a chat template takes for today (the default: what Llama 3's falls back on)
     data.max_prompt_len = 64  # tokens; prompts are padded on the left to this length
     data.too_long = "error"  # a longer prompt: error | skip
     data.settings.unlock()

@@ -1,6 +1,7 @@
 """Evaluation: n samples per question; avg@n and pass@k."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from math import comb
 
 import jax
@@ -25,6 +26,20 @@ def pass_at_k(correct: np.ndarray, samples: int, k: int) -> float:
     return float(np.mean([1.0 - comb(samples - int(c), k) / comb(samples, k) for c in correct]))
 
 
+def all_failed(counts: Mapping[str, float], replies: int) -> str | None:
+    """A sentence where the verifier failed on every one of so many replies; None where it scored one.
+
+    counts: of `Pending.result`, over all hosts. What it refused to read is not a failure, but no score either.
+    """
+    failed, killed, refused = (int(counts.get(name, 0)) for name in ("failed", "killed", "refused"))
+    if not failed + killed or failed + killed + refused < replies:
+        return None
+    return (
+        f"the verifier scored none of {replies} replies: it failed on {failed} and was killed on {killed}, so every "
+        "reward is 0; look at the answers, data.verifier and reward.time_limit_s"
+    )
+
+
 def evaluate(
     params: Params,
     generate: Generate,
@@ -38,7 +53,8 @@ def evaluate(
     tokenizer,
     eos_ids: tuple[int, ...],
 ) -> dict[str, float]:
-    """avg (avg@samples), pass@k for k = 2, 4, ... up to `samples`, and length, over every question of a stream.
+    """avg (avg@samples), pass@k for k = 2, 4, ... up to `samples`, length, and the verifier's counts (failed, killed:
+    see `Pending.result`), over every question of a stream.
 
     `generate` draws `samples` responses to each of `num_prompts` prompts. Scores of 1 count as right. Of several hosts,
     each scores the responses that are its own, and all return the same.
@@ -48,10 +64,12 @@ def evaluate(
     scores: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     waiting: list[Pending] = []
+    counts: Counter[str] = Counter()
 
     def finish() -> None:
         found: np.ndarray = np.zeros(len(answers.owned), np.float32)
-        rewards, _ = waiting.pop().result()
+        rewards, verifier = waiting.pop().result()
+        counts.update(verifier)
         found[: len(rewards)] = rewards  # the last batch may have fewer
         scores.append(found)
 
@@ -76,4 +94,5 @@ def evaluate(
         "avg": float(by_question.mean()),
         **{f"pass@{k}": pass_at_k(correct, samples, k) for k in ks},
         "length_mean": float(length.mean()),
+        **{name: float(count) for name, count in hosts.total(dict(counts)).items()},
     }

@@ -6,6 +6,7 @@ Nothing here imports jax: reward workers may.
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,23 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. `where`: file, and row or key, for the sentence.
+def parse_json(
+    text: str,
+    where: str,
+    *,
+    parse_float: Callable[[str], Any] | None = None,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """The value of a JSON text. `where`: file, and row or key, for the sentence. The other two as in `json.loads`.
 
     Raises: UserError for what is no JSON, an integer of more digits or a nesting deeper than Python reads, and lone
-    surrogates, which are JSON but no text.
+    surrogates, which are JSON but no text; also for a ValueError of a hook.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=parse_float, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: broken JSON: {error}") from None
-    except ValueError as error:  # the limit on digits
+    except ValueError as error:  # the limit on digits, or a hook's
         raise UserError(f"{where}: {str(error).split(';')[0]}") from None
     except RecursionError:
         raise UserError(f"{where}: JSON that is nested too deeply") from None

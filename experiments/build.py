@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from dppo_jax import lora, packing, precision, quantize
+from dppo_jax import hosts, lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.evaluate import Generate, evaluate
+from dppo_jax.evaluate import Generate, all_failed, evaluate
 from dppo_jax.files import user_path
 from dppo_jax.losses import bind, required_fields, with_reference_kl
 from dppo_jax.models import DTYPES, ModelConfig
@@ -409,6 +411,7 @@ def stream_and_scorer(
         seed=config.seed,
         chat=data.chat,
         template=data.template,
+        date=data.date,
         too_long=data.too_long,
     )
     scorer = Scorer(task, workers=config.reward.workers, time_limit_s=config.reward.time_limit_s)
@@ -458,6 +461,20 @@ class Evaluation:
         """Of the prompts and answers of every set, by config section."""
         return {f"eval.sets.{name}": stream.fingerprint for name, (stream, _) in self._sets.items()}
 
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for every set that does not use all of its data."""
+        return [f"eval.sets.{name}: {said}" for name, (stream, _) in self._sets.items() if (said := stream.left_out)]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """{"eval/<set>/skipped": ...}, as of `PromptStream.counts`."""
+        return {
+            f"eval/{name}/{kind}": float(count)
+            for name, (stream, _) in self._sets.items()
+            for kind, count in stream.counts.items()
+        }
+
     def at(self, step: int, params: Params) -> dict[str, float]:
         """{"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""
         every, last = self._config.eval.every, step == self._config.steps
@@ -480,4 +497,7 @@ class Evaluation:
                 eos_ids=self._text.eos_ids,
             )
             results |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
+            fault = all_failed(scores, len(stream) * self._config.eval.samples)
+            if fault and hosts.is_writer():
+                tqdm.write(f"step {step}, eval.sets.{name}: {fault}", file=sys.stderr)
         return results

@@ -4,6 +4,7 @@ python -m experiments.eval --config configs/quickstart.py --checkpoint runs/quic
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 import jax
@@ -43,7 +44,10 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
             params = lora.joined(jax.device_put(load_params(directory)[1], shardings), adapters)
         else:
             params = restore_params(checkpoint, abstract_state(abstract_params(model), shardings))
-        return build.Evaluation(config, model, mesh, text, stack).run(0, params)
+        evaluation = build.Evaluation(config, model, mesh, text, stack)
+        if is_writer() and evaluation.left_out:
+            print("\n".join(evaluation.left_out), file=sys.stderr)
+        return evaluation.run(0, params)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from dppo_jax import packing
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError
+from dppo_jax.evaluate import all_failed
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.packing import Layout
@@ -48,6 +50,8 @@ class Probe:
         self.stream, self._scorer = build.stream_and_scorer(
             config, config.data, self.text.tokenizer, config.rollout.prompts, self._stack
         )
+        if self.stream.left_out:
+            print(f"data: {self.stream.left_out}", file=sys.stderr)
         self.layout = build.layout(config, self.mesh, self.stream.mean_prompt_length)
         self.optimizer = build.optimizer(config)
         self.shardings = build.shardings(config, self.model, self.mesh)
@@ -79,7 +83,9 @@ class Probe:
         tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
         replies = decode_replies(self.text.tokenizer, tokens, mask, self.text.eos_ids)
         group = self.config.rollout.group_size
-        rewards, _ = self._scorer.submit(replies, [e for e in examples for _ in range(group)]).result()
+        rewards, verifier = self._scorer.submit(replies, [e for e in examples for _ in range(group)]).result()
+        if fault := all_failed(verifier, len(replies)):
+            print(f"step {step}: {fault}", file=sys.stderr)
         batch = jax.jit(assemble, out_shardings=rows(self.mesh))(prompts, rollout)
         batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
         return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)

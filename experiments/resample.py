@@ -29,6 +29,7 @@ class Drawn(NamedTuple):
     truncated: np.ndarray
     rewards: np.ndarray  # the verifier's
     shaped: np.ndarray  # what advantages are made of
+    verifier: dict[str, int]  # its counts, over every draw
 
 
 def chosen(kept: np.ndarray, more: np.ndarray) -> np.ndarray:
@@ -79,6 +80,7 @@ def _merged(kept: Drawn, more: Drawn, groups: np.ndarray, group_size: int, mesh:
         truncated=host(kept.truncated, more.truncated),
         rewards=host(kept.rewards, more.rewards),
         shaped=host(kept.shaped, more.shaped),
+        verifier={name: count + more.verifier[name] for name, count in kept.verifier.items()},
     )
 
 

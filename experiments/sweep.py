@@ -26,6 +26,7 @@ from dppo_jax import packing
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, lookup, run_main
+from dppo_jax.evaluate import all_failed
 from dppo_jax.losses import LOSSES, LossInputs, LossOutput
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.run_log import RunLog, write_config
@@ -186,6 +187,10 @@ class Sweep:
                 write_config(folder, own, resuming=start > 0)
                 log = RunLog(folder, hparams=own, resume_step=start, total_steps=self.config.steps, is_writer=True)
                 writers.append(logs.enter_context(log))
+                if start == 0:
+                    log.scalars(0, {f"data/{kind}": float(n) for kind, n in self._streams[run.seed].counts.items()})
+            if left_out := self._streams[self.runs[0].seed].left_out:
+                print(f"data: {left_out}", file=sys.stderr)
             for step in range(start, self.config.steps):
                 began = time.perf_counter()
                 state, past, scalars = self._step(state, past, step)
@@ -210,8 +215,14 @@ class Sweep:
         group = c.rollout.group_size
         flat, inside = (x.reshape(-1, x.shape[-1]) for x in (tokens, mask))
         replies = decode_replies(self.text.tokenizer, flat, inside, self.text.eos_ids)
-        examples = [example for run in self.runs for example in by_seed[run.seed][1] for _ in range(group)]
-        rewards = self._scorer.submit(replies, examples).result()[0].reshape(count, -1)
+        examples = [[example for example in by_seed[run.seed][1] for _ in range(group)] for run in self.runs]
+        size = len(replies) // count
+        pending = [self._scorer.submit(replies[i * size : (i + 1) * size], own) for i, own in enumerate(examples)]
+        found, verifiers = zip(*(each.result() for each in pending), strict=True)
+        for run, verifier in zip(self.runs, verifiers, strict=True):
+            if fault := all_failed(verifier, size):
+                print(f"step {step}, {run.folder}: {fault}", file=sys.stderr)
+        rewards = np.stack(found)
         shaped = rewards + np.stack([build.shaping(c, m.sum(axis=1)) for m in mask])
         batch = self._assemble(prompts, rollout)
         batch = batch.replace(advantages=self._advantages(jnp.asarray(shaped), rollout.group))
@@ -247,6 +258,7 @@ class Sweep:
                     **metrics_lib.summary(metrics_lib.merge(*own)),
                     **metrics_lib.mismatch(own[0]),
                     **metrics_lib.group_metrics(rewards[number], group),
+                    **{f"reward/{name}": float(n) for name, n in verifiers[number].items()},
                     "response/length_mean": float(mask[number].sum(axis=1).mean()),
                     "response/truncated": float(truncated[number].mean()),
                 }

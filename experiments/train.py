@@ -29,6 +29,7 @@ from dppo_jax.checkpoint import Checkpoints, abstract_state
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError, WriteError
+from dppo_jax.evaluate import all_failed
 from dppo_jax.files import make_folder
 from dppo_jax.lock import locked
 from dppo_jax.lora import joined
@@ -188,8 +189,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 is_writer=hosts.is_writer(),
             )
         )
-        for sentence in [*changes, *checks.remarks(config)]:
+        left_out = [f"data: {stream.left_out}"] if stream.left_out else []
+        for sentence in (*changes, *checks.remarks(config), *left_out, *evaluation.left_out):
             log.note(sentence)
+        if start == 0:
+            log.scalars(0, {f"data/{kind}": float(n) for kind, n in stream.counts.items()} | evaluation.counts)
         if build.platform(mesh) != "cpu":
             kernel = build.attention(config, model, mesh, dtype=config.policy.dtype, length=layout.length)
             log.note(f"attention of training: {kernel.name} ({kernel.why})")
@@ -224,10 +228,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
             rollout = draw(elsewhere)
             tokens, mask, lengths, truncated = read(rollout)
             replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
-            rewards, _ = agreed(scorer.submit(replies, examples))
+            rewards, verifier = agreed(scorer.submit(replies, examples))
             shaped = rewards + build.shaping(config, lengths)
             answers = dict(zip(mine.owned.tolist(), zip(examples, replies, strict=True), strict=True))
-            return Drawn(prompts, stream.lengths(elsewhere), rollout, answers, lengths, truncated, rewards, shaped)
+            own = stream.lengths(elsewhere), rollout, answers, lengths, truncated, rewards, shaped
+            return Drawn(prompts, *own, verifier)
 
         def last_good() -> str:
             kept = checkpoints.latest()
@@ -278,7 +283,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             answers = dict(zip(mine.owned.tolist(), zip(examples, replies, strict=True), strict=True))
             redrawn = 0
             if config.rollout.resample:
-                first = Drawn(prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped)
+                first = Drawn(prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped, verifier)
                 drawn, redrawn = resample(
                     first,
                     functools.partial(draw_again, step),
@@ -286,9 +291,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     most=config.rollout.resample,
                     group_size=config.rollout.group_size,
                 )
-                prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped = drawn
+                prompts, prompt_lengths, rollout, answers, lengths, truncated, rewards, shaped, verifier = drawn
                 place = plan_of(prompt_lengths)
                 batch = recomputed(assembled(prompts, rollout), place, lengths, behavior)
+            if fault := all_failed(verifier, (1 + redrawn) * len(lengths)):
+                log.note(f"step {step}: {fault}")
             rewarded = time.perf_counter()
 
             # Advantages, minibatches, updates.

@@ -154,7 +154,7 @@ def test_prompts_that_cannot_be_encoded(tokenizer, tmp_path):
     bare = load_tokenizer(write_tokenizer(tmp_path / "bare", post="$A", chat=None))
     with pytest.raises(UserError, match="has no chat template; set data.chat=False"):
         encode_prompt(bare, "a", chat=True)
-    with pytest.raises(UserError, match="t: prompt 1 of 1 has no tokens"):
+    with pytest.raises(UserError, match="t: prompt 1 of 1: the prompt has no tokens"):
         stream(bare, answer_task("t", [Example("", "1")], "last_number"))
     for bad in ({"num_prompts": 0}, {"max_prompt_len": 0}, {"too_long": "crop"}):
         with pytest.raises(UserError, match="must be"):

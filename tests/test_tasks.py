@@ -176,7 +176,7 @@ GOOD = '{"prompt": "a", "answer": "1"}'
         (['{"prompt": "a", "messages": [], "answer": "1"}'], "row 1: has both of 'prompt' and 'messages'"),
         (['{"prompt": " ", "answer": "1"}'], "row 1: 'prompt' must be text"),
         (['{"messages": [], "answer": "1"}'], "row 1: 'messages' must be a list"),
-        (['{"messages": [{"role": "user"}], "answer": "1"}'], "row 1: 'messages' must be a list"),
+        (['{"messages": [{"role": "user"}], "answer": "1"}'], "row 1, message 1: needs texts 'role' and 'content'"),
         ([GOOD, GOOD, '{"prompt": "a",'], "row 3: broken JSON"),
         (["[1]"], "row 1: expected an object"),
         ([], "holds no rows"),
@@ -219,5 +219,5 @@ def test_bad_file_settings(kind, tmp_path):
             load_task(kind, **{"verifier": "last_number", **arguments})
         assert words in str(error.value)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="binary (is not UTF-8|cannot be read)"):
+    with pytest.raises(UserError, match="binary(, row 1 is not UTF-8 text| cannot be read)"):
         load_task(kind, path=str(tmp_path / "binary"), verifier="last_number")

@@ -1,10 +1,17 @@
 """Examples, tasks and how a task scores a reply. Reward workers import this, so no jax here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dppo_jax.rewards.verifiers import VERIFIERS
+
+# Kinds of what is left out, as the log counts them, and what they are called in a sentence.
+LEFT_OUT = {
+    "blank": "blank lines",
+    "beyond_size": "rows beyond data.size",
+    "skipped": "prompts of more than data.max_prompt_len tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -14,6 +21,7 @@ class Example:
     prompt: str | tuple[dict[str, str], ...]
     answer: str  # "" where only the data set's own scorer knows what is right
     meta: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and row, for sentences
 
 
 class Verify(Protocol):
@@ -27,6 +35,7 @@ class Task:
     """Examples and the verifier of their replies.
 
     `isolated` tasks are scored in worker processes: their verifier may hang or eat memory on what a model writes.
+    `left_out` counts what a file holds and the task does not, by kind: see `LEFT_OUT`.
     """
 
     name: str
@@ -34,6 +43,7 @@ class Task:
     verify: Verify
     isolated: bool
     worker_imports: tuple[str, ...] = ()  # modules that a worker loads before its first time limit starts
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def score(self, reply: str, example: Example) -> float:
         """Scores in this process, without a limit; training scores through `rewards.scorer.Scorer`."""
@@ -50,7 +60,10 @@ class AnswerVerifier:
         return VERIFIERS[self.name](reply, example.answer)
 
 
-def answer_task(name: str, examples: Sequence[Example], verifier: str) -> Task:
-    if verifier == "math_verify":
-        return Task(name, examples, AnswerVerifier(verifier), isolated=True, worker_imports=("math_verify",))
-    return Task(name, examples, AnswerVerifier(verifier), isolated=False)
+def answer_task(
+    name: str, examples: Sequence[Example], verifier: str, left_out: Mapping[str, int] | None = None
+) -> Task:
+    """Examples whose replies a row of VERIFIERS scores. `left_out` as in Task."""
+    isolated = verifier == "math_verify"
+    imports = ("math_verify",) if isolated else ()
+    return Task(name, examples, AnswerVerifier(verifier), isolated, imports, left_out or {})

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from dppo_jax import fingerprints
-from dppo_jax.data.examples import Example, Task
+from dppo_jax.data.chat import DATE, ChatRenderer, check_date
+from dppo_jax.data.examples import LEFT_OUT, Example, Task
 from dppo_jax.errors import UserError, first_line
+from dppo_jax.files import check_text
 from dppo_jax.types import PromptBatch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -56,40 +59,100 @@ def eos_ids(tokenizer, model_dir: str | None = None, extra: Iterable[int | str] 
     return tuple(sorted(found))
 
 
-def encode_prompt(
-    tokenizer, prompt: str | Sequence[dict[str, str]], *, chat: bool, template: str = "{prompt}"
-) -> list[int]:
-    """Token ids of one prompt, special tokens at its start included once.
+class PromptEncoder:
+    """Prompts to token ids, special tokens at the start included once. Use it in a `with`, or close it.
 
     template: text around "{prompt}", applied to a text prompt or to the last user message.
     chat: whether the tokenizer's chat template goes around it, open for the assistant's reply. A chat template writes
     its own special tokens, so its text is tokenized without adding any.
+    date: what a chat template takes for today, YYYY-MM-DD.
+    Raises: UserError, here for settings that cannot be, and in a call for a prompt that has no tokens, or others than
+    its text.
     """
-    if "{prompt}" not in template:
-        raise UserError(f"data.template must hold '{{prompt}}', but is {template!r}")
-    if not chat:
-        if not isinstance(prompt, str):
+
+    def __init__(self, tokenizer: Any, *, chat: bool, template: str = "{prompt}", date: str = DATE):
+        if "{prompt}" not in template:
+            raise UserError(f"data.template must hold '{{prompt}}', but is {template!r:.200}")
+        check_text(template, "data.template")
+        check_date(date)
+        self._tokenizer, self._template = tokenizer, template
+        self._render = ChatRenderer(tokenizer, date=date) if chat else None
+
+    def close(self) -> None:
+        """Ends the process that renders."""
+        if self._render:
+            self._render.close()
+
+    def __enter__(self) -> "PromptEncoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+        """The ids of one prompt."""
+        if self._render:
+            text = self._render(self._messages(prompt))
+            ids = bare = _tokens(self._tokenizer, text, add_special_tokens=False)
+        elif isinstance(prompt, str):
+            text = self._template.replace("{prompt}", prompt)
+            ids = _tokens(self._tokenizer, text)
+            bare = _tokens(self._tokenizer, text, add_special_tokens=False)
+            if bare and ids[-len(bare) :] != bare and ids[-1] == self._tokenizer.eos_token_id:
+                ids = ids[:-1]  # this tokenizer ends what it encodes; a prompt stays open
+        else:
             raise UserError("the data holds chat messages; set data.chat=True")
-        text = template.replace("{prompt}", prompt)
-        ids = list(tokenizer(text)["input_ids"])
-        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if bare and ids[-len(bare) :] != bare and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()  # this tokenizer ends what it encodes; a prompt stays open
+        if not ids:
+            raise UserError("the prompt has no tokens")
+        _check_tokens(self._tokenizer, text, bare)
         return ids
 
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template; set data.chat=False")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if asked:
-        messages[asked[-1]]["content"] = template.replace("{prompt}", messages[asked[-1]]["content"])
-    import jinja2
+    def _messages(self, prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """The conversation, `template` applied."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        asked = [message for message in messages if message["role"] == "user"]
+        if asked:
+            asked[-1]["content"] = self._template.replace("{prompt}", asked[-1]["content"])
+        return messages
 
+
+def encode_prompt(
+    tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, chat: bool, template: str = "{prompt}", date: str = DATE
+) -> list[int]:
+    """Token ids of one prompt; see `PromptEncoder`, which is for many."""
+    with PromptEncoder(tokenizer, chat=chat, template=template, date=date) as encode:
+        return encode(prompt)
+
+
+def _tokens(tokenizer: Any, text: str, **settings: bool) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template refuses the messages: {first_line(error)}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, **settings)["input_ids"])
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"the tokenizer cannot encode the prompt: {first_line(error):.200}") from None
+
+
+def _check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:
+    """UserError where the tokens lack something of the text, which the policy would never see.
+
+    White space, case and compatible forms of characters may differ, and what the tokenizer's own normalizer changes.
+    """
+    read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if read == text:
+        return
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    given, read = _bare(text if normalizer is None else normalizer.normalize_str(text)), _bare(read)
+    if given == read:
+        return
+    lost = "".join(sorted({*given} - {*read}))
+    what = f"has no token for {lost[:20]!r}" if lost else "does not give its text back"
+    raise UserError(f"the tokenizer {what}, so the policy would see another prompt")
+
+
+def _bare(text: str) -> str:
+    """Without white space, which SentencePiece writes as a low line of its own."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2581", " ").split())
 
 
 def decode_replies(
@@ -116,7 +179,7 @@ class PromptStream:
     epochs, so a batch may span two. Every prompt is encoded at construction.
 
     num_prompts: N, prompts per step. max_prompt_len: P, in tokens, special tokens and chat template included.
-    chat, template: see `encode_prompt`.
+    chat, template, date: see `PromptEncoder`.
     too_long: what becomes of a prompt of more than P tokens: "error", or "skip" (counted in `.skipped`).
     """
 
@@ -130,6 +193,7 @@ class PromptStream:
         seed: int,
         chat: bool = False,
         template: str = "{prompt}",
+        date: str = DATE,
         too_long: str = "error",
     ):
         if num_prompts < 1:
@@ -141,23 +205,27 @@ class PromptStream:
         self.num_prompts, self.max_prompt_len, self.seed = num_prompts, max_prompt_len, seed
         self.examples: list[Example] = []
         self.skipped = 0
+        self._task = task
         self._ids: list[list[int]] = []
         # The padding id is never looked at: masks say what is padding.
         self._pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        for number, example in enumerate(task.examples, start=1):
-            ids = encode_prompt(tokenizer, example.prompt, chat=chat, template=template)
-            if not ids:
-                raise UserError(f"{task.name}: prompt {number} of {len(task.examples)} has no tokens")
-            if len(ids) > max_prompt_len:
-                if too_long == "error":
-                    raise UserError(
-                        f"{task.name}: prompt {number} of {len(task.examples)} ({example.prompt!r:.60}) has {len(ids)} "
-                        f"tokens, more than data.max_prompt_len={max_prompt_len}; raise it, or set data.too_long='skip'"
-                    )
-                self.skipped += 1
-                continue
-            self.examples.append(example)
-            self._ids.append(ids)
+        with PromptEncoder(tokenizer, chat=chat, template=template, date=date) as encode:
+            for number, example in enumerate(task.examples, start=1):
+                where = example.where or f"{task.name}: prompt {number} of {len(task.examples)}"
+                try:
+                    ids = encode(example.prompt)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+                if len(ids) > max_prompt_len:
+                    if too_long == "error":
+                        raise UserError(
+                            f"{where} ({example.prompt!r:.60}) has {len(ids)} tokens, more than "
+                            f"data.max_prompt_len={max_prompt_len}; raise it, or set data.too_long='skip'"
+                        )
+                    self.skipped += 1
+                    continue
+                self.examples.append(example)
+                self._ids.append(ids)
         if not self.examples:
             raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens")
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
@@ -176,6 +244,18 @@ class PromptStream:
     def mean_prompt_length(self) -> float:
         """Of all examples, in tokens."""
         return sum(map(len, self._ids)) / len(self._ids)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """"examples" of an epoch, and by the kinds of LEFT_OUT what the data holds beside them."""
+        return {"examples": len(self), **dict.fromkeys(LEFT_OUT, 0), **self._task.left_out, "skipped": self.skipped}
+
+    @property
+    def left_out(self) -> str | None:
+        """A sentence on what is not used of the data; None where all is."""
+        counts = self.counts
+        found = [f"{counts[kind]} {what}" for kind, what in LEFT_OUT.items() if counts[kind]]
+        return f"{self._task.name}: {counts['examples']} examples; left out: {', '.join(found)}" if found else None
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> tuple[PromptBatch, list[Example]]:
         """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order.

@@ -11,6 +11,7 @@ from dppo_jax.rewards.verifiers import VERIFIERS
 
 __all__ = ["TASKS", "Example", "Task", "load_task"]
 
+GENERATED = 2000  # examples of a reasoning-gym data set, where no size is given
 TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet}
 
 
@@ -26,13 +27,15 @@ def load_task(
 ) -> Task:
     """Loads a task and checks every label.
 
-    kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default 500) and seed;
+    kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default GENERATED) and seed;
     "jsonl" and "parquet" read path and size (at most so many rows, default all).
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
     """
     if size is not None and size < 1:
         raise UserError(f"data.size must be at least 1, not {size}")
     load = lookup(TASKS, kind, "data.kind")
+    if size is None and kind == "reasoning_gym":
+        size = GENERATED
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
     return load(
