@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
-from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
+from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
+from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate, evaluate
 from dppo_jax.losses import bind, required_fields, with_reference_kl
