@@ -1,16 +1,31 @@
 """A model directory's tokenizer, and the tokens that end a response."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dppo_jax.errors import UserError, first_line
+from dppo_jax.errors import UserError
 from dppo_jax.files import is_file, read_json_object, shown, user_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")  # one of them is enough
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+# What fields of tokenizer_config.json must be, where they are not null: transformers stumbles over the rest.
+TEXT, TOKEN = ((str,), "text"), ((str, dict), "a token's text, or an object with it as content")
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "tokenizer_class": TEXT,
+    "padding_side": TEXT,
+    "truncation_side": TEXT,
+    "chat_template": ((str, dict, list), "text, or several by name"),
+    "model_max_length": ((int, float), "a number"),
+    "added_tokens_decoder": ((dict,), "an object of tokens by id"),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), TOKEN),
+}
+
+PROBE = " Q:  what's 12 + 3456?\n\n\tIt's x_1, THE na\u00efve \u6771\u4eac...\r\n  <b>2023</b> "
 
 
 def load_tokenizer(directory: str | os.PathLike[str]):
@@ -31,20 +46,51 @@ def load_tokenizer(directory: str | os.PathLike[str]):
         files = {file: read_json_object(folder / file) for file in OBJECTS if is_file(folder / file)}
     except UserError as error:
         raise UserError(f"tokenizer: {name!r} cannot be read: {error}") from None
+    for field, value in files.get("tokenizer_config.json", {}).items():
+        types, words = FIELDS.get(field, ((object,), ""))
+        if value is not None and not isinstance(value, types):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {field} must be {words}, not {shown(value)}")
+    _named_ids(folder)  # transformers reads config.json, and says less well what is wrong there
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = _read(folder, "tokenizer.json" in files)
         ids = list(tokenizer("")["input_ids"])
         vocabulary = tokenizer.get_vocab()
         tokenizer.decode(ids)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
-        raise UserError(f"tokenizer: {name!r} cannot be read: {first_line(error)[:300]}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer: {name!r} cannot be read: {reason[:300]}") from error
     _check(tokenizer, vocabulary, ids, files, folder)
     return tokenizer
+
+
+def _read(folder: Path, has_json: bool) -> Any:
+    """What transformers makes of the directory. Some of its classes take from tokenizer.json the vocabulary alone and
+    split text in their own way: where that is another than the file's, it is read as it stands."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not has_json or type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if _pieces(tokenizer) == _pieces(plain):
+        return tokenizer
+    print(
+        f"tokenizer: {type(tokenizer).__name__} splits text otherwise than {folder / 'tokenizer.json'}, which is what "
+        "is used",
+        file=sys.stderr,
+    )
+    return plain
+
+
+def _pieces(tokenizer: Any) -> list[int] | None:
+    """Tokens of a text in which tokenizers differ; None if its vocabulary cannot say it."""
+    try:
+        return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception:
+        return None
 
 
 def _without_vocabulary(name: str, present: list[str]) -> str:
@@ -101,19 +147,8 @@ def eos_ids(
     Raises: UserError where one is no id, or beyond the vocab_size in config.json, and where there is none.
     """
     extra = list(extra)
-    found = {tokenizer.eos_token_id} - {None}
-    size = 2**31
-    for name in () if model_dir is None else ("config.json", "generation_config.json"):
-        path = user_path(model_dir or "", "model directory") / name
-        if not is_file(path):
-            continue
-        fields = read_json_object(path)
-        named = fields.get("vocab_size") if name == "config.json" else None
-        if isinstance(named, int) and not isinstance(named, bool) and named > 0:
-            size = named
-        ids = fields.get("eos_token_id")
-        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            found.add(_token_id(token, size, f"{path}: eos_token_id"))
+    named, size = (set(), 2**31) if model_dir is None else _named_ids(user_path(model_dir, "model directory"))
+    found = named | {tokenizer.eos_token_id} - {None}
     vocabulary = tokenizer.get_vocab() if any(isinstance(token, str) for token in extra) else {}
     for token in extra:
         if isinstance(token, str) and token not in vocabulary:
@@ -123,6 +158,22 @@ def eos_ids(
         where = "" if model_dir is None else f", nor {str(model_dir)!r}"
         raise UserError(f"no end-of-sequence token: the tokenizer names none{where}")
     return tuple(sorted(found))
+
+
+def _named_ids(folder: Path) -> tuple[set[int], int]:
+    """The tokens that end a response by generation_config.json and config.json, and how many tokens there are."""
+    found, size = set(), 2**31
+    for name in ("config.json", "generation_config.json"):
+        if not is_file(folder / name):
+            continue
+        fields = read_json_object(folder / name)
+        rows = fields.get("vocab_size") if name == "config.json" else None
+        if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
+            size = rows
+        ids = fields.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            found.add(_token_id(token, size, f"{folder / name}: eos_token_id"))
+    return found, size
 
 
 def _token_id(value: Any, size: int, where: str) -> int:
