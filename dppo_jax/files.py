@@ -6,6 +6,7 @@ Nothing here imports jax: reward workers may.
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from dppo_jax.errors import UserError
 
 _BUCKET = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?=/?[^/])")  # pathlib leaves gs:/b of gs://b
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 60
 
 
 def check_path(path: str | os.PathLike[str], key: str) -> str:
@@ -47,6 +50,24 @@ def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
     except OSError as error:
         raise UserError(f"{key} = {text!r:.200}: {error.strerror}") from None
     return expanded
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is one: False where nothing has the name, UserError where a folder, a pipe, a link to nothing or
+    the like has it."""
+    if os.path.isfile(path):
+        return True
+    if os.path.lexists(path):
+        raise UserError(f"{path} is neither a file nor a link to one")
+    return False
+
+
+def shown(value: Any) -> str:
+    """Like repr, but short enough for a sentence, however long or deep the value is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # the limit on an integer's digits
+        return f"<{type(value).__name__} of more digits than Python writes>"
 
 
 def make_folder(folder: Path) -> None:

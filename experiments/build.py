@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from dppo_jax import hosts, lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
-from dppo_jax.data.prompts import PromptStream, eos_ids, load_tokenizer
+from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
+from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate, all_failed, evaluate
 from dppo_jax.files import user_path

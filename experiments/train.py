@@ -368,7 +368,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             params = {key: value for key, value in to_host(whole).items() if key != LOG_SIGMA}
             adapters = to_host(state.params) if config.lora.rank else None
             if hosts.is_writer():
-                save_hf(workdir / "policy", model, params, text.tokenizer)
+                save_hf(workdir / "policy", model, params, text.tokenizer, eos_ids=text.eos_ids, source=directory)
                 if adapters:
                     save_adapters(workdir / "adapter", build.adapted(config, model), adapters, str(directory))
     if hosts.is_writer():

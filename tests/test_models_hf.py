@@ -196,11 +196,11 @@ def test_missing_directory(tmp_path):
 
 def test_missing_or_damaged_config(directory):
     (directory / "config.json").write_text('{"model_type": ')
-    assert "config.json is not readable JSON" in refusal(directory)
+    assert "config.json: broken JSON" in refusal(directory)
     (directory / "config.json").write_text("[1]")
     assert "must hold a JSON object, not a list" in refusal(directory)
     (directory / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert "config.json is not readable JSON" in refusal(directory)
+    assert "config.json is not UTF-8 text" in refusal(directory)
     (directory / "config.json").unlink()
     assert "has no config.json" in refusal(directory)
 
@@ -242,7 +242,7 @@ def test_bad_index(directory):
     moved = index["weight_map"] | {"model.norm.weight": next(s for s in shards if s != index["weight_map"][
         "model.norm.weight"])}  # fmt: skip
     for content, words in [
-        ("{", "is not readable JSON"),
+        ("{", "broken JSON"),
         ("{}", "has no weight_map"),
         (json.dumps({"weight_map": moved}), "tensor 'model.norm.weight' is not in"),
         (json.dumps({"weight_map": {"model.norm.weight": f"../{shards[0]}"}}), "does not exist"),

@@ -1,11 +1,8 @@
 """From examples to token batches, and from tokens back to text."""
 
 import functools
-import json
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,49 +11,13 @@ from jaxtyping import Bool, Int32
 from dppo_jax import fingerprints
 from dppo_jax.data.chat import DATE, ChatRenderer, check_date
 from dppo_jax.data.examples import LEFT_OUT, Example, Task
+from dppo_jax.data.tokenizer import eos_ids as eos_ids
+from dppo_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from dppo_jax.errors import UserError, first_line
 from dppo_jax.files import check_text
 from dppo_jax.types import PromptBatch
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOO_LONG = ("error", "skip")
-
-
-def load_tokenizer(directory: str):
-    """The tokenizer of a local Hugging Face directory. Nothing is downloaded and no code in it is run."""
-    if not Path(directory).is_dir():
-        raise UserError(f"tokenizer: there is no directory {str(directory)!r}")
-    if not any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"tokenizer: {str(directory)!r} holds none of {', '.join(TOKENIZER_FILES)}")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"tokenizer: {str(directory)!r} cannot be read: {first_line(error)}") from error
-
-
-def eos_ids(tokenizer, model_dir: str | None = None, extra: Iterable[int | str] = ()) -> tuple[int, ...]:
-    """All tokens that end a response, sorted: the tokenizer's, those that generation_config.json and config.json of
-    the model directory name, and `extra` (ids, or tokens as text)."""
-    found = {tokenizer.eos_token_id} - {None}
-    files = [] if model_dir is None else [Path(model_dir) / name for name in ("generation_config.json", "config.json")]
-    for file in files:
-        if file.is_file():
-            try:
-                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            except ValueError as error:
-                raise UserError(f"{file}: broken JSON: {error}") from error
-            found |= set(ids) if isinstance(ids, list) else {ids} - {None}
-    vocabulary = tokenizer.get_vocab() if any(isinstance(token, str) for token in extra) else {}
-    for token in extra:
-        if isinstance(token, str) and token not in vocabulary:
-            raise UserError(f"end-of-sequence token {token!r} is not in the tokenizer's vocabulary")
-        found.add(vocabulary[token] if isinstance(token, str) else token)
-    if not found:
-        raise UserError(f"no end-of-sequence token: neither the tokenizer nor {model_dir!r} names one")
-    return tuple(sorted(found))
 
 
 class PromptEncoder:

@@ -7,12 +7,13 @@ place gives fluent nonsense), so anything unknown is refused by name. Meanings a
 """
 
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import shown
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -49,6 +50,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 DEFAULT_THETA = 10000.0
 DEFAULT_EPS = 1e-6
+
+LARGEST = 2**31 - 1  # of any size: what an index of 32 bits reaches
+MOST_LAYERS = 10_000  # no published decoder has 200
 
 READ = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -245,10 +249,12 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
         raise UserError(f"{source}: head_dim must be even for rotary embeddings, not {head_dim}")
 
     num_layers = size("num_hidden_layers")
+    if num_layers > MOST_LAYERS:
+        raise UserError(f"{source}: num_hidden_layers must be at most {MOST_LAYERS}, not {shown(num_layers)}")
     layer_types = d.get("layer_types")
-    if model_type != "gemma2" and layer_types is not None and layer_types != ["full_attention"] * num_layers:
+    if model_type != "gemma2" and layer_types is not None and not _all_full(layer_types, num_layers):
         raise UserError(
-            f"{source}: layer_types {layer_types!r} is not supported; it must be 'full_attention' for each of the "
+            f"{source}: layer_types {shown(layer_types)} is not supported; it must be 'full_attention' for each of the "
             f"{num_layers} layers"
         )
     max_position = size("max_position_embeddings")
@@ -280,10 +286,10 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
 
 def _mixture(d: Mapping[str, Any], size: Callable[[str], int], source: str) -> dict[str, Any]:
     """The fields of a mixture of experts."""
-    both = [d[name] for name in ("num_experts", "num_local_experts") if name in d]
-    if len(both) == 2 and both[0] != both[1]:
-        raise UserError(f"{source}: num_experts {both[0]!r} and num_local_experts {both[1]!r} disagree")
-    experts = size("num_local_experts" if "num_local_experts" in d else "num_experts")
+    both = [size(name) for name in ("num_experts", "num_local_experts") if name in d]
+    if len(set(both)) > 1:
+        raise UserError(f"{source}: num_experts {both[0]} and num_local_experts {both[1]} disagree")
+    experts = both[0] if both else size("num_experts")
     chosen = size("num_experts_per_tok")
     if chosen > experts:
         raise UserError(f"{source}: num_experts_per_tok {chosen} is more than the {experts} experts")
@@ -296,15 +302,15 @@ def _gemma2(d: Mapping[str, Any], num_layers: int, source: str) -> dict[str, Any
     window = _positive_int(d["sliding_window"], "sliding_window", source)
     if d.get("sliding_window_size", window) != window:
         other = d["sliding_window_size"]
-        raise UserError(f"{source}: sliding_window {window} and sliding_window_size {other!r} disagree")
+        raise UserError(f"{source}: sliding_window {window} and sliding_window_size {shown(other)} disagree")
     types = d.get("layer_types")
     if types is None:
         types = ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
         raise UserError(
-            f"{source}: layer_types {types!r} is not supported; it must be {' or '.join(map(repr, known))} for each of "
-            f"the {num_layers} layers"
+            f"{source}: layer_types {shown(types)} is not supported; it must be {' or '.join(map(repr, known))} for "
+            f"each of the {num_layers} layers"
         )
     caps = {
         name: None if d[field] is None else _positive(d[field], field, source)
@@ -393,12 +399,12 @@ def _model_type(d: Mapping[str, Any], source: str) -> Family:
     if names is not None:
         if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
             name = names[0] if isinstance(names, list) and len(names) == 1 else names
-            raise UserError(f"{source}: unsupported architecture {name!r}; supported: {supported}")
+            raise UserError(f"{source}: unsupported architecture {shown(name)}; supported: {supported}")
         if model_type is not None and model_type != ARCHITECTURES[names[0]]:
-            raise UserError(f"{source}: architecture {names[0]!r} and model_type {model_type!r} disagree")
+            raise UserError(f"{source}: architecture {names[0]!r} and model_type {shown(model_type)} disagree")
         model_type = ARCHITECTURES[names[0]]
     if model_type not in list(DEFAULTS):
-        raise UserError(f"{source}: unsupported model_type {model_type!r}; supported: {', '.join(DEFAULTS)}")
+        raise UserError(f"{source}: unsupported model_type {shown(model_type)}; supported: {', '.join(DEFAULTS)}")
     return model_type
 
 
@@ -426,11 +432,11 @@ def _check_fields(d: Mapping[str, Any], model_type: str, source: str) -> None:
             if not any(_same(value, allowed) for allowed in fixed[name]):
                 supported = fixed[name][0]
                 only = "leave it out" if supported is None else f"supported: {supported!r}"
-                raise UserError(f"{source}: {name} = {value!r} is not supported for {model_type}; {only}")
+                raise UserError(f"{source}: {name} = {shown(value)} is not supported for {model_type}; {only}")
         elif name not in read and name not in inert:
             close = difflib.get_close_matches(name, [*read, *fixed], n=1, cutoff=0.5)
             hint = f"; the nearest known is {close[0]!r}" if close else ", and it might change the model"
-            raise UserError(f"{source} has the unknown field {name!r}{hint}")
+            raise UserError(f"{source} has the unknown field {shown(name)}{hint}")
 
 
 def _rope(d: Mapping[str, Any], max_position: int, source: str) -> RopeConfig:
@@ -445,22 +451,24 @@ def _rope(d: Mapping[str, Any], max_position: int, source: str) -> RopeConfig:
 
 def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int, source: str) -> RopeConfig:
     if not isinstance(block, Mapping):
-        raise UserError(f"{source}: {where} must be an object, not {block!r}")
+        raise UserError(f"{source}: {where} must be an object, not {shown(block)}")
     block = {name: value for name, value in block.items() if value is not None}
     kinds = {block[name] for name in ("rope_type", "type") if isinstance(block.get(name), str)}
     if len(kinds) > 1:
-        raise UserError(f"{source}: {where} has rope_type {block['rope_type']!r} but type {block['type']!r}")
+        raise UserError(f"{source}: {where} has rope_type {shown(block['rope_type'])} but type {shown(block['type'])}")
     kind: Any = next(iter(kinds), block.get("rope_type", block.get("type", "default")))
     if kind not in list(ROPE_FIELDS):
-        raise UserError(f"{source}: unsupported rope type {kind!r} in {where}; supported: {', '.join(ROPE_FIELDS)}")
+        raise UserError(
+            f"{source}: unsupported rope type {shown(kind)} in {where}; supported: {', '.join(ROPE_FIELDS)}"
+        )
     fields = ROPE_FIELDS[kind]
     for name in block:
         if name not in fields | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             takes = ", ".join(sorted({"rope_theta"} | fields))
-            raise UserError(f"{source}: {where} of type {kind!r} has the unknown field {name!r}; it takes {takes}")
+            raise UserError(f"{source}: {where} of type {kind!r} has the unknown field {shown(name)}; it takes {takes}")
     if block.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"{source}: {where}.partial_rotary_factor = {block['partial_rotary_factor']!r} is not supported; "
+            f"{source}: {where}.partial_rotary_factor = {shown(block['partial_rotary_factor'])} is not supported; "
             "supported: 1.0"
         )
     theta = _theta(d, block, where, source)
@@ -489,11 +497,10 @@ def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int,
 
 
 def _theta(d: Mapping[str, Any], block: Mapping[str, Any], where: str, source: str) -> float:
-    inside, beside = block.get("rope_theta"), d.get("rope_theta")
-    if inside is not None and beside is not None and inside != beside:
-        raise UserError(f"{source}: rope_theta is {inside!r} in {where} but {beside!r} beside it")
-    value = inside if inside is not None else beside
-    return DEFAULT_THETA if value is None else _positive(value, "rope_theta", source)
+    found = [_positive(p["rope_theta"], "rope_theta", source) for p in (block, d) if p.get("rope_theta") is not None]
+    if len(set(found)) > 1:
+        raise UserError(f"{source}: rope_theta is {found[0]!r} in {where} but {found[1]!r} beside it")
+    return found[0] if found else DEFAULT_THETA
 
 
 def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
@@ -510,6 +517,14 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
     }
 
 
+def _all_full(layer_types: Any, num_layers: int) -> bool:
+    return (
+        isinstance(layer_types, list)
+        and len(layer_types) == num_layers
+        and all(isinstance(kind, str) and kind == "full_attention" for kind in layer_types)
+    )
+
+
 def _absent(d: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> bool:
     """Whether the field is to follow from the other sizes: null, or left out of a family without a default."""
     if name in d:
@@ -523,13 +538,15 @@ def _same(value: Any, allowed: Any) -> bool:
 
 def _positive_int(value: Any, name: str, source: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"{source}: {name} must be a positive integer, not {value!r}")
+        raise UserError(f"{source}: {name} must be a positive integer, not {shown(value)}")
+    if value > LARGEST:
+        raise UserError(f"{source}: {name} must be at most {LARGEST}, not {shown(value)}")
     return value
 
 
 def _positive(value: Any, name: str, source: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{source}: {name} must be a positive number, not {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise UserError(f"{source}: {name} must be a positive number, not {shown(value)}")
     return float(value)
 
 
@@ -538,5 +555,5 @@ def _boolean(d: Mapping[str, Any], name: str, source: str) -> bool:
     if value is None and name == "attention_bias":
         return False
     if not isinstance(value, bool):
-        raise UserError(f"{source}: {name} must be true or false, not {value!r}")
+        raise UserError(f"{source}: {name} must be true or false, not {shown(value)}")
     return value

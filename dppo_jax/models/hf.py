@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dppo_jax.errors import UserError, lookup, nearest
-from dppo_jax.models.config import ModelConfig, config_from_hf, config_to_hf
+from dppo_jax.errors import UserError, first_line, lookup, nearest
+from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
+from dppo_jax.models import companions
+from dppo_jax.models.companions import CONFIG
+from dppo_jax.models.config import INERT, ModelConfig, config_from_hf, config_to_hf
 from dppo_jax.models.decoder import Params, abstract_params
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -70,10 +72,8 @@ HF_NAMES_GEMMA = {
 
 def load_config(directory: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model directory; UserError where there is none or it is not supported."""
-    path = _directory(directory) / CONFIG
-    if not path.is_file():
-        raise UserError(f"model directory {directory} has no {CONFIG}")
-    return config_from_hf(_json_object(path), source=str(path))
+    path = folder(directory) / CONFIG
+    return config_from_hf(_config_fields(path.parent), source=str(path))
 
 
 def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
@@ -84,19 +84,16 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
 
     Raises:
       UserError: no such directory, no config.json, an unsupported config, no safetensors weights, a damaged or
-        missing shard, or a tensor that is missing, unexpected, or of the wrong shape or type.
+        missing shard, or a tensor that is missing, unexpected, or of the wrong shape or type. All of it is found
+        before anything is allocated.
     """
     config = load_config(directory)
+    directory = folder(directory)
     shapes = _shapes(config)
+    tied_head = HF_NAMES["head"] if config.tie_embeddings else None
     with ExitStack() as stack:
-        tensors = _open_tensors(_directory(directory), stack)
-        expected = {hf_name for path in shapes for hf_name in _hf_names(path, config)}
-        for name in sorted(expected - tensors.keys()):
-            raise UserError(f"tensor {name!r} is missing from {directory}")
-        tied_head = HF_NAMES["head"] if config.tie_embeddings else None
-        for name in sorted(tensors.keys() - expected):
-            if name != tied_head and not NOT_WEIGHTS.search(name):
-                raise UserError(f"unexpected tensor {name!r} in {tensors[name][0]}{nearest(name, expected)}")
+        tensors = _open_tensors(directory, stack)
+        _check_tensors(tensors, shapes, config, directory)
         params: Params = {"layers": {}}
         for path, shape in shapes.items():
             names = list(_hf_names(path, config))
@@ -104,13 +101,13 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
                 stacked: np.ndarray = np.empty(shape, np.float32)
                 one = shape[_stacked_axes(path, config) :]
                 for place, name in zip(stacked.reshape(len(names), *one), names, strict=True):
-                    place[...] = _read(name, tensors, one, transpose=len(one) == 2)
+                    place[...] = read_tensor(name, tensors, one, transpose=len(one) == 2)
                 params["layers"][path.removeprefix("layers/")] = stacked
             else:
-                params[path] = _read(names[0], tensors, shape, transpose=False).astype(np.float32)
+                params[path] = read_tensor(names[0], tensors, shape, transpose=False).astype(np.float32)
         if tied_head in tensors:
-            head: np.ndarray = _read(tied_head, tensors, shapes["embed"], transpose=False).astype(np.float32)
-            if not np.array_equal(head, params["embed"]):
+            head: np.ndarray = read_tensor(tied_head, tensors, shapes["embed"], transpose=False).astype(np.float32)
+            if not np.array_equal(head, params["embed"], equal_nan=True):
                 raise UserError(
                     f"{directory} has tie_word_embeddings true, but {tied_head!r} differs from {HF_NAMES['embed']!r}"
                 )
@@ -118,68 +115,75 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
 
 
 def save_hf(
-    directory: str | Path, config: ModelConfig, params: Params, tokenizer: Any = None, dtype: str = "float32"
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    *,
+    eos_ids: Sequence[int] = (),
+    source: str | Path | None = None,
 ) -> None:
-    """Writes a model directory that `transformers` loads to the same logits.
+    """Writes a model directory that `transformers` loads to the same logits, and that stops where this one stops.
 
     All is written under a temporary name inside `directory` and moved over at the end, config.json last, and an old
-    one that differs is removed first: a kill leaves a whole model, or one without config.json, which nothing loads.
+    one is removed first if anything but the weights changes: a kill leaves a whole model, or one without config.json,
+    which nothing loads.
 
     Args:
-      directory: made if need be; a model in it is replaced.
+      directory: made if need be; a model in it is replaced, with its generation_config.json, and with its tokenizer
+        where there is a new one.
       params: nested dict of arrays, as load_params returns them.
       tokenizer: a transformers tokenizer; it is saved beside the weights, and its bos, eos and pad ids go
-        into config.json, where they are otherwise null.
+        into config.json and generation_config.json, where they are otherwise null and left out.
       dtype: of the stored weights, "float32", "bfloat16" or "float16".
+      eos_ids: all tokens that end a response, where these are more than the tokenizer's one.
+      source: the model directory that the policy began as. Its tokenizer's files and its generation_config.json are
+        copied as they are, the latter with those of `eos_ids` that it lacks, and what its config.json says besides
+        the shape goes into the new one; `tokenizer` then only completes its token ids.
 
     Raises:
       UserError: an unknown dtype, a config that its architecture cannot say, or params that do not fit the config.
     """
     stored = lookup(DTYPES, dtype, "dtype")
-    fields = config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields[name] = None if tokenizer is None else getattr(tokenizer, name)
+    origin = None if source is None else folder(source)
+    before = {} if origin is None else _config_fields(origin)
+    tokens = companions.token_fields(tokenizer, before, eos_ids)
+    kept = {name: value for name, value in before.items() if name in INERT - companions.OF_THE_FILE}
+    fields = kept | config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True} | tokens
     tensors = {name: np.ascontiguousarray(array, stored) for name, array in _unstack(config, params)}
 
-    directory = Path(directory)
+    directory = user_path(directory, "model directory")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"cannot save a model to {directory}: it is a file")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        written_config = json.dumps(fields, indent=2) + "\n"
-        (staging / CONFIG).write_text(written_config)
-        old_config = directory / CONFIG
-        if old_config.is_file() and old_config.read_text() != written_config:
-            old_config.unlink()
-        written = sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: path.name == CONFIG)
-        for path in written:
-            target = directory / path.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+        companions.write_tokenizer(staging, origin, tokenizer)
+        companions.write_generation_config(staging, origin, tokens)
+        (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        new_tokenizer = tokenizer is not None or origin is not None
+        replaces = (companions.TEMPLATES, *companions.TOKENIZER) if new_tokenizer else ()
+        companions.publish(staging, directory, WEIGHTS, (companions.GENERATION, *replaces))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _directory(directory: str | Path) -> Path:
-    path = Path(directory)
-    if not path.is_dir():
-        what = "is not a directory" if path.exists() else "does not exist"
-        raise UserError(f"model directory {directory} {what}")
+def folder(directory: str | Path, what: str = "model directory") -> Path:
+    """The path of a directory that is there and can be read. UserError."""
+    path = user_path(directory, what)
+    if not os.path.isdir(path):
+        raise UserError(f"{what} {directory} {'is not a directory' if os.path.lexists(path) else 'does not exist'}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{what} {directory} cannot be read: permission denied")
     return path
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+def _config_fields(directory: Path) -> dict[str, Any]:
+    if not is_file(directory / CONFIG):
+        raise UserError(f"model directory {directory} has no {CONFIG}")
+    return read_json_object(directory / CONFIG)
 
 
 def _flat(params: Params) -> dict[str, Any]:
@@ -200,8 +204,19 @@ def _template(path: str, config: ModelConfig) -> str:
 def _hf_names(path: str, config: ModelConfig) -> Iterator[str]:
     """In the order of the stacked tensor's leading axes: layers, and experts within them."""
     template = _template(path, config)
-    sizes = (config.num_layers, config.num_experts)[: template.count("{}")]
-    return (template.format(*index) for index in np.ndindex(*sizes))
+    return (template.format(*place) for place in places(config, template.count("{}")))
+
+
+def places(config: ModelConfig, axes: int) -> Iterator[tuple[int, ...]]:
+    """All indices of a parameter's leading axes, of which the first is the layer and the second the expert. One by
+    one: a config may claim any number of them."""
+    if axes == 0:
+        yield ()
+    for layer in range(config.num_layers if axes else 0):
+        if axes == 1:
+            yield (layer,)
+        for expert in range(config.num_experts if axes == 2 else 0):
+            yield layer, expert
 
 
 def _stacked_axes(path: str, config: ModelConfig) -> int:
@@ -209,45 +224,77 @@ def _stacked_axes(path: str, config: ModelConfig) -> int:
     return _template(path, config).count("{}")
 
 
-def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
-    """Tensor name -> (its file, the open file). A single file goes before an index, as in transformers."""
-    if (directory / WEIGHTS).is_file():
-        path = directory / WEIGHTS
-        handle = _open(path, stack)
-        return {name: (path, handle) for name in handle.keys()}
+Tensors = dict[str, tuple[Path, Any]]  # by name: its file, and that opened
+
+
+def _open_tensors(directory: Path, stack: ExitStack) -> Tensors:
+    """A single file goes before an index, as in transformers."""
+    if is_file(directory / WEIGHTS):
+        return open_tensors(directory / WEIGHTS, stack)
     index = directory / INDEX
-    if not index.is_file():
+    if not is_file(index):
         if pickles := sorted(path.name for path in directory.glob("*.bin")):
             raise UserError(
                 f"{directory} holds its weights as a pickle ({pickles[0]}), which is never opened; "
                 f"save them as {WEIGHTS}"
             )
         raise UserError(f"model directory {directory} has neither {WEIGHTS} nor {INDEX}")
-    weight_map = _json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensor names to shards")
-    tensors: dict[str, tuple[Path, Any]] = {}
+    tensors: Tensors = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        if path.name != shard or not path.is_file():
-            raise UserError(f"shard {shard!r}, listed in {index}, does not exist")
-        handle = _open(path, stack)
-        tensors |= {name: (path, handle) for name in handle.keys()}
+        if path.name != shard or not os.path.isfile(path):
+            raise UserError(f"shard {shown(shard)}, listed in {index}, does not exist in {directory}")
+        held = open_tensors(path, stack)
+        for name in sorted(held.keys() & tensors.keys()):
+            raise UserError(f"tensor {shown(name)} is in {tensors[name][0]} and in {path}")
+        tensors |= held
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name][0].name != shard:
-            raise UserError(f"tensor {name!r} is not in {shard!r}, where {index} puts it")
+            raise UserError(f"tensor {shown(name)} is not in {shown(shard)}, where {index} puts it")
     return tensors
 
 
-def _open(path: Path, stack: ExitStack) -> Any:
+def open_tensors(path: Path, stack: ExitStack) -> Tensors:
+    """The tensors of one file, their values not read yet; `stack` closes it. UserError for a damaged file."""
     try:
-        return stack.enter_context(safe_open(path, framework="numpy"))
+        handle = stack.enter_context(safe_open(path, framework="numpy"))
+        return {name: (path, handle) for name in handle.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged: {error}") from error
+        if _begins(path, b"version https://git-lfs"):
+            raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with git lfs pull") from None
+        raise UserError(f"{path} is truncated or damaged: {first_line(error)}") from error
 
 
-def _read(name: str, tensors: dict[str, tuple[Path, Any]], shape: tuple[int, ...], transpose: bool) -> np.ndarray:
-    """One tensor in our orientation and its stored dtype; `shape` is ours."""
+def _begins(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
+
+
+def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config: ModelConfig, directory: Path) -> None:
+    """That they are those of the config, all and no others: by what the files' headers say."""
+    expected = set()
+    for path, shape in shapes.items():
+        one = shape[_stacked_axes(path, config) :]
+        for name in _hf_names(path, config):
+            if name not in tensors:
+                raise UserError(f"tensor {name!r} is missing from {directory}; its {CONFIG} asks for it")
+            check_tensor(name, tensors, one, transpose=len(one) == 2 and path.startswith("layers/"))
+            expected.add(name)
+    for name in sorted(tensors.keys() - expected):
+        if config.tie_embeddings and name == HF_NAMES["head"]:
+            check_tensor(name, tensors, shapes["embed"], transpose=False)
+        elif not NOT_WEIGHTS.search(name):
+            raise UserError(f"unexpected tensor {shown(name)} in {tensors[name][0]}{nearest(name, expected)}")
+
+
+def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: bool) -> None:
+    """UserError for a tensor that is not of this shape, which is ours, or of a type that is not read."""
     path, handle = tensors[name]
     entry = handle.get_slice(name)
     found, wanted = tuple(entry.get_shape()), shape[::-1] if transpose else shape
@@ -257,7 +304,12 @@ def _read(name: str, tensors: dict[str, tuple[Path, Any]], shape: tuple[int, ...
         raise UserError(
             f"tensor {name!r} in {path} has dtype {entry.get_dtype()}; supported: {', '.join(sorted(READABLE))}"
         )
-    array = handle.get_tensor(name)
+
+
+def read_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
+    """One tensor in our orientation and its stored dtype; `shape` is ours. UserError as of `check_tensor`."""
+    check_tensor(name, tensors, shape, transpose)
+    array = tensors[name][1].get_tensor(name)
     return array.T if transpose else array
 
 

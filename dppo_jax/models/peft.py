@@ -1,28 +1,43 @@
 """Adapters in and out, in the files and under the tensor names of PEFT."""
 
+import dataclasses
 import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from dppo_jax.errors import UserError
+from dppo_jax.errors import UserError, nearest
+from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
 from dppo_jax.lora import TARGETS
-from dppo_jax.models.config import Lora, ModelConfig
-from dppo_jax.models.decoder import ADAPTER, Params
-from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE
+from dppo_jax.models.companions import publish
+from dppo_jax.models.config import LARGEST, Lora, ModelConfig
+from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
+from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, check_tensor, folder, open_tensors, places, read_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, HALVES = "base_model.model.", ("lora_A", "lora_B")
+
+READ = ("peft_type", "r", "lora_alpha", "target_modules")
+# Fields that say nothing of what the adapters compute, and those that do, with the values under which they do not.
+INERT = frozenset(
+    "task_type base_model_name_or_path revision auto_mapping inference_mode lora_dropout init_lora_weights "
+    "peft_version megatron_core qalora_group_size".split()
+)
+FIXED: dict[str, tuple] = {"bias": ("none",)}
+UNSET = (None, False, {}, [])  # of every other field
 
 
 def _modules(name: str, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
     """(place in the stacked weight, PEFT's module name) of every tensor that a weight of ours is made of."""
     template = (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[f"layers/{name}"].removesuffix(".weight")
-    for place in np.ndindex(*(config.num_layers, config.num_experts)[: template.count("{}")]):
+    for place in places(config, template.count("{}")):
         yield place, PREFIX + template.format(*place)
 
 
@@ -53,33 +68,71 @@ def save_adapters(directory: str | Path, config: ModelConfig, params: Params, ba
         "inference_mode": True,
         "modules_to_save": None,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    directory = user_path(directory, "adapter directory")
+    make_folder(directory)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        publish(staging, directory, WEIGHTS, config=CONFIG)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_adapters(directory: str | Path, config: ModelConfig) -> tuple[Lora, Params]:
-    """What `save_adapters` wrote for a model of this shape: {"layers": {"q_lora_a": f32[L, I, r], ...}}. UserError."""
-    directory = Path(directory)
-    try:
-        fields: dict[str, Any] = json.loads((directory / CONFIG).read_text())
-        tensors = load_file(directory / WEIGHTS)
-        rank, alpha, modules = int(fields["r"]), float(fields["lora_alpha"]), fields["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{directory} holds no adapters that can be read: {error!r}") from error
-    layers: dict[str, np.ndarray] = {}
-    targets = tuple(n for n in TARGETS if _last(n, config) in modules)
-    for name in targets:
-        for suffix, half in zip(ADAPTER, HALVES, strict=True):
-            found = {place: f"{module}.{half}.weight" for place, module in _modules(name, config)}
-            if missing := [tensor for tensor in found.values() if tensor not in tensors]:
-                raise UserError(f"{directory / WEIGHTS} has no {missing[0]!r}")
-            first = tensors[next(iter(found.values()))]
-            stacked = np.empty((*[n + 1 for n in max(found)], *first.T.shape), np.float32)
-            for place, tensor in found.items():
-                stacked[place] = tensors.pop(tensor).T
-            layers[name + suffix] = stacked
-    if tensors:
-        raise UserError(f"{directory / WEIGHTS} has {min(tensors)!r}, which this model has no place for")
-    return Lora(rank, alpha, targets), {"layers": layers}
+    """What `save_adapters` wrote for a model of this shape: {"layers": {"q_lora_a": f32[L, I, r], ...}}.
+
+    Raises: UserError for files that are missing or damaged, a field under which the adapters would compute something
+    else, and tensors that are missing, unexpected, or of the wrong shape or type.
+    """
+    directory = folder(directory, "adapter directory")
+    for name in (CONFIG, WEIGHTS):
+        if not is_file(directory / name):
+            raise UserError(f"{directory} holds no adapters that can be read: it has no {name}")
+    chosen = _lora(read_json_object(directory / CONFIG), config, str(directory / CONFIG))
+    shapes = abstract_params(dataclasses.replace(config, lora=chosen))["layers"]
+    found = {
+        target + suffix: {place: f"{module}.{half}.weight" for place, module in _modules(target, config)}
+        for target in chosen.targets
+        for suffix, half in zip(ADAPTER, HALVES, strict=True)
+    }
+    with ExitStack() as stack:
+        tensors = open_tensors(directory / WEIGHTS, stack)
+        for leaf, names in found.items():
+            for place, name in names.items():
+                if name not in tensors:
+                    raise UserError(f"{directory / WEIGHTS} has no {name!r}")
+                check_tensor(name, tensors, shapes[leaf].shape[len(place) :], transpose=True)
+        expected = {name for names in found.values() for name in names.values()}
+        for name in sorted(tensors.keys() - expected):
+            raise UserError(f"{directory / WEIGHTS} has {shown(name)}, which this model has no place for")
+        layers: dict[str, np.ndarray] = {}
+        for leaf, names in found.items():
+            layers[leaf] = np.empty(shapes[leaf].shape, np.float32)
+            for place, name in names.items():
+                layers[leaf][place] = read_tensor(name, tensors, shapes[leaf].shape[len(place) :], transpose=True)
+    return chosen, {"layers": layers}
+
+
+def _lora(fields: dict[str, Any], config: ModelConfig, source: str) -> Lora:
+    """What adapter_config.json says, all of it read, checked or known to be inert."""
+    for name in READ:
+        if name not in fields:
+            raise UserError(f"{source} lacks the required field {name!r}")
+    if fields["peft_type"] != "LORA":
+        raise UserError(f"{source}: peft_type = {shown(fields['peft_type'])} is not supported; supported: 'LORA'")
+    for name, value in fields.items():
+        if name not in READ and name not in INERT and value not in FIXED.get(name, UNSET):
+            raise UserError(f"{source}: {shown(name)} = {shown(value)} is not supported; leave it out")
+    rank, alpha, modules = fields["r"], fields["lora_alpha"], fields["target_modules"]
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= LARGEST:
+        raise UserError(f"{source}: r must be a positive integer, not {shown(rank)}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
+        raise UserError(f"{source}: lora_alpha must be a positive number, not {shown(alpha)}")
+    if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{source}: target_modules must be a list of names, not {shown(modules)}")
+    ours = {_last(name, config): name for name in TARGETS}
+    for name in modules:
+        if name not in ours:
+            raise UserError(f"{source}: unknown name {shown(name)} in target_modules{nearest(name, ours)}")
+    return Lora(rank, float(alpha), tuple(name for module, name in ours.items() if module in modules))

@@ -1,0 +1,185 @@
+"""A model directory's tokenizer, and the tokens that end a response."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dppo_jax.errors import UserError
+from dppo_jax.files import is_file, read_json_object, shown, user_path
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")  # one of them is enough
+OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+# What fields of tokenizer_config.json must be, where they are not null: transformers stumbles over the rest.
+TEXT, TOKEN = ((str,), "text"), ((str, dict), "a token's text, or an object with it as content")
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "tokenizer_class": TEXT,
+    "padding_side": TEXT,
+    "truncation_side": TEXT,
+    "chat_template": ((str, dict, list), "text, or several by name"),
+    "model_max_length": ((int, float), "a number"),
+    "added_tokens_decoder": ((dict,), "an object of tokens by id"),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), TOKEN),
+}
+
+PROBE = " Q:  what's 12 + 3456?\n\n\tIt's x_1, THE na\u00efve \u6771\u4eac...\r\n  <b>2023</b> "
+
+
+def load_tokenizer(directory: str | os.PathLike[str]):
+    """The tokenizer of a local Hugging Face directory. Nothing is downloaded and no code in it is run.
+
+    Raises: UserError for what is not there, or cannot be read, or contradicts itself.
+    """
+    folder = user_path(directory, "tokenizer")
+    name = str(directory)
+    if not os.path.isdir(folder):
+        raise UserError(f"tokenizer: there is no directory {name!r}")
+    present = [file for file in TOKENIZER_FILES if is_file(folder / file)]
+    if not present:
+        raise UserError(f"tokenizer: {name!r} holds none of {', '.join(TOKENIZER_FILES)}")
+    if not set(READABLE) & set(present):
+        raise UserError(_without_vocabulary(name, present))
+    try:
+        files = {file: read_json_object(folder / file) for file in OBJECTS if is_file(folder / file)}
+    except UserError as error:
+        raise UserError(f"tokenizer: {name!r} cannot be read: {error}") from None
+    for field, value in files.get("tokenizer_config.json", {}).items():
+        types, words = FIELDS.get(field, ((object,), ""))
+        if value is not None and not isinstance(value, types):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {field} must be {words}, not {shown(value)}")
+    _named_ids(folder)  # transformers reads config.json, and says less well what is wrong there
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
+    try:
+        tokenizer = _read(folder, "tokenizer.json" in files)
+        ids = list(tokenizer("")["input_ids"])
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.decode(ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library in Rust is no Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer: {name!r} cannot be read: {reason[:300]}") from error
+    _check(tokenizer, vocabulary, ids, files, folder)
+    return tokenizer
+
+
+def _read(folder: Path, has_json: bool) -> Any:
+    """What transformers makes of the directory. Some of its classes take from tokenizer.json the vocabulary alone and
+    split text in their own way: where that is another than the file's, it is read as it stands."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not has_json or type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if _pieces(tokenizer) == _pieces(plain):
+        return tokenizer
+    print(
+        f"tokenizer: {type(tokenizer).__name__} splits text otherwise than {folder / 'tokenizer.json'}, which is what "
+        "is used",
+        file=sys.stderr,
+    )
+    return plain
+
+
+def _pieces(tokenizer: Any) -> list[int] | None:
+    """Tokens of a text in which tokenizers differ; None if its vocabulary cannot say it."""
+    try:
+        return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception:
+        return None
+
+
+def _without_vocabulary(name: str, present: list[str]) -> str:
+    """The sentence for a directory whose vocabulary is elsewhere, or in sentencepiece's own file."""
+    if "tokenizer.model" not in present:
+        return f"tokenizer: {name!r} holds {present[0]}, but no tokenizer.json, which has the vocabulary"
+    return (
+        f"tokenizer: {name!r} holds tokenizer.model, a file of sentencepiece, but no tokenizer.json, which is what is "
+        "read; where sentencepiece is installed, transformers writes one: "
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r})"
+    )
+
+
+def _check(tokenizer: Any, vocabulary: dict[str, int], ids: list[int], files: dict[str, Any], folder: Path) -> None:
+    """What transformers reads without a word, though it cannot be meant."""
+    if not vocabulary:
+        raise UserError(f"tokenizer: {str(folder)!r} has an empty vocabulary")
+    if strange := set(ids) - set(vocabulary.values()):
+        raise UserError(f"tokenizer: {str(folder)!r} adds the token {min(strange)}, which its vocabulary lacks")
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"tokenizer: chat_template in {folder} must be text, not {shown(text)}")
+    if "tokenizer.json" not in files:
+        return
+    known, settings = _tokens(files["tokenizer.json"]), files.get("tokenizer_config.json", {})
+    added = settings.get("added_tokens_decoder") or {}
+    contents = {entry.get("content"): number for number, entry in added.items() if isinstance(entry, dict)}
+    for token, number in contents.items():
+        if token not in known and vocabulary.get(token) != int(number):
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {shown(token)} the id {number}, but "
+                f"with tokenizer.json, which lacks it, it is {vocabulary.get(token)}"
+            )
+    known |= contents.keys() | files.get("added_tokens.json", {}).keys()
+    if tokenizer.eos_token is not None and str(tokenizer.eos_token) not in known:
+        raise UserError(f"tokenizer: the vocabulary in {folder} lacks its eos_token {shown(str(tokenizer.eos_token))}")
+
+
+def _tokens(file: dict[str, Any]) -> set[str]:
+    """All that a tokenizer.json, which transformers has read, gives an id."""
+    pairs = (file.get("model") or {}).get("vocab") or {}
+    tokens = set(pairs) if isinstance(pairs, dict) else {token for token, _ in pairs}  # pairs with scores: unigrams
+    return tokens | {entry["content"] for entry in file.get("added_tokens") or []}
+
+
+def eos_ids(
+    tokenizer: Any, model_dir: str | os.PathLike[str] | None = None, extra: Iterable[int | str] = ()
+) -> tuple[int, ...]:
+    """All tokens that end a response, sorted: the tokenizer's, those that generation_config.json and config.json of
+    the model directory name, and `extra` (ids, or tokens as text).
+
+    Raises: UserError where one is no id, or beyond the vocab_size in config.json, and where there is none.
+    """
+    extra = list(extra)
+    named, size = (set(), 2**31) if model_dir is None else _named_ids(user_path(model_dir, "model directory"))
+    found = named | {tokenizer.eos_token_id} - {None}
+    vocabulary = tokenizer.get_vocab() if any(isinstance(token, str) for token in extra) else {}
+    for token in extra:
+        if isinstance(token, str) and token not in vocabulary:
+            raise UserError(f"end-of-sequence token {token!r} is not in the tokenizer's vocabulary")
+        found.add(_token_id(vocabulary.get(token, token), size, "end-of-sequence tokens"))
+    if not found:
+        where = "" if model_dir is None else f", nor {str(model_dir)!r}"
+        raise UserError(f"no end-of-sequence token: the tokenizer names none{where}")
+    return tuple(sorted(found))
+
+
+def _named_ids(folder: Path) -> tuple[set[int], int]:
+    """The tokens that end a response by generation_config.json and config.json, and how many tokens there are."""
+    found, size = set(), 2**31
+    for name in ("config.json", "generation_config.json"):
+        if not is_file(folder / name):
+            continue
+        fields = read_json_object(folder / name)
+        rows = fields.get("vocab_size") if name == "config.json" else None
+        if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
+            size = rows
+        ids = fields.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            found.add(_token_id(token, size, f"{folder / name}: eos_token_id"))
+    return found, size
+
+
+def _token_id(value: Any, size: int, where: str) -> int:
+    """It, if it is one of a vocabulary of this size."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where}: a token id is a whole number, not {shown(value)}")
+    if not 0 <= value < size:
+        raise UserError(f"{where}: there is no token {shown(value)}; ids go from 0 to {size - 1}")
+    return value
