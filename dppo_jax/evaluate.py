@@ -12,7 +12,6 @@ from dppo_jax import hosts
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
-from dppo_jax.sharding import rows
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 Generate = Callable[[Params, PromptBatch, jax.Array], RolloutBatch]
@@ -46,7 +45,7 @@ def evaluate(
     stream: PromptStream,
     scorer: Scorer,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None,
     num_prompts: int,
     samples: int,
     key: jax.Array,
@@ -59,7 +58,7 @@ def evaluate(
     `generate` draws `samples` responses to each of `num_prompts` prompts. Scores of 1 count as right. Of several hosts,
     each scores the responses that are its own, and all return the same.
     """
-    mine = hosts.share(rows(mesh), num_prompts)
+    mine = hosts.share_over(mesh, num_prompts)
     answers = mine.grouped(samples)
     scores: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
@@ -74,7 +73,7 @@ def evaluate(
         scores.append(found)
 
     for number, (prompts, held) in enumerate(stream.eval_batches(num_prompts, mine.held)):
-        rollout = generate(params, hosts.place(prompts, rows(mesh), mine), jax.random.fold_in(key, number))
+        rollout = generate(params, hosts.place(prompts, mesh, mine), jax.random.fold_in(key, number))
         if waiting:  # the last batch was scored while the device drew this one
             finish()
         examples = [example for example in mine.of_owned(held) for _ in range(samples)]

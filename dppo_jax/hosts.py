@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from dppo_jax.errors import UserError
+from dppo_jax.sharding import rows
 
 T = TypeVar("T")
 
@@ -30,15 +31,21 @@ class Share(NamedTuple):
     def grouped(self, members: int) -> "Share":
         """The same of an array whose rows are groups of `members`, each in place of one row here."""
 
-        def rows(index: np.ndarray) -> np.ndarray:
+        def spread(index: np.ndarray) -> np.ndarray:
             return (index[:, None] * members + np.arange(members)).reshape(-1)
 
-        return Share(self.size * members, rows(self.held), rows(self.owned))
+        return Share(self.size * members, spread(self.held), spread(self.owned))
 
     def of_owned(self, items: Sequence[T]) -> list[T]:
         """Those of the owned rows, from one for each row held; a shorter list is of the first rows."""
         owned = set(self.owned.tolist())
         return [item for row, item in zip(self.held.tolist(), items, strict=False) if row in owned]
+
+
+def share_over(mesh: Mesh | None, count: int) -> Share:
+    """This process's share of the rows of a batch over the mesh; all of them where there is none."""
+    everything: np.ndarray = np.arange(count)
+    return Share(count, everything, everything) if mesh is None else share(rows(mesh), count)
 
 
 @functools.lru_cache
@@ -47,23 +54,24 @@ def share(sharding: Sharding, count: int) -> Share:
     holders = first_holders(sharding, count)
     me = jax.process_index()
     held: np.ndarray = np.zeros(count, bool)
-    for rows, *_ in sharding.addressable_devices_indices_map((count,)).values():
-        held[rows] = True
+    for part, *_ in sharding.addressable_devices_indices_map((count,)).values():
+        held[part] = True
     return Share(count, np.flatnonzero(held), np.flatnonzero(holders == me))
 
 
 def first_holders(sharding: Sharding, count: int) -> np.ndarray:
     """The owner of every row: the first process that holds it, i[count]."""
     owners: np.ndarray = np.full(count, np.iinfo(np.int32).max)
-    for device, (rows, *_) in sharding.devices_indices_map((count,)).items():
-        owners[rows] = np.minimum(owners[rows], device.process_index)
+    for device, (part, *_) in sharding.devices_indices_map((count,)).items():
+        owners[part] = np.minimum(owners[part], device.process_index)
     return owners
 
 
-def place(tree: Any, sharding: Sharding, mine: Share) -> Any:
-    """Global arrays from what each process has: NumPy arrays of the rows it holds, in order."""
+def place(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
+    """Global arrays, their rows over the mesh, from what each process has: NumPy arrays of the rows it holds."""
     if jax.process_count() == 1:
         return tree
+    assert mesh is not None
 
     def one(x: np.ndarray) -> jax.Array:
         def piece(index: tuple[slice, ...]) -> np.ndarray:
@@ -71,7 +79,7 @@ def place(tree: Any, sharding: Sharding, mine: Share) -> Any:
             at = np.searchsorted(mine.held, first)
             return x[at : at + end - first]
 
-        return jax.make_array_from_callback((mine.size, *x.shape[1:]), sharding, piece)
+        return jax.make_array_from_callback((mine.size, *x.shape[1:]), rows(mesh), piece)
 
     return jax.tree.map(one, tree)
 

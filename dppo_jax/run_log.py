@@ -63,6 +63,7 @@ class RunLog:
     resume_step: the first step that this process writes; 0 for a new run. What an earlier process wrote at this step
         or later is hidden from every reader, so this process must write it again.
     total_steps: where the progress bar ends.
+    shows_progress: whether a bar is drawn, where stderr is a terminal.
     plain_every: where stderr is no terminal, one line per so many steps; by default about twenty lines in all.
 
     Events are written in the calling thread, and each call of `scalars` syncs all of them to disk before it returns:
@@ -77,6 +78,7 @@ class RunLog:
         resume_step: int,
         total_steps: int,
         is_writer: bool = True,
+        shows_progress: bool = True,
         plain_every: int | None = None,
     ):
         self.workdir = Path(workdir)
@@ -103,7 +105,7 @@ class RunLog:
         self._add(resume_step, session_start)
         if resume_step == 0:
             self._add(0, summary.custom_scalars(panels.layout()))
-        if sys.stderr.isatty():
+        if shows_progress and sys.stderr.isatty():
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(
                 total=total_steps, initial=resume_step, desc="step", bar_format=layout, dynamic_ncols=True,

@@ -14,40 +14,38 @@ from dppo_jax.checkpoint import abstract_state, restore_params
 from dppo_jax.errors import UserError
 from dppo_jax.hosts import is_writer
 from dppo_jax.models.decoder import abstract_params, param_axes
-from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.models.hf import load_params
 from dppo_jax.sharding import named
-from experiments import build, checks, cli, peers
-from experiments.compilations import keep_compiled
+from experiments import peers
+from experiments.run import cli
+from experiments.run.evaluation import Evaluation
+from experiments.run.identity import same_config_everywhere
+from experiments.run.load import load_setup
+from experiments.run.runs import Runs
 
 
 def evaluate(config, checkpoint: Path) -> dict[str, float]:
     """{"eval/<set>/<metric>": value} of a run's newest checkpoint, one step's folder, or a Hugging Face directory."""
     if not config.eval.sets:
         raise UserError("the config has no evaluation set: eval.sets is empty")
-    checks.check(config)
-    keep_compiled(config.compile_cache)
     is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
-    directory = checkpoint if is_hf else build.model_directory(config)
-    model = load_config(directory)
-    checks.check_length(config, model)
     with contextlib.ExitStack() as stack:
-        mesh = build.on_devices(config, stack)
-        checks.check_mesh(config, mesh, model)
-        text = build.text(directory, model)
-        shardings = named(mesh, param_axes(model))
+        same_config_everywhere(config)
+        setup = load_setup(config, stack, directory=checkpoint if is_hf else None)
+        shardings = named(setup.mesh, param_axes(setup.model))
         if is_hf:
-            params = jax.device_put(load_params(directory)[1], shardings)
+            params = jax.device_put(load_params(checkpoint)[1], shardings)
         elif config.lora.rank:
-            whole = build.adapted(config, model)
-            places, shapes = (lora.split(x)[0] for x in (named(mesh, param_axes(whole)), abstract_params(whole)))
+            whole = setup.trained_model
+            places, shapes = (lora.split(x)[0] for x in (named(setup.mesh, param_axes(whole)), abstract_params(whole)))
             adapters = restore_params(checkpoint, abstract_state(shapes, places))
-            params = lora.joined(jax.device_put(load_params(directory)[1], shardings), adapters)
+            params = lora.joined(jax.device_put(load_params(setup.directory)[1], shardings), adapters)
         else:
-            params = restore_params(checkpoint, abstract_state(abstract_params(model), shardings))
-        evaluation = build.Evaluation(config, model, mesh, text, stack)
+            params = restore_params(checkpoint, abstract_state(abstract_params(setup.model), shardings))
+        evaluation = Evaluation(Runs([setup]), stack)
         if is_writer() and evaluation.left_out:
             print("\n".join(evaluation.left_out), file=sys.stderr)
-        return evaluation.run(0, params)
+        return evaluation.run(0, params, seed=config.seed)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """One batch of a config, looked at token by token: what experiments ask beside training."""
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from typing import NamedTuple
@@ -15,14 +16,14 @@ from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import UserError
 from dppo_jax.evaluate import all_failed
 from dppo_jax.models.decoder import Params
-from dppo_jax.models.hf import load_config, load_params
+from dppo_jax.models.hf import load_params
 from dppo_jax.packing import Layout
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import rows
-from dppo_jax.train_step import assemble, init_state
+from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
-from experiments import build, checks
-from experiments.compilations import keep_compiled
+from experiments.run.load import load_prompts, load_setup
+from experiments.run.setup import ROLLOUT
 
 
 class Seen(NamedTuple):
@@ -35,36 +36,25 @@ class Seen(NamedTuple):
 
 
 class Probe:
-    """A config's policy, data and devices, as training sets them up, with K tracked tokens. Use it in a `with`."""
+    """A config's policy, data and devices, as training sets them up; `topk`: K, tokens recorded. Use it in a `with`."""
 
-    def __init__(self, config: ConfigDict, tracked: int = 0):
-        checks.check(config)
-        keep_compiled(config.compile_cache)
+    def __init__(self, config: ConfigDict, topk: int = 0):
         self.config, self._stack = config, contextlib.ExitStack()
-        directory = build.model_directory(config)
-        self.model = load_config(directory)
-        checks.check_length(config, self.model)
-        self.mesh = build.on_devices(config, self._stack)
-        checks.check_mesh(config, self.mesh, self.model)
-        self.text = build.text(directory, self.model)
-        self.stream, self._scorer = build.stream_and_scorer(
-            config, config.data, self.text.tokenizer, config.rollout.prompts, self._stack
-        )
+        setup = load_setup(config, self._stack)
+        self.stream, self._scorer = load_prompts(setup, config.data, config.rollout.prompts, self._stack)
         if self.stream.left_out:
             print(f"data: {self.stream.left_out}", file=sys.stderr)
-        self.layout = build.layout(config, self.mesh, self.stream.mean_prompt_length)
-        self.optimizer = build.optimizer(config)
-        self.shardings = build.shardings(config, self.model, self.mesh)
-        self._generate = build.on_mesh(
-            build.rollout(config, self.model, self.text, self.mesh, tracked=tracked), self.mesh
-        )
-        advantages = build.advantages(config)
-        if advantages is None:
+        self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
+        by_row = rows(setup.mesh)
+        rollout = setup.rollout(topk=topk)
+        self._generate = jax.jit(rollout, in_shardings=(None, by_row, None), out_shardings=by_row)
+        self._assemble = jax.jit(assemble, out_shardings=by_row)
+        if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
-        self._advantages = advantages
+        self._advantages = setup.advantages
         if config.lora.rank:
             raise UserError("lora.rank: a probe looks at whole policies; set lora.rank=0")
-        self._initial = build.initial(config, self.model, load_params(directory)[1])
+        self._params = load_params(setup.directory)[1]
 
     def __enter__(self) -> "Probe":
         return self
@@ -74,25 +64,26 @@ class Probe:
 
     def state(self):
         """A fresh training state."""
-        return init_state(self._initial, self.optimizer, self.shardings)
+        return self.setup.init_state(self._params)
 
     def draw(self, params: Params, step: int = 0) -> tuple[TrainBatch, np.ndarray, np.ndarray]:
         """The batch of a step with its advantages, its response lengths [B], and the lengths of its prompts [B]."""
         prompts, examples = self.stream.batch(step)
-        rollout = self._generate(params, prompts, step_key(self.config.seed, step, build.ROLLOUT))
+        rollout = self._generate(params, prompts, step_key(self.config.seed, step, ROLLOUT))
         tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
-        replies = decode_replies(self.text.tokenizer, tokens, mask, self.text.eos_ids)
+        text = self.setup.text
+        replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
         group = self.config.rollout.group_size
         rewards, verifier = self._scorer.submit(replies, [e for e in examples for _ in range(group)]).result()
         if fault := all_failed(verifier, len(replies)):
             print(f"step {step}: {fault}", file=sys.stderr)
-        batch = jax.jit(assemble, out_shardings=rows(self.mesh))(prompts, rollout)
+        batch = self._assemble(prompts, rollout)
         batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
         return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)
 
     def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, layout: Layout | None = None):
         """Where the rows of a minibatch go."""
-        layout = self.layout if layout is None else layout
+        layout = self.setup.pack_shape if layout is None else layout
         return packing.plan(index, prompts, lengths, layout, packed=self.config.train.pack)
 
     def see(
@@ -105,14 +96,14 @@ class Probe:
         layout: Layout | None = None,
     ) -> Seen:
         """The policy at `params` on a batch that `behavior` drew, and its exact distance from there."""
-        layout = self.layout if layout is None else layout
+        layout = self.setup.pack_shape if layout is None else layout
         plan = self.plan(np.arange(len(lengths)), lengths, prompts, layout)
         return Seen(*jax.device_get(self._see(layout)(params, behavior, batch, plan)))
 
     @functools.cache  # noqa: B019  one probe a process
     def _see(self, layout: Layout):
-        score = build.score(self.config, self.model, layout, self.mesh)
-        oracle = build.oracle(self.config, self.model, layout, self.mesh)
+        score = self.setup.policy_logprobs_of(layout)
+        oracle = self.setup.behavior_forward_of(layout)
 
         def see(params, behavior, batch, plan):
             zero = jnp.zeros(batch.tokens.shape, jnp.float32)
@@ -135,6 +126,4 @@ class Probe:
 
     def update(self):
         """The compiled update of this config, its state donated."""
-        from dppo_jax.train_step import jit_update
-
-        return jit_update(build.update(self.config, self.model, self.layout, self.mesh), self.shardings, self.mesh)
+        return jit_update(self.setup.update, self.setup.shardings, self.setup.mesh)

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError
 from dppo_jax.run_log import Scalars, read_scalars
-from experiments import cli, sweep
+from experiments import sweep
 from experiments.plot import Method, bootstrap_interval, draw
+from experiments.run import cli
 from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
 

@@ -15,7 +15,8 @@ from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
 from dppo_jax.train_step import assemble, make_recompute
 from dppo_jax.types import PromptBatch
-from experiments import build, checks
+from experiments.run import checks
+from experiments.run.setup import Setup
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -36,7 +37,8 @@ def trace(config: ConfigDict) -> str:
     checks.check(config)
     model = model_config(config)
     checks.check_length(config, model)
-    state = build.abstract_begin(config, model)
+    setup = Setup(config, model)
+    state = setup.state_shapes
     params = state.policy
     n, length = config.rollout.prompts, config.data.max_prompt_len
     prompts = PromptBatch(
@@ -45,20 +47,18 @@ def trace(config: ConfigDict) -> str:
         group=jax.ShapeDtypeStruct((n,), jnp.int32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rollout = jax.eval_shape(build.rollout(config, model, build.Text(None, (0,), 0)), params, prompts, key)
+    rollout = jax.eval_shape(setup.rollout(), params, prompts, key)
     batch = jax.eval_shape(assemble, prompts, rollout)
     # A plan's shapes are those of any lengths: here every prompt and response is as long as it can be.
-    layout = build.layout(config)
+    shape = setup.pack_shape
     prompt, response = (np.full(len(rollout.truncated), size) for size in (length, config.rollout.max_new_tokens))
-    index = next(build.minibatches(config, 0))
-    plan = packing.plan(index, prompt, response, layout)
-    needed = build.needed_fields(config)
+    index = next(setup.minibatches(0))
+    plan = packing.plan(index, prompt, response, shape)
     for policy in ("proximal", "reference"):
-        if f"{policy}_logp" in needed:
-            batch = jax.eval_shape(make_recompute(build.score(config, model, layout), policy), params, batch, plan)
-    after, metrics = jax.eval_shape(
-        build.update(config, model, layout), state, batch, plan, *([state.params] if "exact" in needed else [])
-    )
+        if f"{policy}_logp" in setup.needed:
+            batch = jax.eval_shape(make_recompute(setup.policy_logprobs, policy), params, batch, plan)
+    behavior = [state.params] if setup.needs_exact else []
+    after, metrics = jax.eval_shape(setup.update, state, batch, plan, *behavior)
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     lines = [
@@ -66,8 +66,8 @@ def trace(config: ConfigDict) -> str:
         f"rollout      {n} prompts x {config.rollout.group_size} = {rollout.tokens.shape[0]} rows of "
         f"{length} + {rollout.tokens.shape[1]} tokens, in {config.rollout.dtype}",
         f"update       {config.train.epochs * config.train.minibatches} minibatches of {len(index)} rows a step, "
-        f"in {config.policy.dtype}, in pieces of {layout.rows} rows of {layout.length} tokens",
-        f"loss         {config.loss.name} with {dict(build.loss(config).keywords)}",
+        f"in {config.policy.dtype}, in pieces of {shape.rows} rows of {shape.length} tokens",
+        f"loss         {config.loss.name} with {dict(setup.loss.keywords)}",
         f"metrics      {len(metrics.sums) + len(metrics.maxima) + len(metrics.minima)} a minibatch",
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from dppo_jax.errors import run_main
-from experiments import cli
+from experiments.run import cli
 from experiments.trace import model_config
 
 TOPOLOGIES = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16"}

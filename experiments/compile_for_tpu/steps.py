@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from dppo_jax import packing
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
-from dppo_jax.sharding import ROLLOUT, make_mesh, named, rows, spec
+from dppo_jax.sharding import ROLLOUT, make_mesh, named, parts, rows, spec
 from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
-from experiments import build
+from experiments.run.setup import Setup
 
 NAMES = ("train", "prefill", "decode")
 
@@ -49,7 +49,7 @@ def devices(topology: str) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def in_force(config: ConfigDict, mesh: Mesh) -> Iterator[None]:
-    """The mesh and the precision of products, as `build.on_devices` sets them, without devices."""
+    """The mesh and the precision of products, as `load_setup` sets them, without devices."""
     with jax.default_matmul_precision(config.policy.matmul), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
@@ -77,28 +77,26 @@ def local_bytes(tree) -> int:
 def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     """One optimizer minibatch."""
     c, everywhere, prompts = config, NamedSharding(mesh, P()), _prompts(config)
-    shardings = build.shardings(c, model, mesh)
-    state = placed(build.abstract_begin(c, model), shardings)
-    layout, key = build.layout(c, mesh), jax.eval_shape(lambda: jax.random.key(0))
-    drawn = jax.eval_shape(build.rollout(c, model, _text(), mesh), state.policy, prompts, key)
+    setup = Setup(c, model, mesh)
+    state = placed(setup.state_shapes, setup.shardings)
+    shape, key = setup.pack_shape, jax.eval_shape(lambda: jax.random.key(0))
+    drawn = jax.eval_shape(setup.rollout(), state.policy, prompts, key)
     batch = jax.eval_shape(assemble, prompts, drawn)
-    index = next(build.minibatches(c, 0))
+    index = next(setup.minibatches(0))
     prompt, response = (np.full(len(batch.tokens), n) for n in (c.data.max_prompt_len, c.rollout.max_new_tokens))
-    plan = packing.plan(index, prompt, response, layout)
-    needed = build.needed_fields(c)
+    plan = packing.plan(index, prompt, response, shape)
     for policy in ("proximal", "reference"):
-        if f"{policy}_logp" in needed:
-            recompute = make_recompute(build.score(c, model, layout, mesh), policy)
+        if f"{policy}_logp" in setup.needed:
+            recompute = make_recompute(setup.policy_logprobs, policy)
             batch = jax.eval_shape(recompute, state.policy, batch, plan)
-    oracle = "exact" in needed
-    update: Any = jit_update(build.update(c, model, layout, mesh), shardings, mesh, oracle=oracle)
+    update: Any = jit_update(setup.update, setup.shardings, mesh, oracle=setup.needs_exact)
     arguments = [
         state,
         placed(batch, jax.tree.map(lambda _: rows(mesh), batch)),
         placed(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: everywhere, plan)),
-        *([state.params] if oracle else []),
+        *([state.params] if setup.needs_exact else []),
     ]
-    share = (layout.rows // build.batch_shards(mesh)) * layout.responses * model.vocab_size
+    share = (shape.rows // setup.batch_shards) * shape.responses * model.vocab_size
     return Step(
         "train",
         lambda: update.lower(*arguments),
@@ -110,11 +108,12 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
 
 def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     """The prefill of all prompts, and one token for every slot with a full cache."""
-    c, policy = config, build.rollout(config, model, _text(), mesh)
+    c, setup = config, Setup(config, model, mesh)
+    policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = placed(_prompts(c), jax.tree.map(lambda _: rows(mesh), _prompts(c)))
-    published = jax.eval_shape(policy.publish, build.abstract_begin(c, model).policy)
-    published = placed(published, named(mesh, build.published_axes(policy.config, published), ROLLOUT))
+    published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
+    published = placed(published, named(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
     shapes = waiting, experts, jax.eval_shape(policy.idle, waiting, experts)
     out = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), shapes)
@@ -125,7 +124,7 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
     slots, count = len(state.row), c.rollout.prompts
     read = {name: p for name, p in published.items() if name != "embed" or model.tie_embeddings}
-    shards = build.batch_shards(mesh)
+    shards = setup.batch_shards
     return [
         Step(
             "prefill",
@@ -153,11 +152,7 @@ def compiled(step: Step) -> tuple[Any, float]:
 
 
 def _vocabulary_shards(mesh: Mesh) -> int:
-    return build.parts(mesh, *ROLLOUT["vocab"])
-
-
-def _text() -> build.Text:
-    return build.Text(None, (0,), 0)
+    return parts(mesh, *ROLLOUT["vocab"])
 
 
 def _prompts(config: ConfigDict) -> PromptBatch:
@@ -178,6 +173,6 @@ def _place(mesh: Mesh, path, x) -> NamedSharding:
         axes = ()
     else:
         axes = ("batch",)
-    cut = [build.parts(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
+    cut = [parts(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
     fits = [axis if size % n == 0 else None for axis, size, n in zip(axes, x.shape, cut, strict=False)]
     return NamedSharding(mesh, spec(*fits, rules=ROLLOUT))

@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from dppo_jax.divergences import binary_kl, binary_tv, sampled_in_topk, topk_kl, topk_tv
 from dppo_jax.errors import run_main
 from dppo_jax.types import TopKPair
-from experiments import build, cli
 from experiments.probe import Probe
+from experiments.run import cli
+from experiments.run.setup import model_directory
 
 TRACKED = (1, 5, 20, 100)
 ORDER = ("exact", "binary", *(f"top-{count}" for count in TRACKED))
@@ -32,13 +33,13 @@ BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of mu, the behavior probability 
 
 def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
     """Per token, flat over the batch: mu, A, whether it moves away, the exact divergences, and every estimate."""
-    with Probe(config, tracked=min(max(TRACKED), _vocabulary(config))) as probe:
+    with Probe(config, topk=min(max(TRACKED), _vocabulary(config))) as probe:
         state = probe.state()
         behavior = state.params
         batch, lengths, prompts = probe.draw(behavior)
         update, done, state = probe.update(), 0, probe.state()  # updates donate their state: the behavior's stays
         while done < updates:
-            for index in build.minibatches(config, done):
+            for index in probe.setup.minibatches(done):
                 if done < updates:
                     state, _ = update(state, batch, probe.plan(index, lengths, prompts))
                     done += 1
@@ -69,7 +70,7 @@ def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
 def _vocabulary(config: ConfigDict) -> int:
     from dppo_jax.models.hf import load_config
 
-    return load_config(build.model_directory(config)).vocab_size
+    return load_config(model_directory(config)).vocab_size
 
 
 def masked(found: dict[str, Any], divergence: np.ndarray, delta: float) -> np.ndarray:

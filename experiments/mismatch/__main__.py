@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import run_main
-from experiments import cli
 from experiments.probe import Probe
+from experiments.run import cli
 
 BINS = (0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 
@@ -31,7 +31,7 @@ def measure(config: ConfigDict) -> dict[str, np.ndarray]:
         params = probe.state().params
         batch, lengths, prompts = probe.draw(params)
         seen = probe.see(params, params, batch, lengths, prompts)
-        other = probe.layout._replace(rows=2 * probe.layout.rows)
+        other = probe.setup.pack_shape._replace(rows=2 * probe.setup.pack_shape.rows)
         again = probe.see(params, params, batch, lengths, prompts, other)
     mask = np.asarray(batch.mask)
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dppo_jax.errors import lookup, run_main
 from dppo_jax.losses import LOSSES
-from experiments import cli
+from experiments.run import cli
 from experiments.study import Arm
 from experiments.survival.report import report
 from experiments.sweep import Run, train

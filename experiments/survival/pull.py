@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from dppo_jax.errors import run_main
 from dppo_jax.types import LossInputs
-from experiments import build, cli
 from experiments.probe import Probe
+from experiments.run import cli
+from experiments.run.setup import Setup
 from experiments.sweep import Run, config_of
 
 LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
@@ -28,7 +29,7 @@ LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "
 def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any]:
     """By loss: the share of tokens with A != 0 that it masks, and its pull, overall and among those outside a ratio of
     Clip-Higher's bounds."""
-    losses = {name: jax.jit(build.loss(config_of(config, Run(name, 0, 1.0)))) for name in names}
+    losses = {name: jax.jit(Setup(config_of(config, Run(name, 0, 1.0))).loss) for name in names}
     sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in names}
     tokens, gap = 0, 0.0
     with Probe(config) as probe:

@@ -23,8 +23,8 @@ from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.sharding import check_divisible
 from dppo_jax.weights import WEIGHTS
-from experiments import build
-from experiments.ranges import INT32, ROWS, check_values, is_own, shown
+from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
+from experiments.run.setup import Setup
 
 # Names of jax.default_matmul_precision.
 MATMUL = dict.fromkeys(("default", "high", "highest"))
@@ -43,12 +43,13 @@ def check(config: ConfigDict) -> None:
     _check_paths(config)
     _check_data(config)
     _check_sizes(config)
-    build.schedule(config)
+    setup = Setup(config)
+    setup.learning_rate  # noqa: B018  refuses its settings
     _check_lora(config)
     _check_narrow(config)
     _check_regions(config)
-    _check_needed(config, build.needed_fields(config))
-    _check_learning(config)
+    _check_needed(config, setup.needed)
+    _check_learning(config, setup)
 
 
 def remarks(config: ConfigDict) -> list[str]:
@@ -87,13 +88,13 @@ def _check_names(c: ConfigDict) -> None:
 
 def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
-    for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in build.data_sections(c))):
+    for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in data_sections(c))):
         user_path(value(c, key), key)
     check_path(c.compile_cache, "compile_cache")  # of any other fault `keep_compiled` only warns
 
 
 def _check_data(c: ConfigDict) -> None:
-    for name, data in build.data_sections(c).items():
+    for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
         lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
         lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
@@ -190,9 +191,9 @@ def _check_regions(c: ConfigDict) -> None:
             raise UserError(f"log.regions: {name!r} needs loss_defaults.{name}.{missing[0]}, which nothing sets")
 
 
-def _check_learning(c: ConfigDict) -> None:
+def _check_learning(c: ConfigDict, setup: Setup) -> None:
     """Refuses configs whose every update is 0, or that learn the wrong thing."""
-    group = build.advantages(c)
+    group = setup.advantages
     if group is not None:
         batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
         jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
@@ -209,7 +210,7 @@ def _check_learning(c: ConfigDict) -> None:
         raise UserError("critic.whiten: of a batch of one token nothing is left to learn; set critic.whiten=False")
     if c.optimizer.clip_norm == 0:
         raise UserError("optimizer.clip_norm = 0 would make every update 0; inf: never clipped")
-    numbers = build.loss_numbers(c)
+    numbers = setup.hyperparameters
     if numbers.get("ratio_cap") == 0 and is_own(c.loss.name):
         raise UserError(f"ratio_cap = 0 of loss {c.loss.name!r} would make every update 0; set loss.ratio_cap above 0")
     low, high = numbers.get("correction_low", 0), numbers.get("correction_high", math.inf)
@@ -226,6 +227,11 @@ def _number(config: ConfigDict, key: str) -> bool:
     return isinstance(found, int | float)
 
 
+def data_sections(config: ConfigDict) -> dict[str, ConfigDict]:
+    """By name: the training data and every evaluation set."""
+    return {"data": config.data, **{f"eval.sets.{name}": data for name, data in config.eval.sets.items()}}
+
+
 def value(config: ConfigDict, key: str) -> Any:
     """config.a.b for "a.b"."""
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
@@ -233,7 +239,7 @@ def value(config: ConfigDict, key: str) -> Any:
 
 def check_length(config: ConfigDict, model: ModelConfig) -> None:
     """Refuses prompts and responses that together are longer than the model's positions."""
-    for name, data in build.data_sections(config).items():
+    for name, data in data_sections(config).items():
         if data.max_prompt_len + config.rollout.max_new_tokens > model.max_position:
             raise UserError(
                 f"{name}.max_prompt_len + rollout.max_new_tokens = {data.max_prompt_len} + "
@@ -248,5 +254,3 @@ def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
     if c.eval.every:
         counts["eval.prompts"] = c.eval.prompts
     check_divisible(mesh, counts, abstract_params(model), param_axes(model))
-
-

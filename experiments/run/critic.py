@@ -1,32 +1,32 @@
 """The critic of a run: compiled, laid out over the mesh, and kept in the run's checkpoints."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from dppo_jax.checkpoint import abstract_state
 from dppo_jax.critic import critic_axes, init_critic, make_critic_update, make_estimate, make_values
 from dppo_jax.metrics import Metrics
-from dppo_jax.models import DTYPES, ModelConfig
+from dppo_jax.models import DTYPES
 from dppo_jax.models.decoder import Params, abstract_params
 from dppo_jax.optimizer import make_optimizer, make_schedule
-from dppo_jax.packing import Layout, Plan
+from dppo_jax.packing import Plan
 from dppo_jax.sharding import rows
 from dppo_jax.train_step import TrainState, init_state, state_shardings
 from dppo_jax.types import TrainBatch
-from dppo_jax.weights import WEIGHTS
-from experiments import build
+from experiments.run.setup import Setup
 
 
 class Critic:
     """Values, advantages and updates of one run's critic. Its own learning rate, the rest as the policy's."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, shape: Layout, mesh: Mesh):
+    def __init__(self, setup: Setup):
+        config, model, mesh = setup.config, setup.model, setup.mesh
         c, o = config.critic, config.optimizer
+        assert mesh is not None
         schedule = make_schedule(learning_rate=c.learning_rate, warmup=0, schedule="constant", updates=1)
         self._optimizer = make_optimizer(
             schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
@@ -34,15 +34,14 @@ class Critic:
         abstract = jax.eval_shape(init_critic, abstract_params(model))
         self.shardings = state_shardings(critic_axes(model), self._optimizer, abstract, mesh)
         self._abstract = jax.eval_shape(lambda p: init_state(p, self._optimizer), abstract)
-        kernel = build.attention(config, model, mesh, dtype=config.policy.dtype, length=shape.length).name
+        kernel = setup.attention(dtype=config.policy.dtype, length=setup.pack_shape.length).name
         values = make_values(model, dtype=DTYPES[config.policy.dtype], remat=config.policy.remat, attention=kernel)
-        weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
         everywhere, by_row = NamedSharding(mesh, P()), rows(mesh)
         self._estimate = jax.jit(
             make_estimate(values, discount=c.discount, lam=c.lam, whiten=c.whiten), out_shardings=by_row
         )
         self._update = jax.jit(
-            make_critic_update(values, weigh, self._optimizer, value_clip=c.value_clip),
+            make_critic_update(values, setup.weights, self._optimizer, value_clip=c.value_clip),
             in_shardings=(self.shardings, by_row, by_row, everywhere),
             out_shardings=(self.shardings, everywhere),
             donate_argnums=0,
@@ -57,8 +56,6 @@ class Critic:
     @property
     def abstract(self) -> dict[str, Any]:
         """Shapes and places of what `saved` gives."""
-        from dppo_jax.checkpoint import abstract_state
-
         return abstract_state(self._abstract, self.shardings).saved()
 
     def saved(self) -> dict[str, Any]:

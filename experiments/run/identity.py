@@ -4,6 +4,7 @@ A run that goes on is compared with what its checkpoint says of it, and several 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from configs import base
 from dppo_jax import fingerprints, hosts
 from dppo_jax.errors import UserError
 from dppo_jax.run_config import MAY_CHANGE, changed, flatten, plain
-from experiments import build
+from experiments.run.setup import Setup, model_directory
 
 # May change where fingerprints say that the same is there.
 PLACES = ("policy.path", "data.path", "eval.sets.*.path")
@@ -34,23 +35,23 @@ class Identity(NamedTuple):
 
 def identity(config: ConfigDict, prompts: Mapping[str, str]) -> Identity:
     """Of the run that a config describes here; `prompts` by data section."""
-    return Identity(plain(config.to_dict()), fingerprints.of_weights(build.model_directory(config)), dict(prompts))
+    return Identity(plain(config.to_dict()), fingerprints.of_weights(model_directory(config)), dict(prompts))
 
 
-def compare(saved: Mapping[str, Any], now: Identity, workdir: str) -> list[str]:
+def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]:
     """What changed since a checkpoint, in sentences; `saved` holds at least its config.
 
     Raises: UserError where another run would go on.
     """
     before, after = _with_new_keys(flatten(saved["config"]), flatten(now.config)), flatten(now.config)
     known = "weights" in saved
-    changes = changed(before, after, workdir, (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
+    changes = changed(before, after, str(workdir), (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
     if not known:
         return changes
     if saved["weights"] != now.weights:
         sentence = f"the weights in {now.config['policy']['path']} are not those that this run began with"
         if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
-            raise UserError(f"cannot resume {workdir!r}: {sentence}; put them back, or take another --workdir")
+            raise UserError(f"cannot resume {str(workdir)!r}: {sentence}; put them back, or take another --workdir")
         changes.append(f"{sentence}: the checkpoint has its own, and goes on")
     for section in sorted({*saved["prompts"], *now.prompts}):
         if saved["prompts"].get(section) == now.prompts.get(section):
@@ -58,7 +59,8 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: str) -> list[str]:
         sentence = f"the prompts or answers of {section} are not those that this run began with"
         if section == "data":
             raise UserError(
-                f"cannot resume {workdir!r}: {sentence}; put the data and the tokenizer back, or take another --workdir"
+                f"cannot resume {str(workdir)!r}: {sentence}; put the data and the tokenizer back, or take another "
+                "--workdir"
             )
         changes.append(f"{sentence}: its scores before and after do not compare")
     return changes
@@ -80,12 +82,13 @@ def _with_new_keys(before: dict[str, Any], after: dict[str, Any]) -> dict[str, A
     return filled
 
 
-def rate_change(saved: Mapping[str, Any], config: ConfigDict, start: int) -> list[str]:
+def rate_change(saved: Mapping[str, Any], setup: Setup, start: int) -> list[str]:
     """A sentence where the learning rate jumps, since its schedule ends at another step than before."""
+    config = setup.config
     before = config.copy_and_resolve_references()
     before.steps = saved["config"]["steps"]
-    update = start * config.train.epochs * config.train.minibatches
-    was, now = (float(build.schedule(c)(update)) for c in (before, config))
+    update = start * setup.updates_per_step
+    was, now = (float(each.learning_rate(update)) for each in (Setup(before), setup))
     if was == now:
         return []
     return [

@@ -47,10 +47,10 @@ class Report:
         ]
         self._kept = (step, scalars, histograms, transcripts)
 
-    def flush(self) -> None:
-        """Writes what is kept, if anything."""
+    def flush(self) -> tuple[int, Mapping[str, float]] | None:
+        """Writes what is kept: its step and scalars; None where there is nothing."""
         if self._kept is None:
-            return
+            return None
         (step, scalars, histograms, transcripts), self._kept = self._kept, None
         if _due(step, self._cadence.histograms):
             self._log.histogram(step, "ratio", histograms["ratio"], RATIO_EDGES)
@@ -65,7 +65,7 @@ class Report:
             lines = [json.dumps(transcript._asdict(), ensure_ascii=False) for transcript in transcripts]
             (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._log.scalars(step, scalars)
-        self._log.progress(step, scalars)
+        return step, scalars
 
 
 def agreement(names: Sequence[str], same: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,80 @@
+"""The config's evaluation sets, asked on schedule: before step 0, every eval.every steps, and at the end."""
+
+import sys
+from contextlib import ExitStack
+
+import jax
+from tqdm import tqdm
+
+from dppo_jax import hosts
+from dppo_jax.evaluate import all_failed, evaluate
+from dppo_jax.models.decoder import Params
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import rows
+from experiments.run.learner import Learner
+from experiments.run.load import load_prompts
+from experiments.run.runs import Runs
+from experiments.run.setup import EVALUATION
+
+
+class Evaluation:
+    """Of every run; `stack` closes the verifiers."""
+
+    def __init__(self, runs: Runs, stack: ExitStack):
+        self._runs, setup = runs, runs.first
+        self._setup, self._config = setup, setup.config
+        self._sets = {
+            name: load_prompts(setup, data, self._config.eval.prompts, stack)
+            for name, data in self._config.eval.sets.items()
+        }
+        by_row = None if setup.mesh is None else rows(setup.mesh)
+        self._generate = jax.jit(setup.eval_rollout(), in_shardings=(None, by_row, None), out_shardings=by_row)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the prompts and answers of every set, by config section."""
+        return {f"eval.sets.{name}": stream.fingerprint for name, (stream, _) in self._sets.items()}
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for every set that does not use all of its data."""
+        return [f"eval.sets.{name}: {said}" for name, (stream, _) in self._sets.items() if (said := stream.left_out)]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """{"eval/<set>/skipped": ...}, as of `PromptStream.counts`."""
+        return {
+            f"eval/{name}/{kind}": float(count)
+            for name, (stream, _) in self._sets.items()
+            for kind, count in stream.counts.items()
+        }
+
+    def at(self, step: int, learner: Learner) -> list[dict[str, float]]:
+        """By run {"eval/<set>/avg": ...}, or nothing when the step has no evaluation."""
+        every, last = self._config.eval.every, step == self._config.steps
+        if not every or not (step % every == 0 or last):
+            return [{}] * len(self._runs)
+        policies = zip(self._runs.setups, learner.policies(), strict=True)
+        return [self.run(step, params, seed=setup.config.seed) for setup, params in policies]
+
+    def run(self, step: int, params: Params, *, seed: int) -> dict[str, float]:
+        """Every set, with the samples of this step."""
+        results: dict[str, float] = {}
+        for name, (stream, scorer) in self._sets.items():
+            scores = evaluate(
+                params,
+                self._generate,
+                stream,
+                scorer,
+                mesh=self._setup.mesh,
+                num_prompts=self._config.eval.prompts,
+                samples=self._config.eval.samples,
+                key=step_key(seed, step, EVALUATION),
+                tokenizer=self._setup.text.tokenizer,
+                eos_ids=self._setup.text.eos_ids,
+            )
+            results |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
+            fault = all_failed(scores, len(stream) * self._config.eval.samples)
+            if fault and hosts.is_writer():
+                tqdm.write(f"step {step}, eval.sets.{name}: {fault}", file=sys.stderr)
+        return results

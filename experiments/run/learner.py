@@ -1,0 +1,197 @@
+"""Everything after the rewards: the batch, advantages, minibatches, updates."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dppo_jax import hosts, packing
+from dppo_jax import metrics as metrics_lib
+from dppo_jax.checkpoint import abstract_state
+from dppo_jax.lora import joined
+from dppo_jax.metrics import Metrics
+from dppo_jax.models.decoder import Params
+from dppo_jax.packing import Plan
+from dppo_jax.sharding import rows
+from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update, make_recompute
+from dppo_jax.types import LossInputs, LossOutput, TrainBatch
+from experiments.run.critic import Critic
+from experiments.run.runs import Runs, with_all_metrics
+from experiments.run.sampler import Replies, Samples
+
+
+class Learner:
+    """Trains every run on its samples. `rates`: factors of the learning rate, one a run, of stacked runs."""
+
+    def __init__(self, runs: Runs, rates: Sequence[float] = (1.0,)):
+        first = runs.first
+        self._runs, self._setup, self._mesh = runs, first, first.mesh
+        by_row = None if first.mesh is None else rows(first.mesh)
+        self._assemble = jax.jit(runs.at_once(assemble), out_shardings=by_row)
+        self._recompute = {
+            name: jax.jit(runs.each(make_recompute(first.policy_logprobs, name)), out_shardings=by_row)
+            for name in ("proximal", "reference")
+            if f"{name}_logp" in runs.needed
+        }
+        by_group = first.advantages
+        self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
+        self._critic = None if by_group else Critic(first)
+        if runs.stacked:
+            self._update, self._init = _stacked_update(runs, rates)
+        else:
+            self._update = jit_update(first.update, first.shardings, first.mesh, oracle=first.needs_exact)
+            self._init = first.init_state
+        self._finite = jit_finite()
+        self._reference: Params = {}
+        self._state: TrainState | None = None
+
+    # --- state ---
+
+    @property
+    def state(self) -> TrainState:
+        assert self._state is not None, "neither begun nor restored"
+        return self._state
+
+    @property
+    def params(self) -> Params:
+        """What is trained."""
+        return self.state.params
+
+    def policies(self) -> list[Params]:
+        """All parameters of every run's policy."""
+        return self._runs.apart(self.state.policy)
+
+    def begin(self, params: Params) -> None:
+        """A fresh state around the parameters of a model directory."""
+        self._state = self._init(params)
+        if self._critic:
+            self._critic.begin(params)
+
+    def keep_reference(self, load: Callable[[], Params]) -> None:
+        """Keeps what the run began with, where the loss has a penalty on leaving it."""
+        if "reference" in self._recompute:
+            begun = self._setup.trainable_part(self._setup.initial_params(load()))
+            places = None if self._mesh is None else self._setup.shardings.params
+            self._reference = jax.device_put(self._runs.together([begun] * len(self._runs)), places)
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint needs of it."""
+        return self.state.saved(critic=self._critic.saved() if self._critic else None)
+
+    def shapes(self) -> tuple[dict[str, Any], Any]:
+        """Shapes and places of what `saved` gives, and of all parameters of the policy."""
+        if self._runs.stacked:
+            state = jax.eval_shape(self._init, self._setup.param_shapes)
+            return state.saved(), state.policy
+        state = abstract_state(self._setup.state_shapes, self._setup.shardings)
+        return state.saved(critic=self._critic.abstract if self._critic else None), state.policy
+
+    def restore(self, found: dict[str, Any], load: Callable[[], Params]) -> None:
+        """From a checkpoint; `load` reads the model directory, where what is not trained comes from."""
+        frozen: Params = {}
+        if self._setup.config.lora.rank:
+            frozen = jax.device_put(load(), self._setup.shardings.frozen, may_alias=False)
+        self._state = TrainState(found["params"], found["opt_state"], found["updates"], frozen)
+        if self._critic:
+            self._critic.resume(found["critic"])
+
+    def is_finite(self) -> bool:
+        """Whether the state is worth a checkpoint: no parameter is infinite, NaN, or beyond all measure."""
+        critic = self._critic.state if self._critic else ()
+        return bool(self._finite((self.state.params, self.state.opt_state, critic)))
+
+    # --- one step ---
+
+    def assemble(self, samples: Samples) -> TrainBatch:
+        """Every row with its prompt, and with the log-probabilities of the other policies that the loss asks for."""
+        batch = self._assemble(samples.prompts, samples.rollout)
+        for name, recompute in self._recompute.items():
+            params = samples.params if name == "proximal" else self._reference
+            batch = recompute(joined(self.state.frozen, params), batch, self._plan_all(samples.replies))
+        return batch
+
+    def advantages(self, batch: TrainBatch, replies: list[Replies]) -> TrainBatch:
+        """The batch with its advantages, and without the groups of equal rewards where they take no part."""
+        shaped = self._to_rows([own.shaped for own in replies])
+        if self._advantages is not None:
+            batch = batch.replace(advantages=self._advantages(shaped, batch.group))
+        elif self._critic:
+            batch = batch.replace(advantages=self._critic.advantages(batch, self._plan_all(replies), shaped))
+        if self._setup.config.advantage.drop_equal:
+            unequal = self._runs.together([self._unequal(own) for own in replies])
+            batch = batch.replace(mask=batch.mask & unequal[..., None])
+        return batch
+
+    def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:
+        """The plan of every optimizer minibatch of a step."""
+        lengths = [own.lengths for own in replies]
+        if self._setup.config.advantage.drop_equal:
+            lengths = [np.where(self._unequal(own), own.lengths, 0) for own in replies]
+        for indices in zip(*(setup.minibatches(step) for setup in self._runs.setups), strict=True):
+            yield self._plan(indices, replies, lengths)
+
+    def update(self, batch: TrainBatch, plan: Plan, behavior: Params) -> Metrics:
+        """One optimizer step. `behavior`: the parameters that drew the batch, used for exact divergences."""
+        exact = [behavior] if self._runs.needs_exact else []
+        self._state, measured = self._update(self.state, batch, plan, *exact)
+        return measured if self._critic is None else measured | self._critic.update(batch, plan)
+
+    # --- packing ---
+
+    def _plan(self, indices: Sequence[np.ndarray], replies: list[Replies], lengths: list[np.ndarray]) -> Plan:
+        """Where the rows `indices` of every run go; response lengths i[B] of all its rows."""
+        c, group = self._setup.config, self._setup.config.rollout.group_size
+        return self._runs.together(
+            [
+                packing.plan(
+                    index,
+                    prompt_lengths=np.repeat(own.prompt_lengths, group),
+                    response_lengths=length,
+                    shape=self._setup.pack_shape,
+                    packed=c.train.pack,
+                )
+                for index, own, length in zip(indices, replies, lengths, strict=True)
+            ]
+        )
+
+    def _plan_all(self, replies: list[Replies]) -> Plan:
+        """All rows of the batch."""
+        lengths = [own.lengths for own in replies]
+        return self._plan([np.arange(len(length)) for length in lengths], replies, lengths)
+
+    def _unequal(self, own: Replies) -> np.ndarray:
+        return metrics_lib.unequal_groups(own.shaped, self._setup.config.rollout.group_size)
+
+    def _to_rows(self, values: list[np.ndarray]) -> jax.Array:
+        """Numbers of all rows, on the devices that hold them."""
+        c = self._setup.config.rollout
+        share = hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
+        return jnp.asarray(hosts.place(self._runs.together([own[share.held] for own in values]), self._mesh, share))
+
+
+def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:
+    """The update of all runs, each with its own loss and rate, and the state that they begin with."""
+    names = sorted({setup.config.loss.name for setup in runs.setups})
+    losses = with_all_metrics([next(s for s in runs.setups if s.config.loss.name == name).loss for name in names])
+    first = runs.first
+
+    def update(state, batch, plan, which, rate, *behavior):
+        def loss(inputs: LossInputs) -> LossOutput:
+            return jax.lax.switch(which, losses, inputs)
+
+        scaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
+        return first.update_with(loss, scaled, runs.needs_exact)(state, batch, plan, *behavior)
+
+    compiled = jax.jit(runs.each(update), donate_argnums=0)
+    which = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)
+    factor = jnp.asarray(rates, jnp.float32)
+    unscaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: u))
+    fresh = jax.jit(lambda params: jax.vmap(lambda _: init_state(params, unscaled))(jnp.arange(len(runs))))
+
+    def call(state: TrainState, batch: TrainBatch, plan: Plan, *behavior: Params) -> tuple[TrainState, Metrics]:
+        return compiled(state, batch, plan, which, factor, *behavior)
+
+    return call, lambda params: fresh(jax.tree.map(jnp.asarray, params))

@@ -1,0 +1,79 @@
+"""What a run reads before it begins: the model directory, the tokenizer, prompts and answers."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from dppo_jax.data.prompts import PromptStream
+from dppo_jax.data.tasks import load_task
+from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
+from dppo_jax.errors import UserError
+from dppo_jax.files import user_path
+from dppo_jax.models import ModelConfig
+from dppo_jax.models.hf import load_config
+from dppo_jax.rewards.scorer import Scorer
+from dppo_jax.sharding import make_mesh
+from experiments.compilations import keep_compiled
+from experiments.run import checks
+from experiments.run.setup import Setup, Text, model_directory
+
+
+def load_setup(config: ConfigDict, stack: ExitStack, *, directory: Path | None = None, on_mesh: bool = True) -> Setup:
+    """A checked config with its model and tokenizer, on the devices there are.
+
+    The mesh and the precision of matrix products are in force until `stack` closes. `directory` in place of
+    policy.path; not `on_mesh`: on one device. UserError, one sentence, for whatever the user can mend.
+    """
+    checks.check(config)
+    keep_compiled(config.compile_cache)
+    directory = model_directory(config) if directory is None else directory
+    model = load_config(directory)
+    checks.check_length(config, model)
+    stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
+    mesh = None
+    if on_mesh:
+        mesh = make_mesh(config.mesh)
+        checks.check_mesh(config, mesh, model)
+        stack.enter_context(jax.set_mesh(mesh))
+    return Setup(config, model, mesh, load_text(directory, model))
+
+
+def load_text(directory: Path, model: ModelConfig) -> Text:
+    """UserError for a tokenizer that is not there, or knows tokens that the model has no row for."""
+    tokenizer = load_tokenizer(str(directory))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has a token {largest}, beyond the model's vocab_size of {model.vocab_size}"
+        )
+    ends = eos_ids(tokenizer, str(directory))
+    return Text(tokenizer, ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack) -> tuple[PromptStream, Scorer]:
+    """The prompts of a data section, and the scorer of their answers, which `stack` closes."""
+    c = setup.config
+    task = load_task(
+        data.kind,
+        name=data.name,
+        path=data.path and str(user_path(data.path, "data.path")),
+        settings=data.settings.to_dict(),
+        size=data.size,
+        seed=data.seed,
+        verifier=data.verifier,
+    )
+    stream = PromptStream(
+        task,
+        setup.text.tokenizer,
+        num_prompts=num_prompts,
+        max_prompt_len=data.max_prompt_len,
+        seed=c.seed,
+        chat=data.chat,
+        template=data.template,
+        date=data.date,
+        too_long=data.too_long,
+    )
+    scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s)
+    return stream, stack.enter_context(scorer)

@@ -1,0 +1,277 @@
+"""What a run leaves behind, and how it goes on: logs, checkpoints, config.json, the clocks of a step."""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dppo_jax import hosts, packing
+from dppo_jax import metrics as metrics_lib
+from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.errors import UserError, WriteError
+from dppo_jax.evaluate import all_failed
+from dppo_jax.files import make_folder
+from dppo_jax.lock import locked
+from dppo_jax.metrics import Metrics
+from dppo_jax.models.decoder import Params
+from dppo_jax.models.hf import load_params
+from dppo_jax.packing import Plan
+from dppo_jax.run_config import read_config, write_config
+from dppo_jax.run_log import RunLog
+from experiments import peers
+from experiments.compilations import Compilations
+from experiments.run.identity import Identity, compare, rate_change
+from experiments.run.learner import Learner
+from experiments.run.report import Report
+from experiments.run.runs import Runs
+from experiments.run.sampler import Sampler, Samples
+
+Scalars = dict[str, float]
+
+SHOWN = ("reward/mean", "trust_region/masked")  # in the line of progress, the mean over the runs
+
+
+class RunFolder(NamedTuple):
+    """Where one run writes, what makes it the run it is, and what is to be said and logged at its first step."""
+
+    path: Path
+    identity: Identity
+    remarks: Sequence[str] = ()
+    counts: Mapping[str, float] = {}
+
+
+class Record:
+    """The folder of a run, or of several that are trained together, each with a folder of its own inside.
+
+    Use it in a `with`.
+    """
+
+    def __init__(self, runs: Runs, workdir: Path, folders: Sequence[RunFolder]):
+        self._runs, self._workdir, self._folders = runs, workdir, folders
+        self._config = runs.first.config
+        self._stack = contextlib.ExitStack()
+        self._compilations = self._stack.enter_context(Compilations())
+        self._logs: list[RunLog] = []
+        self._reports: list[Report] = []
+        self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
+        self.start = 0
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # --- going on ---
+
+    def resume(self, sampler: Sampler, learner: Learner) -> int:
+        """Begins, or goes on from the newest whole checkpoint: the step to do next.
+
+        UserError where that is another run's, or its parameters are not finite.
+        """
+        make_folder(self._workdir)
+        if hosts.is_writer():
+            self._stack.enter_context(locked(self._workdir))
+        self._checkpoints = self._stack.enter_context(Checkpoints(self._workdir, keep=self._config.checkpoint.keep))
+        changes: list[str] = []
+
+        def wanted(step: int) -> dict[str, Any]:
+            changes[:] = self._changes(step)
+            saved, policy = learner.shapes()
+            drawn_early = self._checkpoints.holds(step, "ahead")
+            return saved | sampler.shapes(step, saved["params"], policy, drawn_early=drawn_early)
+
+        step, found, notes = self._checkpoints.resume(wanted)
+        self.start = step or 0
+        if step is None:
+            learner.begin(self._load_params())
+        else:
+            learner.restore(found, self._load_params)
+            notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
+        sampler.restore(found or {}, learner.params, learner.state.frozen)
+        learner.keep_reference(self._load_params)
+        self._refuse_unless_sound(learner, step)
+        if self.unfinished:
+            self._open_logs(notes)
+        return self.start
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is anything to do. The last evaluation and the export come after the last checkpoint: a kill
+        between them is made up for."""
+        c = self._config
+        return self.start < c.steps or (self.start == c.steps and bool(c.eval.every or c.checkpoint.export))
+
+    def _load_params(self) -> Params:
+        return load_params(self._runs.first.directory)[1]
+
+    def _changes(self, step: int) -> list[str]:
+        """What is not as the checkpoint has it, in sentences."""
+        about, changes = self._checkpoints.about(step), dict[str, None]()
+        for folder, setup in zip(self._folders, self._runs.setups, strict=True):
+            saved = about.get("runs", {}).get(self._name(folder)) or {"config": read_config(folder.path)}
+            found = compare(saved, folder.identity, folder.path) + rate_change(saved, setup, step)
+            changes |= dict.fromkeys(found)
+        return list(changes)
+
+    def _name(self, folder: RunFolder) -> str:
+        """Of a run in its checkpoint."""
+        return str(folder.path.relative_to(self._workdir))
+
+    def _refuse_unless_sound(self, learner: Learner, step: int | None) -> None:
+        if learner.is_finite():
+            return
+        where = f"the model in {self._config.policy.path}"
+        if step is not None:
+            self._checkpoints.reject(step)
+            where = f"the checkpoint of step {step}, which is set aside,"
+        raise UserError(f"{where} has parameters that are not finite, or too large")
+
+    def _open_logs(self, notes: Sequence[str]) -> None:
+        config, text, is_writer = self._config, self._runs.first.text, hosts.is_writer()
+        for folder, setup in zip(self._folders, self._runs.setups, strict=True):
+            if is_writer:
+                write_config(folder.path, setup.config.to_dict())
+            log = RunLog(
+                folder.path,
+                hparams=setup.config.to_dict(),
+                resume_step=self.start,
+                total_steps=config.steps,
+                is_writer=is_writer,
+                shows_progress=not self._logs,
+            )
+            self._logs.append(self._stack.enter_context(log))
+            self._reports.append(Report(log, folder.path, config.log, lambda token: text.tokenizer.decode([token])))
+            if self.start == 0:
+                log.scalars(0, folder.counts)
+        for sentence in dict.fromkeys((*notes, *(remark for folder in self._folders for remark in folder.remarks))):
+            self.note(sentence)
+        setup = self._runs.first
+        if setup.platform != "cpu":
+            kernel = setup.attention(dtype=config.policy.dtype, length=setup.pack_shape.length)
+            self.note(f"attention of training: {kernel.name} ({kernel.why})")
+
+    # --- one step ---
+
+    def note(self, sentence: str) -> None:
+        """A line on stderr."""
+        self._logs[0].note(sentence)
+
+    def write(self) -> None:
+        """The last step's log, while the devices are busy."""
+        try:
+            written = [found for report in self._reports if (found := report.flush())]
+            if written:
+                step = written[0][0]
+                mean = {tag: float(np.mean([scalars[tag] for _, scalars in written])) for tag in SHOWN}
+                self._logs[0].progress(step, mean)
+        except WriteError as error:
+            if jax.process_count() > 1:  # the others, who save with this one, do not know
+                raise
+            self._unwritten = error
+
+    def step(
+        self,
+        step: int,
+        samples: Samples,
+        plans: Sequence[Plan],
+        metrics: Sequence[Metrics],
+        scores: Sequence[Scalars],
+    ) -> None:
+        """Takes the results of a step; `write` writes them. `scores` are the evaluation's.
+
+        UserError where a gradient is not finite: training stops there.
+        """
+        by_run = zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True)
+        samples.mark("trained")
+        common = samples.seconds() | {"time/compile": self._compile_seconds(step)}
+        of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)
+        for number, (measured, own, planned, evaluated) in enumerate(of_run):
+            setup, total = self._runs.setups[number], metrics_lib.merge(*measured)
+            scalars = {
+                **self._runs.own_metrics(metrics_lib.summary(total), number),
+                **metrics_lib.mismatch(measured[0]),
+                **metrics_lib.group_metrics(own.verified, setup.config.rollout.group_size),
+                **{f"reward/{name}": float(count) for name, count in own.counts.items()},
+                **evaluated,
+                "rollout/resampled": float(own.redrawn),
+                "response/length_mean": float(own.lengths.mean()),
+                "response/truncated": float(own.truncated.mean()),
+                "train/occupancy": packing.occupancy(*planned),
+                "learning_rate": float(setup.learning_rate((step + 1) * setup.updates_per_step - 1)),
+                **common,
+                "throughput/tokens_per_s": float((1 + own.redrawn) * own.lengths.sum()) / samples.whole_seconds(),
+            }
+            self._refuse_unless_finite(step, self._folders[number], scalars["grad_norm"], measured[0])
+            if fault := all_failed(own.counts, (1 + own.redrawn) * len(own.lengths)):
+                self.note(f"step {step}{self._of(self._folders[number])}: {fault}")
+            self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.verified)
+
+    def _of(self, folder: RunFolder) -> str:
+        """Which of several runs a sentence is about."""
+        return f", {self._name(folder)}" if self._runs.stacked else ""
+
+    def _compile_seconds(self, step: int) -> float:
+        """Spent compiling since the last step; says so where it should not have happened."""
+        found = self._compilations.take()
+        if found.functions and step == self.start:
+            cached = f"{found.cached} from the cache"
+            self.note(f"compiled {found.functions} functions in {found.seconds:.1f} s, {cached}")
+        elif found.functions:
+            self.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
+        return found.seconds
+
+    def _refuse_unless_finite(self, step: int, folder: RunFolder, norm: float, first: Metrics) -> None:
+        if math.isfinite(norm):
+            return
+        before = metrics_lib.summary(first)["grad_norm"]
+        if not math.isfinite(before) and self._checkpoints.latest() == step:
+            self._checkpoints.reject(step)  # whoever goes on from it arrives here again
+        where = f"step {step}{self._of(folder)}"
+        raise UserError(f"{where}: the gradient norm is {norm}, so training stops; {self._last_good()}")
+
+    # --- checkpoints ---
+
+    def save_if_due(self, done: int, sampler: Sampler, learner: Learner) -> None:
+        """A checkpoint of the state after `done` steps, where one is due, or the run was asked to stop.
+
+        UserError where it was, and where the log or the checkpoint could not be written.
+        """
+        c = self._config
+        due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0)
+        stopping = peers.asked_to_stop(done)
+        self._checkpoints.check()
+        if self._unwritten:
+            with contextlib.suppress(UserError):
+                self._save(done, sampler, learner)
+                self._checkpoints.wait()
+            raise UserError(f"step {done - 1}: {self._unwritten}; {self._last_good()}")
+        if due or stopping:
+            self.write()
+            self._save(done, sampler, learner)
+        if stopping and done < c.steps:
+            raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
+
+    def _save(self, done: int, sampler: Sampler, learner: Learner) -> None:
+        if not learner.is_finite():
+            raise UserError(
+                f"step {done - 1}: the parameters are not finite after it, or too large, so training stops and they "
+                f"are not saved; {self._last_good()}"
+            )
+        about = {"runs": {self._name(folder): folder.identity.saved() for folder in self._folders}}
+        self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
+
+    def _last_good(self) -> str:
+        kept = self._checkpoints.latest()
+        return "there is no checkpoint" if kept is None else f"the last good checkpoint is that of step {kept}"
+
+    def finish(self, scores: Sequence[Scalars]) -> None:
+        """Writes the last evaluation."""
+        self.write()
+        for log, own in zip(self._logs, scores, strict=True):
+            if own:
+                log.scalars(self._config.steps, own)

@@ -1,0 +1,300 @@
+"""Everything before the rewards: prompts, behavior parameters, rollouts, replies, and the scores in the making."""
+
+import dataclasses
+import functools
+import time
+from collections import deque
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax import hosts
+from dppo_jax.checkpoint import abstract_state
+from dppo_jax.data.examples import Example
+from dppo_jax.data.prompts import PromptStream, decode_replies
+from dppo_jax.lora import joined
+from dppo_jax.metrics import unequal_groups
+from dppo_jax.models.decoder import Params
+from dppo_jax.rewards.scorer import Pending, Scorer
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import rows
+from dppo_jax.types import PromptBatch, RolloutBatch
+from experiments.run.runs import Runs
+from experiments.run.setup import ROLLOUT
+
+# Further draws of a step (rollout.resample) take the prompts of a step so far away that no run comes there by itself.
+AWAY = 1_000_003
+
+
+@dataclasses.dataclass
+class Replies:
+    """What one run drew in a step, on the host: N prompts, B = N * G responses."""
+
+    prompt_lengths: np.ndarray  # i[N], tokens
+    lengths: np.ndarray  # i[B], tokens of the responses
+    truncated: np.ndarray  # bool[B]
+    pairs: dict[int, tuple[Example, str]]  # example and reply by row, of the rows that this host scores
+    verified: np.ndarray  # f32[B], the verifier's scores; empty until they are there
+    shaped: np.ndarray  # f32[B], with what shaping adds: what advantages are made of
+    counts: dict[str, int]  # the verifier's: killed, failed, ...
+    redrawn: int = 0  # further batches that were drawn for this step
+
+
+class Samples:
+    """One step's rollouts: on the devices, of all runs together, and on the host, run by run."""
+
+    def __init__(
+        self,
+        prompts: PromptBatch,
+        rollout: RolloutBatch,
+        params: Params,
+        replies: list[Replies],
+        pending: list[Pending] | None,
+        clock: dict[str, float],
+    ):
+        self.prompts, self.rollout = prompts, rollout
+        self.params = params  # what is trained of the behavior policy's parameters
+        self.replies = replies
+        self.pending = pending  # the scores, by run; None once they are filled in
+        self.clock = clock  # when the step began, and what was done when
+
+    def mark(self, what: str) -> None:
+        """Notes the time."""
+        self.clock[what] = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """Of the parts of the step, once it is over."""
+        c = self.clock
+        return {
+            "time/rollout": c["drawn"] - c["began"],
+            "time/reward": c["scored"] - c["drawn"],
+            "time/train": c["trained"] - c["scored"],
+        }
+
+    def whole_seconds(self) -> float:
+        return self.clock["trained"] - self.clock["began"]
+
+
+class Sampler:
+    """Draws the rollout of every step from the parameters that the learner publishes.
+
+    `streams` of prompts, one a run; one `scorer` for all.
+    """
+
+    def __init__(self, runs: Runs, streams: list[PromptStream], scorer: Scorer):
+        first = runs.first
+        self._runs, self._streams, self._scorer = runs, streams, scorer
+        self._config, self._text, self._mesh = first.config, first.text, first.mesh
+        c = first.config.rollout
+        self.prompt_share = hosts.share_over(first.mesh, c.prompts)
+        self.row_share = self.prompt_share.grouped(c.group_size)
+        generate = runs.each(first.rollout(topk=runs.topk))
+        by_row = None if first.mesh is None else rows(first.mesh)
+        self._generate = jax.jit(generate, in_shardings=(None, by_row, None), out_shardings=by_row)
+        places = None if first.mesh is None else first.shardings.params
+        self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)
+        self._params: Params = {}  # what the learner trains
+        self._frozen: Params = {}  # what no run trains of its policy
+        self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
+        self._next_rollout: RolloutBatch | None = None  # drawn a step early
+        self._current: tuple[PromptBatch, list, RolloutBatch, Params] | None = None
+
+    # --- parameters ---
+
+    def publish(self, params: Params) -> None:
+        """The learner's parameters after an update."""
+        self._params = params
+        if self._config.rollout.lag:
+            self._param_history.append(self._copy(params))
+
+    @property
+    def _behavior(self) -> Params:
+        return self._param_history[0] if self._param_history else self._params
+
+    # --- one step ---
+
+    def start(self, step: int) -> None:
+        """Has the devices draw the rollout of a step, unless they did so early."""
+        began = time.perf_counter()
+        prompts, examples = self._prompts_of(step)
+        rollout, self._next_rollout = self._next_rollout, None
+        if rollout is None:
+            rollout = self._sample(prompts, step)
+        behavior = self._behavior
+        if self._runs.needs_exact and not self._param_history:
+            behavior = self._copy(behavior)  # the updates donate the learner's
+        self._current = prompts, examples, rollout, behavior, {"began": began}
+
+    def collect(self, step: int) -> Samples:
+        """Waits for the rollout, decodes it, and hands its replies to the verifiers; more batches where groups are
+        equal and the config asks for others."""
+        assert self._current is not None
+        prompts, examples, rollout, behavior, clock = self._current
+        self._current = None
+        host = self._to_host(rollout)
+        clock["drawn"] = time.perf_counter()
+        if self._config.train.staleness and step + 1 < self._config.steps:
+            self._next_rollout = self._sample(self._prompts_of(step + 1)[0], step + 1)
+        samples = self._submitted(step, prompts, examples, rollout, behavior, host, clock)
+        return self._resampled(step, samples) if self._config.rollout.resample else samples
+
+    def _prompts_of(self, step: int) -> tuple[PromptBatch, list[list[Example]]]:
+        """The prompts of a step on the devices, and, by run, the example of every response that this host scores."""
+        batches, examples = [], []
+        for stream in self._streams:
+            prompts, found = stream.batch(step, self.prompt_share.held)
+            batches.append(prompts)
+            owned = self.prompt_share.of_owned(found)
+            examples.append([example for example in owned for _ in range(self._config.rollout.group_size)])
+        return hosts.place(self._runs.together(batches), self._mesh, self.prompt_share), examples
+
+    def _sample(self, prompts: PromptBatch, step: int) -> RolloutBatch:
+        return self._generate(joined(self._frozen, self._behavior), prompts, self._keys(step))
+
+    def _keys(self, step: int) -> jax.Array:
+        return self._runs.together([step_key(run.config.seed, step, ROLLOUT) for run in self._runs.setups])
+
+    def _to_host(self, rollout: RolloutBatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """By run: tokens and mask of this host's responses; lengths i[B] and truncated bool[B] of all of them."""
+        fields = hosts.owned((rollout.tokens, rollout.response_mask, rollout.truncated), self.row_share)
+        found = []
+        for tokens, mask, truncated in self._runs.apart(fields):
+            lengths = mask.sum(axis=1, dtype=np.int32)
+            found.append((tokens, mask, *hosts.gather((lengths, truncated), self.row_share)))
+        return found
+
+    def _submitted(self, step, prompts, examples, rollout, behavior, host, clock) -> Samples:
+        """Samples whose replies are at the verifiers."""
+        replies, pending, none = [], [], np.zeros(0, np.float32)
+        for stream, own, (tokens, mask, lengths, truncated) in zip(self._streams, examples, host, strict=True):
+            texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
+            pairs = dict(zip(self.row_share.owned.tolist(), zip(own, texts, strict=True), strict=True))
+            replies.append(Replies(stream.lengths(step), lengths, truncated, pairs, none, none, {}))
+            pending.append(self._scorer.submit(texts, own))
+        return Samples(prompts, rollout, behavior, replies, pending, clock)
+
+    def rewards(self, samples: Samples) -> list[Replies]:
+        """Waits until every host has scored its own replies, and fills in the rewards of all."""
+        for own, scores, setup in zip(samples.replies, samples.pending or (), self._runs.setups, strict=False):
+            rewards, counts = scores.result()
+            own.verified = hosts.gather(rewards, self.row_share)
+            own.counts = hosts.total(counts)
+            own.shaped = own.verified + setup.shaping(own.lengths)
+        samples.pending = None
+        samples.mark("scored")
+        return samples.replies
+
+    # --- dynamic sampling (DAPO, 2503.14476, section 3.2) ---
+
+    def _resampled(self, step: int, samples: Samples) -> Samples:
+        """Groups of equal rewards make room for unequal ones of further batches, until there is none or enough were
+        drawn."""
+        c, group = self._config.rollout, self._config.rollout.group_size
+        self.rewards(samples)
+        for attempt in range(1, c.resample + 1):
+            unequal = [unequal_groups(own.shaped, group)[::group] for own in samples.replies]
+            if all(groups.all() for groups in unequal):
+                break
+            elsewhere = step + attempt * AWAY
+            prompts, examples = self._prompts_of(elsewhere)
+            rollout = self._sample(prompts, elsewhere)
+            host = self._to_host(rollout)
+            more = self._submitted(elsewhere, prompts, examples, rollout, samples.params, host, dict(samples.clock))
+            new = [unequal_groups(own.shaped, group)[::group] for own in self.rewards(more)]
+            places = [chosen(old, fresh) for old, fresh in zip(unequal, new, strict=True)]
+            samples = self._merged(samples, more, places)
+        return samples
+
+    def _merged(self, kept: Samples, more: Samples, places: list[np.ndarray]) -> Samples:
+        """Both, the groups of every run taken from where `places` says."""
+        group = self._config.rollout.group_size
+        by_row = [_rows_of(place, group) for place in places]
+        prompts = self._take(kept.prompts, more.prompts, self._runs.together(places))
+        rollout = self._take(kept.rollout, more.rollout, self._runs.together(by_row))
+        return Samples(
+            prompts.replace(group=kept.prompts.group),
+            rollout.replace(group=kept.rollout.group),
+            kept.params,
+            [_merged(a, b, place, group) for a, b, place in zip(kept.replies, more.replies, places, strict=True)],
+            None,
+            kept.clock,
+        )
+
+    @functools.cached_property
+    def _take(self):
+        def take(a, b, index):
+            return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[index], a, b)
+
+        by_row = None if self._mesh is None else rows(self._mesh)
+        return jax.jit(self._runs.at_once(take), out_shardings=by_row)
+
+    # --- checkpoints ---
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint needs of it beside the learner's state."""
+        history = list(self._param_history)
+        found = {"ahead": self._next_rollout, "past": history or None}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def shapes(self, step: int, params: Any, policy: Any, *, drawn_early: bool) -> dict[str, Any]:
+        """Shapes and places of what `saved` gave at a step, for parameters of these shapes."""
+        c, found = self._config, {}
+        if drawn_early:
+            prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
+            shapes = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
+            if self._mesh is not None:
+                shapes = abstract_state(shapes, jax.tree.map(lambda _: rows(self._mesh), shapes))
+            found["ahead"] = shapes
+        if c.rollout.lag:
+            updates = step * self._runs.first.updates_per_step
+            found["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
+        return found
+
+    def restore(self, found: dict[str, Any], params: Params, frozen: Params) -> None:
+        """From a checkpoint, or fresh where it has nothing; with the learner's parameters."""
+        self._frozen = frozen
+        self._next_rollout = found.get("ahead")
+        self._param_history.extend(found.get("past", []))
+        self._params = params
+        if self._config.rollout.lag and not self._param_history:
+            self.publish(params)
+
+
+def chosen(kept: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Of which group each place is filled: i[N] into the N kept ones and, from N on, the N new ones.
+
+    `kept` and `more` say which groups have unequal rewards. Places keep their group while nothing better is there.
+    """
+    places = np.arange(len(kept))
+    free, new = places[~kept], places[more]
+    count = min(len(free), len(new))
+    places[free[:count]] = len(kept) + new[:count]
+    return places
+
+
+def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
+    """The rows of groups, one group after another."""
+    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+
+
+def _merged(kept: Replies, more: Replies, groups: np.ndarray, group_size: int) -> Replies:
+    if all(unequal_groups(kept.shaped, group_size)):
+        return kept
+    index = _rows_of(groups, group_size)
+
+    def host(a, b):
+        return np.concatenate([a, b])[index]
+
+    both = kept.pairs | {row + len(kept.verified): pair for row, pair in more.pairs.items()}
+    return Replies(
+        prompt_lengths=np.concatenate([kept.prompt_lengths, more.prompt_lengths])[groups],
+        lengths=host(kept.lengths, more.lengths),
+        truncated=host(kept.truncated, more.truncated),
+        pairs={row: both[i] for row, i in enumerate(index.tolist()) if i in both},
+        verified=host(kept.verified, more.verified),
+        shaped=host(kept.shaped, more.shaped),
+        counts={name: count + more.counts[name] for name, count in kept.counts.items()},
+        redrawn=kept.redrawn + 1,
+    )

@@ -1,0 +1,449 @@
+"""What a config builds, each thing once. Only this folder reads configs; the library never does."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dppo_jax import lora, packing, precision, quantize
+from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.errors import UserError, lookup
+from dppo_jax.files import user_path
+from dppo_jax.losses import bind, required_fields, with_reference_kl
+from dppo_jax.losses.core import BoundLoss
+from dppo_jax.models import DTYPES, ModelConfig
+from dppo_jax.models.attention import Choice, choose
+from dppo_jax.models.config import Lora, Quantization
+from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
+from dppo_jax.optimizer import make_optimizer, make_schedule
+from dppo_jax.packing import Layout
+from dppo_jax.rewards.shaping import overlong_penalty
+from dppo_jax.rollout import Rollout
+from dppo_jax.sampling import step_key
+from dppo_jax.sharding import TRAINING, batch_shards, parts
+from dppo_jax.token_head import piece_count
+from dppo_jax.train_step import (
+    Oracle,
+    Score,
+    TrainState,
+    Update,
+    init_state,
+    make_oracle,
+    make_score,
+    make_update,
+    state_shardings,
+)
+from dppo_jax.weights import WEIGHTS
+from experiments.chips import memory_of
+
+# Purposes of randomness, folded into the seed's key beside the step.
+ROLLOUT, EVALUATION = 0, 1  # 2 is the noise of the update
+ADAPTERS = 3
+
+KERNEL_PLATFORM = {"cudnn": "gpu", "splash": "tpu"}  # where an attention kernel runs
+
+
+class Text(NamedTuple):
+    """A model directory's tokenizer, the tokens that end a response, and the one that pads."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+NO_TEXT = Text(None, (0,), 0)  # where shapes alone matter
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """A config, the model of its directory, the mesh it runs on (None: one device), and all that follows from them.
+
+    What does not ask for the model works without one. `mean_prompt` is the data's, in tokens; None: every prompt is as
+    long as it may be.
+    """
+
+    config: ConfigDict
+    given_model: ModelConfig | None = None
+    mesh: Mesh | None = None
+    text: Text = NO_TEXT
+    mean_prompt: float | None = None
+
+    @property
+    def directory(self) -> Path:
+        """policy.path, which must be set."""
+        return model_directory(self.config)
+
+    # --- the loss and what it needs ---
+
+    @cached_property
+    def loss(self) -> functools.partial:
+        """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>; with the
+        reference's penalty, where there is one."""
+        c = self.config
+        bound = bind(c.loss.name, self.hyperparameters)
+        if not c.reference.coef:
+            return bound
+        return with_reference_kl(bound, coef=c.reference.coef, estimator=c.reference.estimator)
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """Of the loss, by name."""
+        set_here = {key: value for key, value in self.config.loss.items() if key != "name" and value is not None}
+        return {**self._defaults(self.config.loss.name), **set_here}
+
+    def _defaults(self, name: str) -> dict[str, float]:
+        defaults = self.config.loss_defaults
+        return dict(defaults[name]) if name in defaults else {}
+
+    @cached_property
+    def shadow_losses(self) -> dict[str, functools.partial]:
+        """The losses of log.regions, measured beside the one that trains, each with its loss_defaults."""
+        return {name: bind(name, self._defaults(name)) for name in self.config.log.regions}
+
+    @cached_property
+    def needed(self) -> frozenset[str]:
+        """The optional fields of LossInputs that the loss and the shadow losses ask for."""
+        return required_fields(self.loss).union(*(required_fields(loss) for loss in self.shadow_losses.values()))
+
+    @property
+    def needs_exact(self) -> bool:
+        """Whether updates take the behavior policy's parameters, for exact divergences."""
+        return "exact" in self.needed
+
+    @cached_property
+    def advantages(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """(rewards [B], group [B]) -> advantages [B]; None where a critic gives them."""
+        function = lookup({**ADVANTAGES, "gae": None}, self.config.advantage.name, "advantage.name")
+        return None if function is None else functools.partial(function, num_groups=self.config.rollout.prompts)
+
+    def shaping(self, lengths: np.ndarray) -> np.ndarray:
+        """What is added to the verifier's rewards, f32[B], for responses of these lengths."""
+        c = self.config
+        return overlong_penalty(lengths, limit=c.rollout.max_new_tokens, buffer=c.reward.overlong_buffer)
+
+    @cached_property
+    def weights(self) -> Callable[..., jax.Array]:
+        """How the tokens of a minibatch share its gradient."""
+        aggregation = self.config.aggregation
+        return functools.partial(WEIGHTS[aggregation.name], constant=aggregation.constant)
+
+    # --- minibatches ---
+
+    def minibatches(self, step: int) -> Iterator[np.ndarray]:
+        """Row numbers of every optimizer minibatch of a step, groups whole. The first epoch keeps the order of the
+        rollout; later ones draw theirs from (seed, step, epoch)."""
+        c = self.config
+        for epoch in range(c.train.epochs):
+            order = np.arange(c.rollout.prompts)
+            if epoch:
+                order = np.random.default_rng([c.seed, step, epoch]).permutation(c.rollout.prompts)
+            for part in order.reshape(c.train.minibatches, -1):
+                rows_of = part[:, None] * c.rollout.group_size + np.arange(c.rollout.group_size)
+                yield rows_of.reshape(-1).astype(np.int32)
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.config.train.epochs * self.config.train.minibatches
+
+    @cached_property
+    def pack_shape(self) -> Layout:
+        """The shape of one packed microbatch."""
+        c, shards = self.config, self.batch_shards
+        minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
+        return packing.layout(
+            prompt_length=c.data.max_prompt_len,
+            max_new_tokens=c.rollout.max_new_tokens,
+            rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
+            mean_prompt=self.mean_prompt if c.train.pack else None,
+            multiple=_length_multiple(self.platform, c.data.max_prompt_len + c.rollout.max_new_tokens),
+        )
+
+    # --- the optimizer ---
+
+    @cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """By update."""
+        o = self.config.optimizer
+        updates = self.config.steps * self.updates_per_step
+        return make_schedule(learning_rate=o.learning_rate, warmup=o.warmup, schedule=o.schedule, updates=updates)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW around `learning_rate`."""
+        o, alp = self.config.optimizer, self.config.alp
+        adamw = make_optimizer(
+            self.learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+        if not alp.sigma:
+            return adamw
+        gain = alp.learning_rate / o.learning_rate
+
+        def own_rate(updates: Params, _: Any) -> Params:
+            return {key: value * gain if key == LOG_SIGMA else value for key, value in updates.items()}
+
+        return optax.chain(adamw, optax.stateless(own_rate))
+
+    # --- devices ---
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that the mesh is made of: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    @property
+    def batch_shards(self) -> int:
+        return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    def attention(self, *, dtype: str, length: int) -> Choice:
+        """policy.attention, or the best for this platform, row length and dtype."""
+        name, platform = self.config.policy.attention, self.platform
+        if self.mesh is not None and KERNEL_PLATFORM.get(name, platform) != platform:
+            raise UserError(
+                f"policy.attention = {name} runs on a {KERNEL_PLATFORM[name]}, not on a {platform}; set it to auto"
+            )
+        if name != "auto":
+            return Choice(name, "policy.attention")
+        model = self.model
+        return choose(platform, dtype=DTYPES[dtype], head_dim=model.head_dim, length=length, softcap=model.attn_softcap)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of one device, if it says."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        if device.platform == "cpu":
+            return None
+        if device.platform == "tpu":
+            return memory_of(device)
+        stats = device.memory_stats()
+        return None if stats is None else stats.get("bytes_limit")
+
+    # --- parameters ---
+
+    @property
+    def model(self) -> ModelConfig:
+        assert self.given_model is not None, "this part of a setup needs a model"
+        return self.given_model
+
+    @cached_property
+    def trained_model(self) -> ModelConfig:
+        """The model with the config's adapters; itself where there are none."""
+        c = self.config.lora
+        return dataclasses.replace(self.model, lora=Lora(c.rank, c.alpha, tuple(c.targets))) if c.rank else self.model
+
+    def trainable_part(self, params: Params) -> Params:
+        """What a run trains of all its parameters, axes or shapes."""
+        return lora.split(params)[0] if self.config.lora.rank else params
+
+    def frozen_part(self, params: Params) -> Params:
+        """What it leaves alone."""
+        return lora.split(params)[1] if self.config.lora.rank else {}
+
+    def initial_params(self, params: Params) -> Params:
+        """What a run begins with: the policy's parameters, its adapters, and log sigma of the perturbation."""
+        c = self.config
+        if c.lora.rank:
+            # Of all that is drawn here the adapters alone are kept, so nothing else is computed.
+            key, model = step_key(c.seed, 0, ADAPTERS), self.trained_model
+            params = lora.joined(params, jax.device_get(jax.jit(lambda k: lora.split(init_params(model, k))[0])(key)))
+        if not c.alp.sigma:
+            return params
+        layers = len(params["layers"]["attn_norm"])
+        return {**params, LOG_SIGMA: np.full(layers, math.log(c.alp.sigma), np.float32)}
+
+    @cached_property
+    def param_axes(self) -> Params:
+        """Logical axis names of what `initial_params` gives."""
+        return param_axes(self.trained_model) | ({LOG_SIGMA: ("layers",)} if self.config.alp.sigma else {})
+
+    @cached_property
+    def param_shapes(self) -> Params:
+        """Shapes of what `initial_params` gives."""
+        log_sigma = {LOG_SIGMA: jax.ShapeDtypeStruct((self.model.num_layers,), jnp.float32)}
+        return abstract_params(self.trained_model) | (log_sigma if self.config.alp.sigma else {})
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Where a run's state lives."""
+        assert self.mesh is not None
+        names, shapes = self.param_axes, self.param_shapes
+        return state_shardings(
+            self.trainable_part(names), self.optimizer, self.trainable_part(shapes), self.mesh, self.frozen_part(names)
+        )
+
+    def init_state(self, params: Params) -> TrainState:
+        """A fresh state around the parameters of a model directory, over the mesh where there is one."""
+        whole, places = self.initial_params(params), None if self.mesh is None else self.shardings
+        return init_state(self.trainable_part(whole), self.optimizer, places, self.frozen_part(whole))
+
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """Shapes of what `init_state` gives."""
+        whole = self.param_shapes
+        return jax.eval_shape(
+            lambda p, f: init_state(p, self.optimizer, frozen=f), self.trainable_part(whole), self.frozen_part(whole)
+        )
+
+    @cached_property
+    def merge(self) -> Callable[[Params], Params] | None:
+        """Parameters with their adapters merged, in float32; None where there are none."""
+        c = self.config.lora
+        return functools.partial(lora.merged, scale=c.alpha / c.rank) if c.rank else None
+
+    # --- passes ---
+
+    @cached_property
+    def behavior_model(self) -> ModelConfig:
+        """The model as the rollout computes it: quantised, if the config says so."""
+        name, activations = self.config.rollout.quantize, self.config.rollout.quantize_activations
+        if activations and self.model.num_experts:
+            raise UserError(
+                "rollout.quantize_activations: the products of experts take dequantised weights; set it to False"
+            )
+        return dataclasses.replace(self.model, quantization=Quantization(name, activations)) if name else self.model
+
+    @cached_property
+    def behavior_weights(self) -> Callable[[Params], Params] | None:
+        """What the rollout makes of the parameters: merged, then rounded or quantised."""
+        name = self.config.rollout.quantize
+        quantized = functools.partial(quantize.quantized, name=name) if name else None
+        steps = [step for step in (self.merge, precision.weights(self.config.rollout.weights), quantized) if step]
+        return (lambda params: functools.reduce(lambda p, step: step(p), steps, params)) if steps else None
+
+    @cached_property
+    def policy_logprobs(self) -> Score:
+        """The teacher-forced pass, on packed microbatches of `pack_shape`."""
+        return self.policy_logprobs_of(self.pack_shape)
+
+    def policy_logprobs_of(self, shape: Layout) -> Score:
+        """The same, on microbatches of another shape."""
+        policy, pieces = self.config.policy, self.config.policy.head_pieces
+        if pieces == 0:
+            vocabulary = self.model.vocab_size // (1 if self.mesh is None else parts(self.mesh, *TRAINING["vocab"]))
+            pieces = piece_count(shape.rows * shape.responses // self.batch_shards, vocabulary, self.memory_bytes)
+        return make_score(
+            self.trained_model,
+            temperature=policy.temperature or self.config.rollout.temperature,
+            behavior_temperature=self.config.rollout.temperature,
+            head_float32=policy.head_float32,
+            dtype=DTYPES[policy.dtype],
+            remat=policy.remat,
+            pieces=pieces,
+            attention=self.attention(dtype=policy.dtype, length=shape.length).name,
+        )
+
+    @cached_property
+    def behavior_forward(self) -> Oracle:
+        """The rollout's own arithmetic, teacher-forced."""
+        return self.behavior_forward_of(self.pack_shape)
+
+    def behavior_forward_of(self, shape: Layout) -> Oracle:
+        """The same, on microbatches of another shape."""
+        c = self.config.rollout
+        return make_oracle(
+            self.behavior_model,
+            dtype=DTYPES[c.dtype],
+            attention=self.attention(dtype=c.dtype, length=shape.length).name,
+            weights=self.behavior_weights,
+            activations=precision.activations(c.activations),
+            head_float32=self.config.policy.head_float32,
+        )
+
+    def update_with(self, loss: BoundLoss, optimizer: optax.GradientTransformation, needs_exact: bool) -> Update:
+        """One optimizer step on a minibatch, with this loss and optimizer."""
+        c = self.config
+        return make_update(
+            self.policy_logprobs,
+            loss,
+            self.weights,
+            optimizer,
+            oracle=self.behavior_forward if needs_exact else None,
+            regions=self.shadow_losses,
+            count_tokens=self.model.vocab_size if c.log.tokens else 0,
+            noise_seed=c.seed if c.alp.sigma else None,
+        )
+
+    @cached_property
+    def update(self) -> Update:
+        """One optimizer step on a minibatch, with the config's own."""
+        return self.update_with(self.loss, self.optimizer, self.needs_exact)
+
+    # --- rollouts ---
+
+    @cached_property
+    def topk(self) -> int:
+        """K, how many tokens' log-probabilities the rollout records: rollout.tracked where something needs them."""
+        return self.config.rollout.tracked if "topk" in self.needed else 0
+
+    def rollout(self, *, topk: int | None = None) -> Rollout:
+        """The behavior policy, for training. `topk`: another K than the run's."""
+        c, model = self.config.rollout, self.model
+        topk = self.topk if topk is None else topk
+        if topk > model.vocab_size:
+            raise UserError(f"rollout.tracked = {topk} is more than the model's vocabulary of {model.vocab_size}")
+        if c.router_replay and not model.num_experts:
+            raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
+        return Rollout(
+            self.behavior_model,
+            group_size=c.group_size,
+            temperature=c.temperature,
+            tracked=topk,
+            weights=self.behavior_weights,
+            activations=precision.activations(c.activations),
+            record_experts=c.router_replay,
+            **self._rollout_settings(c.prompts * c.group_size, [self.config.data]),
+        )
+
+    def eval_rollout(self) -> Rollout:
+        """The policy as it is evaluated: its own temperature and truncation."""
+        c = self.config.eval
+        return Rollout(
+            self.model,
+            group_size=c.samples,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            weights=self.merge,
+            **self._rollout_settings(c.prompts * c.samples, list(c.sets.values())),
+        )
+
+    def _rollout_settings(self, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
+        """What training and evaluation share. The attention is one that takes the prompts of every data section."""
+        c = self.config.rollout
+        kernels = {self.attention(dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
+        return dict(
+            max_new_tokens=c.max_new_tokens,
+            eos_ids=self.text.eos_ids,
+            pad_id=self.text.pad_id,
+            dtype=DTYPES[c.dtype],
+            slots=min(c.slots, rows_count) if c.slots else None,
+            shards=self.batch_shards,
+            attention=kernels.pop() if len(kernels) == 1 else "xla",
+            unrolled=self.platform != "tpu",
+            head_float32=self.config.policy.head_float32,
+        )
+
+    def published_axes(self, published: Params) -> Params:
+        """Logical axis names of what the rollout holds."""
+        axes = param_axes(self.behavior_model)
+        return axes | ({"head_float32": ("vocab", "embed")} if "head_float32" in published else {})
+
+
+def _length_multiple(platform: str, length: int) -> int:
+    """Row lengths that the attention kernels of a platform work with, long ones in blocks of a good size."""
+    return {"tpu": 128 if length < 4096 else 512, "gpu": 64}.get(platform, 1)
+
+
+def model_directory(config: ConfigDict) -> Path:
+    """policy.path, which must be set."""
+    if not config.policy.path:
+        raise UserError("policy.path is empty: set it to a Hugging Face model directory")
+    return user_path(config.policy.path, "policy.path")
