@@ -7,7 +7,8 @@ from typing import Any
 
 from dppo_jax.data.examples import Example, Task, answer_task
 from dppo_jax.errors import UserError, first_line
-from dppo_jax.rewards.verifiers import VERIFIERS, answer_fault
+from dppo_jax.rewards.labels import check_labels
+from dppo_jax.rewards.verifiers import VERIFIERS, text_fault
 
 
 def load_jsonl(
@@ -60,6 +61,7 @@ def _rows_task(file: Path, rows: list[tuple[int, Any]], size: int | None, verifi
     if not rows:
         raise UserError(f"{file} holds no rows")
     examples = [_row_example(f"{file}, row {number}", row, verifier) for number, row in rows[:size]]
+    check_labels(verifier, [(f"{file}, row {n}", e.answer) for (n, _), e in zip(rows, examples, strict=False)])
     return answer_task(file.name, examples, verifier)
 
 
@@ -79,7 +81,7 @@ def _row_example(where: str, row: Any, verifier: str) -> Example:
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
         raise UserError(f"{where}: 'answer' must be text or a number, not {answer!r:.80}")
-    fault = answer_fault(verifier, str(answer))
+    fault = text_fault(verifier, str(answer))
     if fault:
         raise UserError(f"{where}: the answer {answer!r} {fault}")
     prompt = row["prompt"] if "prompt" in row else tuple(dict(message) for message in row["messages"])
