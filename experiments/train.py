@@ -118,7 +118,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
         # A fresh state, or the last checkpoint's.
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.checkpoint.keep))
-        start = checkpoints.latest()
+        start, passed_over = checkpoints.newest_whole()
         ahead: RolloutBatch | None = None  # drawn a step early
         if start is None:
             start, state = 0, build.begin(config, model, load_params(directory)[1], shardings)
@@ -148,6 +148,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             past.extend(found.get("past", []))
             if critic:
                 critic.resume(found["critic"])
+        changes = passed_over + changes
         if config.rollout.lag and not past:
             past.append(copy(state.params))
         reference: Params = {}
