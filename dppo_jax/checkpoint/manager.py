@@ -236,10 +236,11 @@ class Checkpoints:
         step, self._saving = self._saving[0], None
         if is_writer():
             _delete_left(self._folder)
+        why = reason(error) if self._folder.is_dir() else "the folder was deleted"
         newest = newest_by_size(self._folder)
         self._newest = Newest(newest, [])
         kept = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
-        return UserError(f"checkpoint {step} could not be written to {str(self._folder)!r}: {reason(error)}; {kept}")
+        return UserError(f"checkpoint {step} could not be written to {str(self._folder)!r}: {why}; {kept}")
 
     def _set_aside(self, step: int) -> Path:
         try:
