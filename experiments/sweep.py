@@ -174,11 +174,17 @@ class Sweep:
             checkpoints = logs.enter_context(Checkpoints(self._workdir, keep=self.config.checkpoint.keep))
             state = self._fresh(self._params)
             lag, past = self.config.rollout.lag, [self._copy(state)] if self.config.rollout.lag else []
-            start = checkpoints.latest() or 0
-            if start:
-                updates = start * self.config.train.epochs * self.config.train.minibatches
+
+            def wanted(step: int) -> dict[str, Any]:
+                updates = step * self.config.train.epochs * self.config.train.minibatches
                 extras = {"past": past * min(updates + 1, lag + 1)} if lag else {}
-                found = checkpoints.restore(start, jax.eval_shape(lambda: state.saved(**extras)))
+                return jax.eval_shape(lambda: state.saved(**extras))
+
+            resumed = checkpoints.resume(wanted)
+            start, found = resumed.step or 0, resumed.state
+            for note in resumed.notes:
+                print(note, file=sys.stderr)
+            if start:
                 state = type(state)(found["params"], found["opt_state"], found["updates"])
                 past = list(found.get("past", []))
             writers = []
@@ -192,6 +198,7 @@ class Sweep:
             if left_out := self._streams[self.runs[0].seed].left_out:
                 print(f"data: {left_out}", file=sys.stderr)
             for step in range(start, self.config.steps):
+                checkpoints.check()
                 began = time.perf_counter()
                 state, past, scalars = self._step(state, past, step)
                 seconds = time.perf_counter() - began
@@ -269,7 +276,10 @@ class Sweep:
 def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto") -> None:
     """Trains the runs from their last checkpoint to the end; a sweep that is finished stays as it is."""
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-        if checkpoints.latest() == config.steps:
+        step, notes = checkpoints.newest_whole()
+        for note in notes:
+            print(note, file=sys.stderr)
+        if step == config.steps:
             return
     sweep = Sweep(config, runs, workdir, over=over)
     try:
