@@ -107,13 +107,13 @@ def test_math_verify_in_workers(maths):
     rewards, counts = maths.submit(replies, examples).result()
     assert rewards.dtype == np.float32
     assert rewards.tolist() == [score for _, _, score in MATHS]
-    assert counts == {"killed": 0, "failed": 0}
+    assert counts == {"killed": 0, "failed": 0, "refused": 0}
 
 
 def test_math_verify_counts_an_answer_without_mathematics(maths):
     rewards, counts = maths.submit(["5", "5"], [Example("", "5"), Example("", "\\boxed{}")]).result()
     assert rewards.tolist() == [1, 0]
-    assert counts == {"killed": 0, "failed": 1}
+    assert counts == {"killed": 0, "failed": 1, "refused": 0}
 
 
 def test_math_verify_that_hangs_is_killed():
@@ -122,7 +122,7 @@ def test_math_verify_that_hangs_is_killed():
         replies = ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{7}"]
         rewards, counts = scorer.submit(replies, [Example("", "7")] * 2).result()
     assert rewards.tolist() == [0, 1]
-    assert counts == {"killed": 1, "failed": 0}
+    assert counts == {"killed": 1, "failed": 0, "refused": 0}
 
 
 def isolated(verify, **limits):
@@ -144,7 +144,7 @@ def test_a_verifier_over_its_limits_is_killed_counted_and_scores_zero(verify, ba
     with isolated(verify, **limits) as scorer:
         rewards, counts = scorer.submit(replies, [Example("", "7")] * 6).result()
     assert rewards.tolist() == [1, 0, 1, 0, 0, 1]
-    assert counts == {"killed": 2, "failed": 0}
+    assert counts == {"killed": 2, "failed": 0, "refused": 0}
 
 
 @pytest.mark.parametrize("where", ["workers", "thread"])
@@ -153,7 +153,7 @@ def test_a_verifier_that_raises_is_counted_and_scores_zero(where):
     with Scorer(task, workers=1, time_limit_s=20) as scorer:
         rewards, counts = scorer.submit(["fine", "raise", "nan"], [Example("", "")] * 3).result()
     assert rewards.tolist() == [1, 0, 0]
-    assert counts == {"killed": 0, "failed": 2}
+    assert counts == {"killed": 0, "failed": 2, "refused": 0}
 
 
 def test_a_cheap_verifier_runs_in_this_process_and_submit_returns_at_once():

@@ -80,7 +80,7 @@ def test_the_data_sets_own_scorer_runs_in_workers():
     with Scorer(task, workers=1, time_limit_s=60) as scorer:
         rewards, counts = scorer.submit(replies, task.examples).result()
     assert rewards.tolist() == [1, 0, 0, 1]
-    assert counts == {"killed": 0, "failed": 0}
+    assert counts == {"killed": 0, "failed": 0, "refused": 2}  # "x" and "1 +" are no arithmetic
 
 
 def test_a_scorer_that_cannot_read_the_reply_gives_zero():

@@ -1,10 +1,12 @@
 """reasoning-gym tasks, with every label checked at load. Reward workers import this, so no jax here."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
@@ -15,10 +17,11 @@ import numpy as np
 
 from dppo_jax.data.arithmetic import exact_value
 from dppo_jax.data.examples import Example, Task, answer_task
+from dppo_jax.data.grammar import is_answer
+from dppo_jax.data.wrong_answers import wrong_answers
 from dppo_jax.errors import UserError, first_line, lookup, nearest
-from dppo_jax.rewards.verifiers import answer_fault, extract_answer
-
-NONSENSE = "I do not know."  # no scorer may accept it
+from dppo_jax.rewards.labels import check_labels
+from dppo_jax.rewards.verifiers import REFUSED, extract_answer, text_fault
 
 # Families whose metadata holds the expression, and what to change where reasoning-gym labels it wrongly: 0.1.25
 # evaluates basic_arithmetic without parentheses from left to right, ignoring precedence, and prints another divisor
@@ -33,23 +36,33 @@ ARITHMETIC = {
 
 @dataclass(frozen=True)
 class GymVerifier:
-    """The data set's own scorer on the extracted answer, thresholded at 1.0: many give partial credit to nonsense.
+    """The data set's own scorer on the extracted answer, of which only a full score counts: many give partial credit
+    to nonsense, and some more than a full score to what is wrong.
 
-    Some of these scorers evaluate the reply as an expression: worker processes bound their time and memory, but are
-    no sandbox.
+    Nine of these scorers evaluate the reply. They are given it only where it is in the grammar of the set's answers
+    (`grammar.EVALUATED`), in which nothing can be named or called but the question's own algebra; any other reply is
+    not read: `REFUSED`, a 0 that is counted. So no reply runs as code. What an answer within the grammar may still do
+    is take long or much memory, which workers bound; they are closed in besides (`rewards.sandbox`).
     """
 
     name: str
     settings: str  # JSON
 
     def __call__(self, reply: str, example: Example) -> float:
-        scorer = _gym_dataset(self.name, self.settings)
-        try:
-            return float(scorer.score_answer(extract_answer(reply), example.meta["entry"]) >= 1.0)
-        except MemoryError:
-            raise
-        except Exception:  # what the scorer cannot read is not the answer
-            return 0.0
+        dataset = _gym_dataset(self.name, self.settings)
+        return full_score(dataset, self.name, extract_answer(reply), example.meta["entry"])
+
+
+def full_score(dataset, name: str, answer: str, entry: dict[str, Any]) -> float:
+    """1.0 where the data set's scorer gives exactly 1 to the answer; `REFUSED`, a 0, where it must not read it."""
+    if not is_answer(name, answer, entry):
+        return REFUSED
+    try:
+        return float(dataset.score_answer(answer, entry) == 1.0)
+    except MemoryError:
+        raise
+    except Exception:  # what the scorer cannot read is not the answer
+        return 0.0
 
 
 @functools.lru_cache(maxsize=4)
@@ -83,7 +96,8 @@ def load_reasoning_gym(
     except Exception as error:
         raise UserError(f"reasoning-gym {name!r} refuses data.settings={settings}: {first_line(error)}") from error
 
-    examples = []
+    examples: list[Example] = []
+    other: str | None = None  # the item before's label
     # list_functions draws from the global `random`, bf prints.
     with _global_randomness(seed), contextlib.redirect_stdout(io.StringIO()):
         for i in range(size):
@@ -94,22 +108,28 @@ def load_reasoning_gym(
                     f"reasoning-gym {name!r} cannot make item {i} with data.settings={settings}: {first_line(error)}"
                 ) from error
             _check_gym_label(name, i, dataset, entry, verifier)
+            if verifier == "task":
+                _check_scorer(name, i, dataset, entry, other)
+            if entry["answer"] is not None:
+                other = str(entry["answer"])
             answer = "" if entry["answer"] is None else str(entry["answer"])
             examples.append(Example(entry["question"], answer, {"entry": entry}))
     if verifier == "task":
         verify = GymVerifier(name, arguments)
         return Task(name, examples, verify, isolated=True, worker_imports=("reasoning_gym",))
+    labels = [(f"reasoning-gym {name!r}, item {i}", example.answer) for i, example in enumerate(examples)]
+    check_labels(verifier, labels)
     return answer_task(name, examples, verifier)
 
 
 def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier: str) -> None:
-    """Raises: UserError where the label is wrong, or the verifier could not tell a right answer from nonsense."""
+    """Raises: UserError where the label is wrong, or the verifier cannot accept it."""
     item, label = f"reasoning-gym {name!r}, item {i}", entry["answer"]
     if verifier != "task":
-        fault = "is missing" if label is None else answer_fault(verifier, str(label))
+        fault = "is missing" if label is None else text_fault(verifier, str(label))
         if fault:
             raise UserError(f"{item}: the answer {label!r:.60} {fault}; set data.verifier='task'")
-    if label is not None and not dataset.score_answer(label, entry) >= 1.0:
+    if label is not None and full_score(dataset, name, label, copy.deepcopy(entry)) != 1.0:
         raise UserError(
             f"{item}: the data set's own scorer does not accept the label {label!r:.60}; "
             "choose other data.settings or another data.name"
@@ -121,14 +141,19 @@ def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier
                 f"{item}: wrong label: {entry['metadata']['expression']} is {value}, but the label says {label}; "
                 f"{ARITHMETIC[name]}"
             )
-    if verifier == "task":
-        try:
-            accepts_nonsense = dataset.score_answer(NONSENSE, entry) >= 1.0
-        except Exception:
-            accepts_nonsense = False
-        if accepts_nonsense:
+
+
+def _check_scorer(name: str, i: int, dataset, entry: dict[str, Any], other: str | None) -> None:
+    """Raises: UserError where the data set's own scorer gives a wrong answer a full score. other: another label."""
+    label = None if entry["answer"] is None else str(entry["answer"])
+    for wrong in wrong_answers(name, label, other):
+        with warnings.catch_warnings(action="ignore"):
+            score = full_score(dataset, name, wrong, copy.deepcopy(entry))
+        if score == 1.0:
+            better = "" if label is None else "set data.verifier='exact_match', or "
             raise UserError(
-                f"{item}: the data set's own scorer gives {NONSENSE!r} a full score; set data.verifier='exact_match'"
+                f"reasoning-gym {name!r}, item {i}: the data set's own scorer gives the wrong answer {wrong!r:.60} "
+                f"a full score; {better}choose another data.name (the label is {label!r:.60})"
             )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from dppo_jax.data.examples import Example, Task, answer_task
 from dppo_jax.errors import UserError, first_line, nearest
 from dppo_jax.files import parse_json, user_path
-from dppo_jax.rewards.verifiers import VERIFIERS, answer_fault
+from dppo_jax.rewards.labels import check_labels
+from dppo_jax.rewards.verifiers import VERIFIERS, text_fault
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
@@ -168,6 +169,7 @@ def _rows_task(
     if not count:
         raise UserError(f"{file} holds no rows")
     examples = [_row_example(f"{file}, row {number}", row, verifier) for number, row in rows]
+    check_labels(verifier, [(example.where, example.answer) for example in examples])
     return answer_task(file.name, examples, verifier, {"blank": blank, "beyond_size": count - len(examples)})
 
 
@@ -183,7 +185,7 @@ def _row_example(where: str, row: Any, verifier: str) -> Example:
         raise UserError(f"{where}: has no 'answer'; {keys}")
     prompt = _text_prompt(where, row["prompt"]) if "prompt" in row else _messages(where, row["messages"])
     answer = _answer(where, row["answer"])
-    fault = answer_fault(verifier, answer)
+    fault = text_fault(verifier, answer)
     if fault:
         raise UserError(f"{where}: the answer {_shown(row['answer'])} {fault}")
     meta = {key: value for key, value in row.items() if key not in OWN_KEYS}

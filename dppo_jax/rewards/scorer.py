@@ -1,26 +1,30 @@
 """Scores replies on the host, while the device works: cheap verifiers in a thread, the others in worker processes."""
 
-import importlib
-import math
 import os
 import pickle
-import signal
 import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from pathlib import Path
 
 import numpy as np
 from pebble import ProcessExpired, ProcessPool
 
-from dppo_jax.data.examples import Example, Task, Verify
-from dppo_jax.errors import UserError
+from dppo_jax.data.examples import Example, Task
+from dppo_jax.errors import UserError, first_line
+from dppo_jax.rewards import worker
+from dppo_jax.rewards.worker import Outcome
 
-OUT_OF_MEMORY = 77  # exit status of a worker that hit its limit
+MAX_TIME_LIMIT_S = 3600.0  # for one reply: beyond it nobody waits, and timers overflow
+MIN_MEMORY_LIMIT_MIB = 64  # below it a worker cannot even read its task
+REPLIES_PER_WORKER = 500  # then it is replaced, and with it what its libraries remember
+
+_COUNTED = ("killed", "failed", "refused")
+_LOOK_S = 1.0  # how often a wait asks whether the workers are still there
+_START_LOOKS = 300  # looks without any reply scored, beyond a reply's time limit, after which none will be
+_FORK_SERVER_GONE = 255  # the exit status of every worker whose fork server ended
 
 _preload: set[str] = set()  # one fork server serves all scorers of a program
 
@@ -28,77 +32,117 @@ _preload: set[str] = set()  # one fork server serves all scorers of a program
 class Pending:
     """Scores that may still be in the making."""
 
-    def __init__(self, futures: Sequence[Future]):
-        self._futures = futures
+    def __init__(self, futures: Sequence[Future], check: Callable[[int], None], done: Callable[[], int]):
+        """check: raises where no more scores will come, given the looks since the last; done: scores so far."""
+        self._futures, self._check, self._done = futures, check, done
 
     def result(self) -> tuple[np.ndarray, dict[str, int]]:
         """Waits; returns (rewards f32[B], counts).
 
-        counts: "killed" verifiers that ran over their time or memory, "failed" ones that raised an error or returned
-        no finite number. Both score 0.
+        counts: "killed" verifiers that ran over their time or memory, "failed" ones that raised anything or returned
+        no finite number, "refused" replies that were not read, not being in the grammar of the answers. All score 0.
+        Raises: UserError where the workers themselves cannot do their work.
         """
-        rewards: np.ndarray = np.zeros(len(self._futures), np.float32)
-        counts = {"killed": 0, "failed": 0}
-        for i, future in enumerate(self._futures):
-            try:
-                reward = float(future.result())
-            except BrokenProcessPool:
-                raise
-            except (TimeoutError, ProcessExpired):
-                counts["killed"] += 1
-            except Exception:
-                counts["failed"] += 1
-            else:
-                if math.isfinite(reward):
-                    rewards[i] = reward
-                else:
-                    counts["failed"] += 1
-        return rewards, counts
+        outcomes = list(self.outcomes())
+        counts = {kind: sum(outcome.kind == kind for outcome in outcomes) for kind in _COUNTED}
+        return np.array([outcome.score for outcome in outcomes], np.float32), counts
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What became of each reply, in order; waits for each. UserError as of `result`."""
+        return map(self._outcome, self._futures)
+
+    def _outcome(self, future: Future) -> Outcome:
+        quiet, before = 0, self._done()
+        while not wait([future], timeout=_LOOK_S).done:
+            quiet = quiet + 1 if self._done() == before else 0
+            before = self._done()
+            self._check(quiet)
+        error = future.exception()
+        if isinstance(error, TimeoutError):
+            return Outcome("killed")
+        if isinstance(error, ProcessExpired) and error.exitcode != _FORK_SERVER_GONE:
+            return Outcome("killed")
+        if error is not None:
+            raise _broken(error)
+        outcome: Outcome = future.result()
+        if outcome.kind == "broken":
+            raise UserError(f"the reward workers cannot start: {outcome.said}")
+        return outcome
 
 
 class Scorer:
     """Runs a task's verifier on many replies at once.
 
     An isolated task is scored by worker processes, each reply within time_limit_s (seconds) and memory_limit_mib
-    (MiB beyond what a worker starts with; enforced on Linux). A worker over a limit is killed and replaced. Other
-    tasks are scored in one thread of this process, without limits. Close it, or use it in a `with`.
+    (MiB beyond what a worker starts with; enforced on Linux), closed in as `sandbox` says. A worker over a limit is
+    killed and replaced; one whose verifier failed is replaced too, and every one after REPLIES_PER_WORKER replies.
+    Other tasks are scored in one thread of this process, without limits. Close it, or use it in a `with`.
     """
 
     def __init__(self, task: Task, *, workers: int, time_limit_s: float, memory_limit_mib: int = 1024):
         if workers < 1:
             raise UserError(f"reward.workers must be at least 1, not {workers}")
-        if not time_limit_s > 0:
-            raise UserError(f"reward.time_limit_s must be positive, not {time_limit_s}")
-        if memory_limit_mib < 1:
-            raise UserError(f"the memory limit of reward workers must be at least 1 MiB, not {memory_limit_mib}")
-        self._verify, self._time_limit_s = task.verify, time_limit_s
-        self._thread = None if task.isolated else ThreadPoolExecutor(1, thread_name_prefix="scorer")
-        self._pool = None
-        if task.isolated:
-            pickle.dumps(task.verify)  # what cannot travel to a worker fails here, not in every score
-            context = _Context()
-            imports = (__name__, *task.worker_imports)
-            _preload.update(imports)  # into the fork server, so that a replaced worker starts at once
-            context.set_forkserver_preload(sorted(_preload))
-            self._pool = ProcessPool(
-                max_workers=workers,
-                initializer=_start_worker,
-                initargs=(imports, memory_limit_mib * 2**20),
-                context=context,
+        if not 0 < time_limit_s <= MAX_TIME_LIMIT_S:
+            raise UserError(
+                f"reward.time_limit_s must be positive and at most {MAX_TIME_LIMIT_S:g} seconds, not {time_limit_s}"
             )
-            self._pool.schedule(os.getpid)  # starts the workers now, while the device compiles
+        if memory_limit_mib < MIN_MEMORY_LIMIT_MIB:
+            raise UserError(
+                f"memory_limit_mib of reward workers must be at least {MIN_MEMORY_LIMIT_MIB}, not {memory_limit_mib}"
+            )
+        self._verify, self._time_limit_s, self._scored = task.verify, time_limit_s, 0
+        self._thread = None if task.isolated else ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._pool = self._start(task, workers, memory_limit_mib) if task.isolated else None
+
+    def _start(self, task: Task, workers: int, memory_limit_mib: int) -> ProcessPool:
+        pickle.dumps(task.verify)  # what cannot travel to a worker fails here
+        context = _Context()
+        imports = (worker.__name__, *task.worker_imports)
+        _preload.update(imports)  # into the fork server, so that a replaced worker starts at once
+        context.set_forkserver_preload(sorted(_preload))
+        pool = ProcessPool(
+            max_workers=workers,
+            max_tasks=worker.Replies(REPLIES_PER_WORKER),
+            initializer=worker.start,
+            initargs=(imports, memory_limit_mib * 2**20),
+            context=context,
+        )
+        try:
+            pool.schedule(os.getpid)  # starts the workers now, while the device compiles
+        except (OSError, RuntimeError) as error:
+            raise _broken(error) from error
+        return pool
 
     def submit(self, replies: Sequence[str], examples: Sequence[Example]) -> Pending:
-        """Starts scoring replies[i] against examples[i] and returns at once."""
+        """Starts scoring replies[i] against examples[i] and returns at once. UserError as of `Pending.result`."""
         if len(replies) != len(examples):
             raise ValueError(f"{len(replies)} replies for {len(examples)} examples")
-        if self._thread is not None:
-            thread = self._thread
-            return Pending([thread.submit(self._verify, *pair) for pair in zip(replies, examples, strict=True)])
-        assert self._pool is not None
+        pairs = list(zip(replies, examples, strict=True))
         limit = self._time_limit_s
-        jobs = [(limit, self._verify, reply, example) for reply, example in zip(replies, examples, strict=True)]
-        return Pending([self._pool.schedule(_verify_in_worker, job, timeout=limit) for job in jobs])
+        try:
+            if self._thread is not None:
+                futures = [self._thread.submit(worker.attempt_here, self._verify, *pair) for pair in pairs]
+            else:
+                assert self._pool is not None
+                jobs = [(limit, self._verify, *pair) for pair in pairs]
+                futures = [self._pool.schedule(worker.score_one, job, timeout=limit) for job in jobs]
+        except (OSError, RuntimeError) as error:
+            raise _broken(error) from error
+        for future in futures:
+            future.add_done_callback(self._count)
+        return Pending(futures, self._check, lambda: self._scored)
+
+    def _count(self, _: Future) -> None:
+        self._scored += 1
+
+    def _check(self, quiet: int) -> None:
+        """UserError where a pending score will never come. quiet: looks in which none came."""
+        if self._pool is None:
+            return
+        if not self._pool.active:
+            raise _broken(RuntimeError("they have stopped"))
+        if quiet > _START_LOOKS + self._time_limit_s / _LOOK_S:
+            raise _broken(RuntimeError("none answers"))
 
     def close(self) -> None:
         """Stops the workers; scores still pending are lost."""
@@ -115,30 +159,15 @@ class Scorer:
         self.close()
 
 
-def _start_worker(imports: Sequence[str], memory_limit: int) -> None:
-    """Runs once in every worker: loads what verifying needs, then sets the limit (bytes) on what it may add."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
-    for module in imports:
-        importlib.import_module(module)
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        import resource
-
-        in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = in_use + memory_limit
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
-def _verify_in_worker(time_limit_s: float, verify: Verify, reply: str, example: Example) -> float:
-    signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
-    try:
-        return verify(reply, example)
-    except MemoryError:
-        time.sleep(0.3)  # pebble must have noted which task this worker had before it finds the worker gone
-        os._exit(OUT_OF_MEMORY)
-    finally:
-        signal.alarm(0)
+def _broken(error: BaseException) -> UserError:
+    """An error of the machinery: no reply's fault, and no reply's 0."""
+    if isinstance(error, ProcessExpired):
+        said = "the process that starts them ended"
+    elif isinstance(error, BrokenProcessPool):
+        said = f"one ended, or could not be started ({first_line(error.__cause__ or error)})"
+    else:
+        said = f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"the reward workers failed: {said}; start again, and the run goes on from its last checkpoint")
 
 
 class _Process(ForkServerProcess):

@@ -1,9 +1,10 @@
 """Verifiers: pure functions (reply, answer) -> 1.0 or 0.0. Imported by worker processes, so no jax here."""
 
-import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
+
+from dppo_jax.rewards import maths
 
 _MINUS = "-\u2212\u2013"  # hyphen, minus sign, en dash
 _GROUP = ",\u2009\u202f"  # comma, thin space, narrow no-break space between groups of three digits
@@ -15,14 +16,42 @@ _NUMBER = re.compile(
          (?: [eE][+-]?[0-9]{{1,4}} (?![0-9]) )?""",
     re.VERBOSE,
 )
+_THINK = re.compile("</?think>")
 _TO_PLAIN = str.maketrans({**dict.fromkeys(_MINUS, "-"), **dict.fromkeys(_GROUP + "\\$", None)})
 
 
+class Refused(float):
+    """A score of a reply that was not read, because it is not in the grammar of the answers."""
+
+
+REFUSED = Refused(0.0)
+
+
 def extract_answer(reply: str) -> str:
-    """The text of the last <answer>...</answer>, or else the whole reply; stripped."""
-    end = reply.rfind("</answer>")
-    start = reply.rfind("<answer>", 0, max(end, 0))
-    return (reply if start < 0 else reply[start + len("<answer>") : end]).strip()
+    """The text of the last <answer>...</answer> outside the thought, or else all that is outside it; stripped.
+
+    The thought stands in <think>...</think>. One that is never closed runs to the end; a </think> that nothing opened
+    ends a thought that the prompt began. An <answer> that is never closed is text like any other. Linear time.
+    """
+    text = _without_thought(reply)
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start >= 0:
+        start += len("<answer>")
+        text = text[start : text.index("</answer>", start)]
+    return text.strip()
+
+
+def _without_thought(reply: str) -> str:
+    kept: list[str] = []
+    start, thinking = 0, False
+    for tag in _THINK.finditer(reply):
+        if tag[0] == "<think>" and not thinking:
+            kept.append(reply[start : tag.start()])
+            thinking = True
+        elif tag[0] == "</think>":
+            kept = kept if thinking else []
+            start, thinking = tag.end(), False
+    return "".join(kept) if thinking else "".join(kept) + reply[start:]
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -31,14 +60,14 @@ def exact_match(reply: str, answer: str) -> float:
 
 
 def last_number(reply: str, answer: str) -> float:
-    """1.0 where the last number in the reply equals the answer exactly, as decimals: 0.50 is .5, 1,000 is 1e3.
+    """1.0 where the extracted answer's last number equals the label exactly, as decimals: 0.50 is .5, 1,000 is 1e3.
 
     Raises: ValueError where the answer is not one number.
     """
     expected = as_number(answer)
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not a number")
-    found = _NUMBER.findall(_plain(reply))
+    found = _NUMBER.findall(_plain(extract_answer(reply)))
     return float(bool(found) and Decimal(found[-1].translate(_TO_PLAIN)) == expected)
 
 
@@ -53,19 +82,22 @@ def _plain(text: str) -> str:
 
 
 def math_verify(reply: str, answer: str) -> float:
-    """1.0 where the mathematics in the reply equals the answer's, by the library math-verify.
+    """1.0 where the mathematics in the extracted answer equals the label's, by the library math-verify.
 
-    The answer is LaTeX with or without its dollar signs, or a plain number or expression. The library's own time
-    limits need the main thread's signals and are off: call this where something else can stop it (`scorer.Scorer`).
-    Raises: ValueError where no mathematics is found in the answer.
+    The label is LaTeX with or without its delimiters, or a plain number or expression. Of the reply's \\boxed the last
+    one counts. The library's own time limits need the main thread's signals and are off: call this where something
+    else can stop it (`scorer.Scorer`).
+    Raises: ValueError where no mathematics is found in the label.
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    expected = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=None)
+    expected = maths.read(answer)
     if not expected:
-        raise ValueError(f"math-verify finds no mathematics in the answer {answer!r}")
-    return float(verify(expected, parse(reply, parsing_timeout=None), timeout_seconds=None))
+        raise ValueError(f"math-verify finds no mathematics in the answer {answer!r:.80}")
+    text = extract_answer(reply)
+    if maths.same_text(text, answer):
+        return 1.0
+    return float(verify(expected, maths.read_reply(text), timeout_seconds=None))
 
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
@@ -76,7 +108,17 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
 
 
 def answer_fault(verifier: str, answer: str) -> str | None:
-    """Why the verifier could never accept this answer, as the end of a sentence; None where it could."""
+    """Why the verifier could never accept this answer, as the end of a sentence; None where it could.
+
+    For math_verify this starts a worker; `labels.answer_faults` takes many answers at once.
+    """
+    from dppo_jax.rewards.labels import answer_faults  # which imports this module
+
+    return answer_faults(verifier, [answer])[0]
+
+
+def text_fault(verifier: str, answer: str) -> str | None:
+    """The same, as far as it can be told without reading mathematics."""
     if not answer.strip():
         return "is empty"
     if verifier == "last_number" and as_number(answer) is None:

@@ -1,0 +1,202 @@
+"""Whether a checkpoint on disk is whole: every file's size and SHA-256, written into the step's folder with it.
+
+`seal` runs before orbax renames the finished folder to its step, so that a step is there with its manifest or not at
+all. What earlier versions wrote has none: a flipped bit in their arrays cannot be told. Nothing here imports jax.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dppo_jax.errors import UserError
+from dppo_jax.files import read_json_object
+
+NAME = "manifest.json"
+MARK = {"manifest": NAME}  # in orbax's own metadata of a step: its manifest must be there
+THREADS = 8  # hashing frees the interpreter
+
+_METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of the commit into it after the manifest
+_COMMIT_TIME = "commit_timestamp_nsecs"
+_STEP = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
+_LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # by a kill
+
+
+class Entries(NamedTuple):
+    """What the folder of all checkpoints holds."""
+
+    steps: list[int]  # increasing
+    left: list[str]  # half written or half deleted when a run was killed
+    others: list[str]  # no step's
+
+
+def entries(folder: Path) -> Entries:
+    """By name alone. UserError where the folder cannot be read."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from None
+    steps = sorted(int(name) for name in names if _STEP.fullmatch(name))
+    left = [name for name in names if _LEFT.fullmatch(name)]
+    others = [name for name in names if not _STEP.fullmatch(name) and not _LEFT.fullmatch(name)]
+    return Entries(steps, left, others)
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is a step's, without leading zeros."""
+    return _STEP.fullmatch(name) is not None
+
+
+def seal(folder: Path, step: int, about: dict[str, Any]) -> None:
+    """Writes the manifest of a step's folder, whose files are all there, to disk. OSError."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if name not in (NAME, _METADATA)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(lambda name: _digest(folder / name), names))
+    sizes = [(folder / name).stat().st_size for name in names]
+    body = {
+        "step": step,
+        "about": about,
+        "metadata": _metadata(folder / _METADATA),
+        "files": dict(zip(names, zip(sizes, digests, strict=True), strict=True)),
+    }
+    with open(folder / NAME, "w", encoding="utf-8") as file:
+        json.dump(body | {"sha256": _of_body(body)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What was stored with a step; {} without a manifest. UserError where the manifest is damaged."""
+    return _read(folder)["about"] if (folder / NAME).exists() else {}
+
+
+def sealed(folder: Path) -> bool:
+    """Whether a step's folder has a manifest."""
+    return (folder / NAME).is_file()
+
+
+def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
+    """What is wrong with a step's folder, its file named from the run's folder on; None: nothing is.
+
+    Every byte is read, or with read=False the files' sizes alone. Without a manifest the arrays' bytes are not checked.
+    """
+    try:
+        if not folder.is_dir():
+            return f"{_named(folder)} is no folder"
+        if not any(folder.iterdir()):
+            return f"{_named(folder)} is empty"
+        if not (folder / NAME).exists():
+            return _without_manifest(folder)
+        body = _read(folder)
+        if body["step"] != step:
+            return f"{_named(folder / NAME)} is that of step {body['step']}"
+        if body["metadata"] != _metadata(folder / _METADATA):
+            return f"{_named(folder / _METADATA)}: its entries are not those written"
+        return _first(folder, body["files"], read)
+    except OSError as error:
+        return f"{_named(Path(error.filename or folder))} cannot be read: {error.strerror}"
+    except UserError as error:
+        return str(error)
+
+
+def _without_manifest(folder: Path) -> str | None:
+    """Earlier versions wrote none; the mark in orbax's metadata says that there was one."""
+    for path in folder.rglob("*"):
+        if not path.is_file() and not path.is_dir():  # such as a pipe, which would be waited for
+            return f"{_named(path)} is no file"
+    try:
+        marked = (_metadata(folder / _METADATA).get("custom_metadata") or {}).get("manifest") == NAME
+    except (OSError, UserError, AttributeError):
+        marked = False
+    return f"{_named(folder / NAME)} is missing" if marked else None
+
+
+def _first(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
+    """The first file that is not as it was written."""
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{_named(path)} is missing"
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{_named(path)} is no file"
+        if found.st_size != size:
+            return f"{_named(path)} has {found.st_size} bytes, not the {size} written"
+    if not read:
+        return None
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests: Iterable[str] = pool.map(lambda name: _digest(folder / name), files)
+        for (name, (_, digest)), found_digest in zip(files.items(), digests, strict=True):
+            if digest != found_digest:
+                pool.shutdown(cancel_futures=True)
+                return f"{_named(folder / name)}: its bytes are not those written"
+    return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """UserError where the manifest is not as it was written."""
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(f"{_named(path)} is no file")
+    try:
+        body = read_json_object(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), _named(path))) from None
+    if body.pop("sha256", None) != _of_body(body):
+        raise UserError(f"{_named(path)}: its bytes are not those written")
+    return body
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Orbax's metadata of a step, but for the time of the commit. OSError, UserError."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{_named(path)} is no file")
+    try:
+        found = read_json_object(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), _named(path))) from None
+    return {name: value for name, value in found.items() if name != _COMMIT_TIME}
+
+
+def _of_body(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _named(path: Path) -> str:
+    """A path inside WORKDIR/checkpoints, from there on."""
+    parts = path.parts
+    if "checkpoints" not in parts:
+        return str(path)
+    return "/".join(parts[len(parts) - 1 - parts[::-1].index("checkpoints") :])
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that it holds; by another name first, lest a kill leave half. OSError."""
+    if path.is_dir() and not path.is_symlink():
+        if not _LEFT.fullmatch(path.name):
+            path = path.rename(path.with_name(f"{path.name}.deleted"))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def set_aside(folder: Path, place: Path) -> Path:
+    """Moves a step's folder into the folder `place`, under its name or the next free one; where it is then. OSError."""
+    place.mkdir(exist_ok=True)
+    target, number = place / folder.name, 1
+    while os.path.lexists(target):
+        target, number = place / f"{folder.name}.{number}", number + 1
+    shutil.move(folder, target)
+    return target

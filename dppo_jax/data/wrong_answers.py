@@ -1,0 +1,92 @@
+"""Wrong answers made from right ones, to ask of a data set's own scorer whether it tells them apart."""
+
+import re
+from collections.abc import Iterator
+
+NONSENSE = "I do not know."
+
+# Sets whose questions have several right answers, so that another text may be right.
+SEVERAL_ANSWERS = frozenset(
+    {
+        "boxnet",
+        "codeio",
+        "countdown",
+        "cryptarithm",
+        "graph_color",
+        "intermediate_integration",
+        "jugs",
+        "kakurasu",
+        "knight_swap",
+        "n_queens",
+        "palindrome_generation",
+        "polynomial_multiplication",
+        "propositional_logic",
+        "puzzle24",
+        "quantum_lock",
+        "rubiks_cube",
+        "rush_hour",
+        "shortest_path",
+        "simple_integration",
+        "sokoban",
+        "tower_of_hanoi",
+        "word_ladder",
+    }
+)
+GIVEN_NUMBERS = frozenset({"countdown", "puzzle24"})  # an expression in other numbers than the question's is wrong
+
+_NUMBER = re.compile(r"(?:(?<![^\s(\[,;:=])-)?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
+_OPPOSITES = {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}
+_FAR = 0.1  # relative: scorers may round, and need not agree on the last digits
+
+
+def wrong_answers(name: str, label: str | None, other: str | None) -> Iterator[str]:
+    """Texts that are certainly wrong where the data set `name` has this label (None: it gives none).
+
+    other: another item's label, or None. What may be the same answer in another form is left out.
+    """
+    yield from (text for text in (NONSENSE, "nan", "inf", "-inf") if label is None or says_other(text, label))
+    if label is None:
+        return
+    if numbers(label):
+        yield from (text for text in ("0", "") if says_other(text, label))
+    elif label.strip():
+        yield ""
+    if name in GIVEN_NUMBERS and other is not None and sorted(numbers(other)) != sorted(numbers(label)):
+        yield other
+    if name in SEVERAL_ANSWERS:
+        return
+    changed = {label[:-1], label[1:], label[: len(label) // 2], _digit_changed(label), _OPPOSITES.get(label, "")}
+    if other is not None:
+        changed.add(other)
+    if _NUMBER.fullmatch(label):
+        changed |= {label.lstrip("-") if label.startswith("-") else f"-{label}", label + label}
+    elif label.isalpha():
+        changed.add(label + label)
+    yield from sorted(text for text in changed if text.strip() and says_other(text, label))
+
+
+def says_other(text: str, label: str) -> bool:
+    """Whether the text certainly answers something else: other numbers; or, without any, other letters, or signs."""
+    expected = numbers(label)
+    if expected:
+        found = numbers(text)
+        return len(found) != len(expected) or any(map(_far, found, expected))
+    letters = _letters(label)
+    return _letters(text) != letters if letters else "".join(text.split()) != "".join(label.split())
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in _NUMBER.findall(text)]
+
+
+def _far(found: float, expected: float) -> bool:
+    return not abs(found - expected) <= _FAR * max(abs(found), abs(expected))
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalpha, text.casefold()))
+
+
+def _digit_changed(label: str) -> str:
+    """The first digit that is not 0 is another one."""
+    return re.sub("[1-9]", lambda digit: str((int(digit[0]) + 4) % 9 + 1), label, count=1)

@@ -1,0 +1,161 @@
+"""Mathematics in text, as sympy expressions, by the library math-verify. Reward workers import this, so no jax here."""
+
+import logging
+import re
+from typing import Any
+
+_DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_BOX = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_PERCENT = re.compile(r"\s*\\?%")
+_PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("``", "``"), ("`", "`"))
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_NO_WORD = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_WORD = re.compile("[a-zA-Z]{2}")
+_MATHS = re.compile(r"(?<!\\)\$((?:\\.|[^$\\\n])+)\$")
+_SAID = re.compile(r"answer\s*(?:is|:)\s*:?([^\n]{1,300})$", re.IGNORECASE)
+_NESTED = 4  # delimiters around delimiters that are taken off
+_LONGEST = 300  # characters of a reply that may be read as one expression without delimiters
+
+# What math-verify reads as something else, or not at all, written so that it can.
+_REWRITE = (
+    (re.compile(r"(-?)\s*[\u00a3\u20ac\u00a5\u20b9]\s*(?=[\d.])"), r"\1"),  # currencies but the dollar
+    (re.compile(r"(-?\d+)\s+(\d+)\s*/\s*(\d+)$"), r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (re.compile(r"(-?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,3})$"), r"\1\\times 10^{\2}"),  # 1e5
+)
+_THOUSANDS = re.compile(r"(?<=\d)(?:,?\\[,;:! ]|\{,\}|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
+_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\s*(?:\{(\d{1,50})\}|(\d))$")  # 0.1\overline{6}
+_SYMBOLS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u00b0": "^\\circ ",
+        "\u03c0": "\\pi ",
+        "\u221e": "\\infty ",
+        "\u00d7": "\\times ",
+        "\u00b7": "\\cdot ",
+        "\u2264": "\\le ",
+        "\u2265": "\\ge ",
+        "\u222a": "\\cup ",
+        "\u00bd": "\\frac{1}{2}",
+        "\u00bc": "\\frac{1}{4}",
+        "\u00be": "\\frac{3}{4}",
+    }
+)
+
+
+def read(text: str) -> list[Any]:
+    """The expression that the whole text is, with or without its delimiters: [expression, its LaTeX], or [].
+
+    Without a time limit: sympy may work for years on a tower of powers.
+    """
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Basic, MatrixBase
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    text = _rewritten(bare(text))
+    if not text:
+        return []
+    wrapped = text if _DELIMITER.search(text) else f"${text} $" if text.endswith("\\") else f"${text}$"
+    found = parse(wrapped, [LatexExtractionConfig()], parsing_timeout=None)
+    return found if any(isinstance(one, Basic | MatrixBase) for one in found) else []
+
+
+def read_reply(text: str) -> list[Any]:
+    """The last \\boxed of a reply, or the expression that it is, or else what math-verify finds in its prose."""
+    from math_verify import parse
+
+    boxed = last_box(text)
+    if boxed is not None:
+        return read(boxed)
+    for part in (text, said_last(text)):
+        if _is_expression(part):
+            found = read(part)
+            if found:
+                return found
+    if "$" in text.replace("\\$", ""):
+        text = _MATHS.sub(lambda maths: f"${_rewritten(maths[1])}$", text)
+    else:
+        text = _THOUSANDS.sub("", text.replace("\\$", "").replace("`", " ").replace("\u2212", "-"))
+    return parse(text, parsing_timeout=None)
+
+
+def said_last(text: str) -> str:
+    """What follows "the answer is" in the last line; "" without it."""
+    found = _SAID.search(text[text.rfind("\n") + 1 :][-1000:])
+    return found[1] if found else ""
+
+
+def same_text(text: str, answer: str) -> bool:
+    """Whether both are the same words or signs, delimiters, \\text and upper case aside."""
+    wanted = _plain(answer)
+    return bool(wanted) and wanted in (_plain(text), _plain(said_last(text)))
+
+
+def _plain(text: str) -> str:
+    return _TEXT.sub(r"\1", bare(text)).casefold()
+
+
+def last_box(text: str) -> str | None:
+    """What stands in the \\boxed{...} that is closed last, a percent sign behind it included. Linear time."""
+    waiting: list[int] = []  # where the open braces' contents begin; -1 for those of no box
+    found = None
+    for token in _BOX.finditer(text):
+        if token[1]:
+            waiting.append(token.end())
+        elif token[0] == "{":
+            waiting.append(-1)
+        elif token[0] == "}" and waiting and (start := waiting.pop()) >= 0:
+            found = start, token.start()
+    if found is None:
+        return None
+    percent = _PERCENT.match(text, found[1] + 1)
+    return text[slice(*found)] + ("\\%" if percent else "")
+
+
+def bare(text: str) -> str:
+    """The text without the delimiters, bold or code marks, \\boxed and full stop that enclose all of it."""
+    text = " ".join(text.split())
+    text = text.rstrip("\\").rstrip()
+    for _ in range(_NESTED):
+        before = text
+        if text.endswith((".", ",", ";")) and not text.endswith(("\\right.", "\\,", "\\;")):
+            text = text[:-1].rstrip()
+        for left, right in _PAIRS:
+            inside = text[len(left) : -len(right)]
+            if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
+                if left not in inside.replace("\\$", "") and not inside.endswith("\\"):
+                    text = inside.strip()
+                    break
+        if text.startswith("\\boxed") and text.endswith("}") and text.count("\\boxed") == 1:
+            text = (last_box(text) or text).strip()
+        if text == before:
+            break
+    return text
+
+
+def _rewritten(text: str) -> str:
+    text = _THOUSANDS.sub("", text).translate(_SYMBOLS)
+    if len(_DOLLAR.findall(text)) == 1:  # a price
+        text = _DOLLAR.sub(r"\\$", text)
+    for pattern, better in _REWRITE:
+        found = pattern.match(text)
+        if found:
+            text = found.expand(better) + text[found.end() :]
+    return _REPEATING.sub(_fraction, text)
+
+
+def _fraction(found: re.Match) -> str:
+    """0.1\\overline{6} is 15/90."""
+    whole, once, period = found[1], found[2], found[3] or found[4]
+    numerator = int(f"0{whole}{once}{period}") - int(f"0{whole}{once}")
+    return f"\\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(once)}}}"
+
+
+def _is_expression(text: str) -> bool:
+    """Whether a reply without \\boxed is one short expression, and no prose."""
+    text = bare(text)
+    return (
+        0 < len(text) <= _LONGEST
+        and not _DELIMITER.search(text.replace("$", "", 1))
+        and not _WORD.search(_NO_WORD.sub(" ", text))
+    )

@@ -1,0 +1,100 @@
+"""What runs in a reward worker, one reply at a time. No jax here."""
+
+import importlib
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dppo_jax.data.examples import Example, Verify
+from dppo_jax.errors import first_line
+from dppo_jax.rewards import sandbox
+from dppo_jax.rewards.verifiers import Refused
+
+OUT_OF_MEMORY = 77  # exit status of a worker that hit its limit
+
+
+class Outcome(NamedTuple):
+    """What became of one reply.
+
+    kind: "scored", "refused" (not read: not in the grammar of the answers), "failed" (the verifier raised, or returned
+    no finite number), "killed" (over its time or memory), or "broken" (the worker could not start). All but the first
+    score 0.
+    """
+
+    kind: str
+    score: float = 0.0
+    said: str = ""
+
+
+_trouble = ""  # why this worker could not start
+_retiring = False  # whether this worker ends after the reply at hand
+
+
+class Replies(int):
+    """How many replies a worker scores before it is replaced; once one failed, no more.
+
+    pebble asks a worker `done < limit` before it takes another task.
+    """
+
+    def __gt__(self, done: int) -> bool:
+        return not _retiring and int(self) > done
+
+
+def start(imports: Sequence[str], memory_limit: int) -> None:
+    """Runs once in every worker: loads what verifying needs, then closes it in. memory_limit: bytes it may add."""
+    global _trouble
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
+        for module in imports:
+            importlib.import_module(module)
+        sandbox.close_in(memory_limit)
+    except BaseException as error:
+        _trouble = _described(error)
+
+
+def score_one(time_limit_s: float, verify: Verify, reply: str, example: Example) -> Outcome:
+    global _retiring
+    if _trouble:
+        return Outcome("broken", said=_trouble)
+    signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
+    try:
+        outcome = attempt(verify, reply, example)
+    except MemoryError:
+        time.sleep(0.3)  # pebble must have noted which task this worker had before it finds the worker gone
+        os._exit(OUT_OF_MEMORY)
+    finally:
+        signal.alarm(0)
+    _retiring = outcome.kind == "failed"  # whatever it left behind goes with the worker
+    return outcome
+
+
+def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
+    """Scores one reply. Whatever escapes the verifier, an exit too, is a failure of this reply; MemoryError passes."""
+    try:
+        score = verify(reply, example)
+        if isinstance(score, Refused):
+            return Outcome("refused")
+        number = float(score)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        return Outcome("failed", said=_described(error))
+    return Outcome("scored", number) if math.isfinite(number) else Outcome("failed", said=f"returned {number}")
+
+
+def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:
+    """The same in the program's own process."""
+    try:
+        return attempt(verify, reply, example)
+    except MemoryError as error:
+        return Outcome("failed", said=_described(error))
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {first_line(error)}"
+    except BaseException:  # an error that cannot be printed
+        return type(error).__name__
