@@ -19,7 +19,6 @@ from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
 from dppo_jax.packing import Layout
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import rows
 from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
 from experiments.run.load import load_prompts, load_setup
@@ -45,10 +44,8 @@ class Probe:
         if self.stream.left_out:
             print(f"data: {self.stream.left_out}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        by_row = rows(setup.mesh)
-        rollout = setup.rollout(topk=topk)
-        self._generate = jax.jit(rollout, in_shardings=(None, by_row, None), out_shardings=by_row)
-        self._assemble = jax.jit(assemble, out_shardings=by_row)
+        self._generate = setup.on_mesh(setup.rollout(topk=topk))
+        self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
         self._advantages = setup.advantages

@@ -77,10 +77,10 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
     check(config, runs)
     with contextlib.ExitStack() as stack:
         lead = load_setup(config_of(config, runs[0]), stack, on_mesh=False)
-        streams, scorer = {}, None
+        streams = {}
         for seed in sorted({run.seed for run in runs}):  # one stream of prompts a seed, one scorer for all
-            own = dataclasses.replace(lead, config=config_of(config, Run(runs[0].method, seed, 1.0)))
-            streams[seed], scorer = load_prompts(own, own.config.data, own.config.rollout.prompts, stack)
+            seeded = dataclasses.replace(lead, config=config_of(config, Run(runs[0].method, seed, 1.0)))
+            streams[seed], scorer = load_prompts(seeded, config.data, config.rollout.prompts, stack)
         mean = streams[runs[0].seed].mean_prompt_length
         setups = [dataclasses.replace(lead, config=config_of(config, run), mean_prompt=mean) for run in runs]
         # What is compiled is the lead's: each run's own rate is a factor of it.

@@ -24,7 +24,7 @@ from dppo_jax.models import save_hf
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params, init_params
 from dppo_jax.run_log import read_scalars
-from experiments.train import train
+from experiments.train import loop, train
 
 # Few digits among few characters: a model that knows nothing is right now and then.
 CHARACTERS = "012+-= ?abcdef"
@@ -235,7 +235,7 @@ def run(config: ConfigDict, folder: Path) -> Run:
         if event == "/jax/core/compile/backend_compile_duration":
             frame, step = sys._getframe(), None
             while frame is not None:
-                if frame.f_code is train.__code__:
+                if frame.f_code is loop.__code__:
                     step = frame.f_locals.get("step")
                 frame = frame.f_back
             compilations.append((about["fun_name"], step))

@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments.cli import load_config
+from experiments.run.cli import load_config
 from experiments.train import train
 
 

@@ -17,7 +17,7 @@ from dppo_jax import packing
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, jit_update
-from experiments import build
+from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.fixtures import EOS, PAD, TINY, random_params, small_config
 from tests.multi_device import largest_difference, parts, prompt_batch
 
@@ -29,20 +29,19 @@ def run(sizes, devices):
     config = small_config(Path("unused"), **numbers, **places)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        shardings = build.shardings(config, TINY, mesh)
-        state = build.begin(config, TINY, random_params(), shardings)
-        generate = build.on_mesh(build.rollout(config, TINY, build.Text(None, (EOS,), PAD), mesh), mesh)
         prompts = prompt_batch(config)
         widths = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
-        layout = build.layout(config, mesh, widths.mean())
-        update = jit_update(build.update(config, TINY, layout, mesh), shardings, mesh)
-        rollout = generate(state.policy, prompts, step_key(0, 0, build.ROLLOUT))
+        setup = Setup(config, TINY, mesh, Text(None, (EOS,), PAD), widths.mean())
+        state = setup.init_state(random_params())
+        generate = setup.on_mesh(setup.rollout())
+        update = jit_update(setup.update, setup.shardings, mesh)
+        rollout = generate(state.policy, prompts, step_key(0, 0, ROLLOUT))
         batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
         advantages = np.random.default_rng(2).normal(size=batch.tokens.shape[0]).astype(np.float32)
         batch = batch.replace(advantages=jax.device_put(jnp.asarray(advantages), rows(mesh)))
         lengths = np.asarray(rollout.response_mask).sum(axis=1)
-        for index in build.minibatches(config, 0):
-            state, _ = update(state, batch, packing.plan(index, widths, lengths, layout))
+        for index in setup.minibatches(0):
+            state, _ = update(state, batch, packing.plan(index, widths, lengths, setup.pack_shape))
         pieces = {name: parts(value) for name, value in state.params["layers"].items()}
         return np.asarray(rollout.tokens), *jax.device_get((state.params, state.frozen)), pieces
 

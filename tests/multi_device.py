@@ -25,7 +25,8 @@ from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch
-from experiments import build, checks
+from experiments.run import checks
+from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.fixtures import EOS, MOE, PAD, TINY, random_params, small_config
 
 ALONE = (1, 1, 1)
@@ -84,25 +85,24 @@ def run(sizes, devices, folder, case: Case):
     with jax.set_mesh(mesh):
         checks.check(config)
         checks.check_mesh(config, mesh, model)
-        optimizer = build.optimizer(config)
-        shardings = state_shardings(param_axes(model), optimizer, abstract_params(model), mesh)
-        state = init_state(case.params, optimizer, shardings)
-        start = jax.tree.map(np.asarray, state.params)
-        policy = build.rollout(config, model, build.Text(None, (EOS,), PAD), mesh)
-        generate = build.on_mesh(policy, mesh)
         prompts = prompt_batch(config)
         prompt_lengths = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
-        layout = build.layout(config, mesh, prompt_lengths.mean())
-        update = jit_update(build.update(config, model, layout, mesh), shardings, mesh)
-        key = step_key(0, 0, build.ROLLOUT)
+        setup = Setup(config, model, mesh, Text(None, (EOS,), PAD), prompt_lengths.mean())
+        shardings = state_shardings(param_axes(model), setup.optimizer, abstract_params(model), mesh)
+        state = init_state(case.params, setup.optimizer, shardings)
+        start = jax.tree.map(np.asarray, state.params)
+        policy = setup.rollout()
+        generate = setup.on_mesh(policy)
+        update = jit_update(setup.update, shardings, mesh)
+        key = step_key(0, 0, ROLLOUT)
         rollout = generate(state.params, prompts, key)
-        scanned = build.on_mesh(dataclasses.replace(policy, unrolled=False), mesh)(state.params, prompts, key)
+        scanned = setup.on_mesh(dataclasses.replace(policy, unrolled=False))(state.params, prompts, key)
         batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
         rewards = np.random.default_rng(2).integers(0, 2, size=batch.tokens.shape[0]).astype(np.float32)
-        advantages = jax.jit(build.advantages(config), out_shardings=rows(mesh))
+        advantages = jax.jit(setup.advantages, out_shardings=rows(mesh))
         batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
         lengths = np.asarray(rollout.response_mask).sum(axis=1)
-        plans = [packing.plan(index, prompt_lengths, lengths, layout) for index in build.minibatches(config, 0)]
+        plans = [packing.plan(index, prompt_lengths, lengths, setup.pack_shape) for index in setup.minibatches(0)]
         summaries = []
         for plan in plans:
             state, metrics = update(state, batch, plan)

@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh
 
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.sharding import MESH_AXES
-from experiments import checks, train
-from experiments.cli import load_config
+from experiments import train
+from experiments.run import checks
+from experiments.run.cli import load_config
 from tests.fixtures import (
     TINY,
     config_file,

@@ -7,8 +7,8 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
-from experiments import checks
-from experiments.cli import load_config
+from experiments.run import checks
+from experiments.run.cli import load_config
 from experiments.trace import trace
 from tests.golden.make_specs import specs
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from dppo_jax.data.prompts import encode_prompt, eos_ids, load_tokenizer
 from dppo_jax.models.hf import load_params, save_hf
 from dppo_jax.run_log import read_scalars
-from experiments import build, eval
+from experiments import eval
+from experiments.run.load import load_text
 from tests.fixtures import EOS, TINY, contents, hurried, run, run_config, tiny, tokenizer
 
 GENERATION, TOKENIZERS = "generation_config.json", ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -62,7 +63,7 @@ def test_evaluation_of_a_run_is_that_of_its_export(other_run):
     of_run = eval.evaluate(done.config, done.folder)
     export = done.folder / "policy"
     assert eval.evaluate(done.config, export) == of_run
-    assert build.text(export, TINY).eos_ids == build.text(model, TINY).eos_ids == (0, 1, 14, 15)
+    assert load_text(export, TINY).eos_ids == load_text(model, TINY).eos_ids == (0, 1, 14, 15)
     assert read_scalars(done.folder)["response/length_mean"][1].max() < 8
 
 
@@ -124,7 +125,7 @@ def test_every_eos_id_survives(base, tmp_path, name):
     edit(base / "config.json", eos_token_id=config)
     if generation is not None:
         (base / GENERATION).write_text(json.dumps(generation))
-    text = build.text(base, TINY)
+    text = load_text(base, TINY)
     for _ in range(2):  # over an older export as well
         save_hf(tmp_path / "out", *load_params(base), text.tokenizer, eos_ids=text.eos_ids, source=base)
         assert read(tmp_path / "out" / "config.json")["eos_token_id"] == in_config
@@ -132,7 +133,7 @@ def test_every_eos_id_survives(base, tmp_path, name):
         assert after["eos_token_id"] == in_generation
         for key, value in (generation or {}).items():
             assert key == "eos_token_id" or after[key] == value
-        assert build.text(tmp_path / "out", TINY).eos_ids == text.eos_ids
+        assert load_text(tmp_path / "out", TINY).eos_ids == text.eos_ids
 
 
 def test_what_another_model_left_behind_is_gone(base, tmp_path):
@@ -160,11 +161,11 @@ def test_what_another_model_left_behind_is_gone(base, tmp_path):
 
 def test_a_model_written_over_its_own_source(base):
     (base / GENERATION).write_text('{"eos_token_id": [0, 15]}')
-    before, ends = contents(base), build.text(base, TINY).eos_ids
+    before, ends = contents(base), load_text(base, TINY).eos_ids
     config, params = load_params(base)
     changed = jax.tree.map(lambda p: p + np.float32(1), params)
     save_hf(base, config, changed, load_tokenizer(base), eos_ids=ends, source=base)
-    assert build.text(base, TINY).eos_ids == ends == (0, 1, 15)
+    assert load_text(base, TINY).eos_ids == ends == (0, 1, 15)
     jax.tree.map(np.testing.assert_array_equal, load_params(base)[1], changed)
     assert contents(base).keys() == before.keys()
 
@@ -197,7 +198,7 @@ def test_a_kill_leaves_one_model_or_none(base, tmp_path, monkeypatch):
     (other / "chat_template.jinja").write_text("other")
     right = {}
     for name, source, weights in (("base", base, params), ("other", other, changed)):
-        text = build.text(source, TINY)
+        text = load_text(source, TINY)
         save_hf(tmp_path / name, config, weights, text.tokenizer, eos_ids=text.eos_ids, source=source)
         right[name] = contents(tmp_path / name)
     assert right["base"] != right["other"]
@@ -209,7 +210,7 @@ def test_a_kill_leaves_one_model_or_none(base, tmp_path, monkeypatch):
         shutil.copytree(other, out)
         shutil.copytree(tmp_path / "other", out, dirs_exist_ok=True)
         changes.clear()
-        text = build.text(base, TINY)
+        text = load_text(base, TINY)
         try:
             save_hf(out, config, params, text.tokenizer, eos_ids=text.eos_ids, source=base)
         except Killed:

@@ -18,7 +18,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.models.config import Lora
 from dppo_jax.models.hf import load_params
 from dppo_jax.models.peft import load_adapters, save_adapters
-from experiments import build
+from experiments.run.load import load_text
 from tests.fixtures import MOE, TINY, once_a_session, random_params, tiny, tokenizer
 from tests.mutations import ADAPTER_MUTATIONS, MODEL_MUTATIONS, Outcome
 
@@ -57,7 +57,7 @@ def limited() -> Iterator[None]:
 def load(folder: Path) -> dict[str, Any]:
     """All that a run takes from a model directory."""
     config, params = load_params(folder)
-    text = build.text(folder, config)
+    text = load_text(folder, config)
     words = {
         "vocabulary": text.tokenizer.get_vocab(),
         "sample": text.tokenizer(SAMPLE)["input_ids"],

@@ -23,7 +23,9 @@ from dppo_jax.run_log import event_files, read_scalars
 from dppo_jax.sampling import step_key
 from dppo_jax.sharding import make_mesh, named, rows, to_host
 from dppo_jax.types import PromptBatch, RolloutBatch
-from experiments import build, checks, peers
+from experiments import peers
+from experiments.run import checks
+from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.fixtures import (
     EOS,
     HURRIED_FLAGS,
@@ -85,11 +87,11 @@ def rollouts(sizes, devices) -> tuple[list[RolloutBatch], int]:
     with jax.set_mesh(mesh):
         checks.check(config)
         checks.check_mesh(config, mesh, TINY)
-        text = build.Text(tokenizer=None, eos_ids=(EOS,), pad_id=PAD)
-        generate = build.on_mesh(build.rollout(config, TINY, text, mesh), mesh)
+        setup = Setup(config, TINY, mesh, Text(tokenizer=None, eos_ids=(EOS,), pad_id=PAD))
+        generate = setup.on_mesh(setup.rollout())
         params, asked = place(random_params(), mesh), hosts.share(rows(mesh), config.rollout.prompts)
-        prompts = hosts.place(jax.tree.map(lambda x: x[asked.held], prompt_batch(config)), rows(mesh), asked)
-        steps = [generate(params, prompts, step_key(0, step, build.ROLLOUT)) for step in range(2)]
+        prompts = hosts.place(jax.tree.map(lambda x: x[asked.held], prompt_batch(config)), mesh, asked)
+        steps = [generate(params, prompts, step_key(0, step, ROLLOUT)) for step in range(2)]
         return [to_host(out) for out in steps], generate._cache_size()
 
 
@@ -198,7 +200,7 @@ def test_one_process_owns_every_row_and_copies_none():
     numbers = np.arange(6)
     assert mine.held.tolist() == mine.owned.tolist() == numbers.tolist()
     assert mine.grouped(2).owned.tolist() == list(range(12)) and mine.grouped(2).size == 12
-    assert hosts.place(numbers, rows(mesh), mine) is numbers and hosts.gather(numbers, mine) is numbers
+    assert hosts.place(numbers, mesh, mine) is numbers and hosts.gather(numbers, mine) is numbers
 
 
 # --- whole runs, by the command line ---
@@ -351,7 +353,7 @@ def main():
     if arguments.then == "wait":
         time.sleep(100)
     if arguments.then.startswith("seed="):
-        from experiments.identity import same_config_everywhere
+        from experiments.run.identity import same_config_everywhere
         from tests.fixtures import small_config
         from pathlib import Path
 

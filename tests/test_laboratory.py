@@ -15,10 +15,12 @@ from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.run_log import read_scalars
 from dppo_jax.train_step import init_state, make_recompute
-from experiments import build, checks, methods
-from experiments.cli import load_config
+from experiments import methods
 from experiments.probe import Probe
-from experiments.resample import chosen
+from experiments.run import checks
+from experiments.run.cli import load_config
+from experiments.run.sampler import chosen
+from experiments.run.setup import Setup
 from tests.fixtures import hurried, run, run_config, same, small_config, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +47,12 @@ def drawn():
     c = load_config(str(ROOT / "configs" / "quickstart.py"), [])
     c.policy.path, c.compile_cache = str(ROOT / "assets" / "tiny"), ""
     c.rollout.prompts, c.rollout.group_size, c.train.minibatches = 4, 4, 1
-    with Probe(c, tracked=20) as probe:
+    with Probe(c, topk=20) as probe:
         params = probe.state().params
         batch, lengths, prompts = probe.draw(params)
         plan = probe.plan(np.arange(len(lengths)), lengths, prompts)
         for policy in ("proximal", "reference"):
-            batch = jax.jit(make_recompute(build.score(c, probe.model, probe.layout), policy))(params, batch, plan)
+            batch = jax.jit(make_recompute(probe.setup.policy_logprobs, policy))(params, batch, plan)
         yield probe, batch, plan, params
 
 
@@ -59,13 +61,13 @@ def test_a_method_takes_a_step_on_the_embedded_default(name, drawn):
     probe, batch, plan, params = drawn
     c = load_config(str(ROOT / "configs" / "methods" / f"{name}.py"), [])
     checks.check(c)
-    needed = build.needed_fields(c)
+    setup = Setup(c, probe.setup.model, mean_prompt=probe.setup.mean_prompt)
+    needed = setup.needed
     absent = [field for field in ("proximal_logp", "reference_logp") if field not in needed]
     absent += [] if "topk" in needed else ["topk_ids", "topk_behavior_logp", "topk_proximal_logp"]
     batch = batch.replace(**dict.fromkeys(absent))
-    optimizer = build.optimizer(c)
-    state = init_state(build.initial(c, probe.model, params), optimizer)
-    update = jax.jit(build.update(c, probe.model, probe.layout))
+    state = init_state(setup.initial_params(params), setup.optimizer)
+    update = jax.jit(setup.update)
     after, metrics = update(state, batch, plan, *([params] if "exact" in needed else []))
     found = summary(metrics)
     assert np.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
@@ -155,7 +157,7 @@ def test_the_perturbation_is_learned_and_saved(folder, tmp_path):
     from dppo_jax.models.hf import load_config as load_model
 
     model = load_model(folder / "model")
-    learned = restore_params(finished.folder, build.abstract(c, model))[LOG_SIGMA]
+    learned = restore_params(finished.folder, Setup(c, model).param_shapes)[LOG_SIGMA]
     assert learned.shape == (model.num_layers,)
     assert (np.abs(np.asarray(learned) - np.log(0.05)) > 0.01).all()
     assert LOG_SIGMA not in [path.stem for path in (finished.folder / "policy").iterdir()]

@@ -28,9 +28,11 @@ from dppo_jax.models.peft import load_adapters, save_adapters
 from dppo_jax.packing import plan
 from dppo_jax.run_log import read_scalars
 from dppo_jax.types import TrainBatch
-from experiments import build, checks, eval
+from experiments import eval
+from experiments.run import checks
+from experiments.run.setup import Setup
 from experiments.sweep import Run as SweptRun
-from experiments.sweep import Sweep
+from experiments.sweep import train as sweep
 from tests.fixtures import HURRIED_FLAGS, TINY, Run, hurried, run, run_config, same, tiny, tokenizer
 from tests.test_moe import MOE
 
@@ -212,11 +214,11 @@ def test_a_checkpoint_of_other_adapters_is_refused_in_a_sentence(finished, folde
 def test_base_weights_stay_to_the_bit_and_adapters_move(folder):
     config = run_config(folder, **SETTINGS)
     base = load_params(folder / "model")[1]
-    state = build.begin(config, TINY, base, None)
+    setup = Setup(config, TINY)
+    state = setup.init_state(base)
     before = jax.device_get(state.policy)
-    layout = build.layout(config)
-    batch, plan = a_batch(config, layout)
-    update = jax.jit(build.update(config, TINY, layout), donate_argnums=0)
+    batch, plan = a_batch(config, setup.pack_shape)
+    update = jax.jit(setup.update, donate_argnums=0)
     for _ in range(3):
         state, metrics = update(state, batch, plan)
     after = jax.device_get(state.policy)
@@ -324,4 +326,4 @@ def test_what_cannot_be_is_refused(folder, changes, sentence):
 
 def test_a_sweep_does_without(folder, tmp_path):
     with pytest.raises(UserError, match="a sweep does without lora.rank"):
-        Sweep(run_config(folder, eval__every=0, **SETTINGS), [SweptRun("cispo", 0, 1.0)], tmp_path)
+        sweep(run_config(folder, eval__every=0, **SETTINGS), [SweptRun("cispo", 0, 1.0)], tmp_path)

@@ -18,7 +18,8 @@ from dppo_jax.run_log import read_scalars
 from dppo_jax.token_head import token_head
 from dppo_jax.train_step import assemble, make_oracle, make_recompute
 from dppo_jax.types import PromptBatch
-from experiments import build, checks
+from experiments.run import checks
+from experiments.run.setup import Setup
 from tests.fixtures import TINY, hurried, run, run_config, tiny
 from tests.test_moe import MOE
 
@@ -211,4 +212,4 @@ def test_what_cannot_be_is_refused(folder, changes, sentence):
 def test_narrow_products_of_experts_are_refused(folder):
     config = run_config(folder, rollout__quantize="int8", rollout__quantize_activations=True)
     with pytest.raises(UserError, match="experts take dequantised weights"):
-        build.behavior_model(config, MOE)
+        Setup(config, MOE).behavior_model  # noqa: B018

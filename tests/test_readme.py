@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from dppo_jax.losses import LOSSES
-from experiments.cli import load_config
+from experiments.run.cli import load_config
 from experiments.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from dppo_jax.sharding import (
     using,
 )
 from dppo_jax.train_step import init_state, state_shardings
-from experiments import build
+from experiments.run.setup import Setup
 from tests.fixtures import HURRIED_FLAGS, TINY, small_config
 
 MIXTURE_MESHES = ["moe-1x2x1x4", "moe-2x1x2x2", "moe-1x1x4x2"]
@@ -213,7 +213,7 @@ def test_each_function_is_compiled_once_on_a_mesh(found, mesh):
 def on_one_device():
     """(mesh, where a state lives on it, its shapes)"""
     mesh = make_mesh(sizes(fsdp=-1), jax.devices()[:1])
-    optimizer = build.optimizer(small_config(Path("unused")))
+    optimizer = Setup(small_config(Path("unused"))).optimizer
     shardings = state_shardings(param_axes(TINY), optimizer, abstract_params(TINY), mesh)
     return mesh, shardings, jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(TINY))
 

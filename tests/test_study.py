@@ -11,8 +11,8 @@ from configs import reuse
 from dppo_jax.errors import UserError
 from dppo_jax.run_config import write_config
 from dppo_jax.run_log import RunLog, read_scalars
-from experiments import checks
-from experiments.cli import load_config
+from experiments.run import checks
+from experiments.run.cli import load_config
 from experiments.study import TAGS, Arm, markdown, summary, train
 from experiments.survival import report as survival
 from experiments.survival.pull import measure

@@ -22,7 +22,7 @@ def rows_of(mesh: jax.sharding.Mesh, count: int) -> dict:
     """What this process holds and owns of `count` rows, and what becomes of them."""
     mine = hosts.share(rows(mesh), count)
     numbers: np.ndarray = np.arange(count, dtype=np.int32)
-    placed = hosts.place(numbers[mine.held], rows(mesh), mine)
+    placed = hosts.place(numbers[mine.held], mesh, mine)
     back = hosts.owned(placed, mine)
     return {
         "held": mine.held.tolist(),

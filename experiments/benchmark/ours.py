@@ -8,7 +8,7 @@ from typing import Any
 from experiments.benchmark import worker, workloads
 from experiments.benchmark.workloads import WORKLOADS, Workload
 
-LIBRARIES = {"jax": "jax", "experiments.build": "dppo_jax"}
+LIBRARIES = {"jax": "jax", "experiments.run.setup": "dppo_jax"}
 SLOTS = 48  # of workload L
 TRACKED = 20
 REGIONS = (
@@ -46,12 +46,14 @@ class Pieces:
         from dppo_jax.models.config import config_from_hf
         from dppo_jax.models.decoder import abstract_params
         from dppo_jax.types import PromptBatch
-        from experiments import build
+        from experiments.run.load import enter_mesh
+        from experiments.run.setup import Setup, Text
 
         self.workload, self.config = workload, config_of(workload, **changes)
         self.model = config_from_hf(workloads.hf_config(workload), "the benchmark's")
         self._stack = contextlib.ExitStack()  # never closed: the mesh stays in force while the process lives
-        self.mesh = build.on_devices(self.config, self._stack)
+        mesh = enter_mesh(self.config, self._stack)
+        self.setup = Setup(self.config, self.model, mesh, Text(None, (-1,), 0), workload.prompt_length)
         # Random weights in NumPy, as those of a model directory are.
         draw = np.random.default_rng(workload.seed).standard_normal
         self.params = jax.tree_util.tree_map_with_path(
@@ -69,43 +71,29 @@ class Pieces:
             group=np.arange(workload.prompts, dtype=np.int32),
             limit=lengths.reshape(workload.prompts, -1) if workload.long_tail else None,
         )
-        self.layout = build.layout(self.config, self.mesh, workload.prompt_length)
 
     @functools.cached_property
     def generate(self):
-        from experiments import build
-
-        return build.on_mesh(build.rollout(self.config, self.model, build.Text(None, (-1,), 0), self.mesh), self.mesh)
+        return self.setup.on_mesh(self.setup.rollout())
 
     @functools.cached_property
     def update(self):
-        """(state shardings, update)"""
-        from dppo_jax.models.decoder import abstract_params, param_axes
-        from dppo_jax.train_step import jit_update, state_shardings
-        from experiments import build
+        from dppo_jax.train_step import jit_update
 
-        shardings = state_shardings(
-            param_axes(self.model), build.optimizer(self.config), abstract_params(self.model), self.mesh
-        )
-        update = build.update(self.config, self.model, self.layout, self.mesh)
-        return shardings, jit_update(update, shardings, self.mesh)
+        return jit_update(self.setup.update, self.setup.shardings, self.setup.mesh)
 
     def state(self):
-        from dppo_jax.train_step import init_state
-        from experiments import build
-
-        return init_state(self.params, build.optimizer(self.config), self.update[0])
+        return self.setup.init_state(self.params)
 
     def plans(self, response_lengths):
         import numpy as np
 
         from dppo_jax import packing
-        from experiments import build
 
         prompt_lengths = np.full(self.workload.rows, self.workload.prompt_length)
         return [
-            packing.plan(index, prompt_lengths, response_lengths, self.layout, packed=self.config.train.pack)
-            for index in build.minibatches(self.config, 0)
+            packing.plan(index, prompt_lengths, response_lengths, self.setup.pack_shape, packed=self.config.train.pack)
+            for index in self.setup.minibatches(0)
         ]
 
 
@@ -156,10 +144,10 @@ def train(workload: Workload, **changes: Any) -> worker.Run:
     def run() -> worker.Json:
         state = states.pop()
         for plan in plans:
-            state, metrics = pieces.update[1](state, batch, plan)
+            state, metrics = pieces.update(state, batch, plan)
         states.append(state)
         jax.block_until_ready((state, metrics))
-        positions = int(sum(plan.count for plan in plans)) * pieces.layout.rows * pieces.layout.length
+        positions = int(sum(plan.count for plan in plans)) * math.prod(pieces.setup.pack_shape[:2])
         return {"tokens": workload.train_tokens, "positions": positions, "occupancy": packing.occupancy(*plans)}
 
     return run
@@ -183,7 +171,7 @@ def step(workload: Workload, **changes: Any) -> worker.Run:
         batch = assembled(pieces.prompts, drawn)
         lengths = jax.device_get(drawn.response_mask).sum(axis=1)
         for plan in pieces.plans(lengths):
-            state, metrics = pieces.update[1](state, batch, plan)
+            state, metrics = pieces.update(state, batch, plan)
         states.append(state)
         jax.block_until_ready((state, metrics))
         return {"tokens": int(lengths.sum())}

@@ -3,14 +3,12 @@
 import sys
 from contextlib import ExitStack
 
-import jax
 from tqdm import tqdm
 
 from dppo_jax import hosts
 from dppo_jax.evaluate import all_failed, evaluate
 from dppo_jax.models.decoder import Params
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import rows
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts
 from experiments.run.runs import Runs
@@ -27,8 +25,7 @@ class Evaluation:
             name: load_prompts(setup, data, self._config.eval.prompts, stack)
             for name, data in self._config.eval.sets.items()
         }
-        by_row = None if setup.mesh is None else rows(setup.mesh)
-        self._generate = jax.jit(setup.eval_rollout(), in_shardings=(None, by_row, None), out_shardings=by_row)
+        self._generate = setup.on_mesh(setup.eval_rollout())
 
     @property
     def fingerprints(self) -> dict[str, str]:

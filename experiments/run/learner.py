@@ -1,5 +1,6 @@
 """Everything after the rewards: the batch, advantages, minibatches, updates."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from dppo_jax.lora import joined
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan
-from dppo_jax.sharding import rows
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update, make_recompute
 from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
@@ -29,7 +29,7 @@ class Learner:
     def __init__(self, runs: Runs, rates: Sequence[float] = (1.0,)):
         first = runs.first
         self._runs, self._setup, self._mesh = runs, first, first.mesh
-        by_row = None if first.mesh is None else rows(first.mesh)
+        by_row = first.by_row
         self._assemble = jax.jit(runs.at_once(assemble), out_shardings=by_row)
         self._recompute = {
             name: jax.jit(runs.each(make_recompute(first.policy_logprobs, name)), out_shardings=by_row)
@@ -117,12 +117,13 @@ class Learner:
         """The batch with its advantages, and without the groups of equal rewards where they take no part."""
         shaped = self._to_rows([own.shaped for own in replies])
         if self._advantages is not None:
-            batch = batch.replace(advantages=self._advantages(shaped, batch.group))
+            batch = dataclasses.replace(batch, advantages=self._advantages(shaped, batch.group))
         elif self._critic:
-            batch = batch.replace(advantages=self._critic.advantages(batch, self._plan_all(replies), shaped))
+            found = self._critic.advantages(batch, self._plan_all(replies), shaped)
+            batch = dataclasses.replace(batch, advantages=found)
         if self._setup.config.advantage.drop_equal:
             unequal = self._runs.together([self._unequal(own) for own in replies])
-            batch = batch.replace(mask=batch.mask & unequal[..., None])
+            batch = dataclasses.replace(batch, mask=batch.mask & unequal[..., None])
         return batch
 
     def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dppo_jax.data.prompts import PromptStream
@@ -31,13 +32,20 @@ def load_setup(config: ConfigDict, stack: ExitStack, *, directory: Path | None =
     directory = model_directory(config) if directory is None else directory
     model = load_config(directory)
     checks.check_length(config, model)
-    stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
-    mesh = None
-    if on_mesh:
-        mesh = make_mesh(config.mesh)
+    mesh = enter_mesh(config, stack) if on_mesh else None
+    if mesh is None:
+        stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
+    else:
         checks.check_mesh(config, mesh, model)
-        stack.enter_context(jax.set_mesh(mesh))
     return Setup(config, model, mesh, load_text(directory, model))
+
+
+def enter_mesh(config: ConfigDict, stack: ExitStack) -> Mesh:
+    """The mesh, in force together with the precision of matrix products until `stack` closes."""
+    mesh = make_mesh(config.mesh)
+    stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
+    stack.enter_context(jax.set_mesh(mesh))
+    return mesh
 
 
 def load_text(directory: Path, model: ModelConfig) -> Text:

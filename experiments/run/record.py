@@ -188,6 +188,8 @@ class Record:
         """
         by_run = zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True)
         samples.mark("trained")
+        update = (step + 1) * self._runs.first.updates_per_step - 1
+        rates = [float(setup.learning_rate(update)) for setup in self._runs.setups]
         common = samples.seconds() | {"time/compile": self._compile_seconds(step)}
         of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)
         for number, (measured, own, planned, evaluated) in enumerate(of_run):
@@ -202,7 +204,7 @@ class Record:
                 "response/length_mean": float(own.lengths.mean()),
                 "response/truncated": float(own.truncated.mean()),
                 "train/occupancy": packing.occupancy(*planned),
-                "learning_rate": float(setup.learning_rate((step + 1) * setup.updates_per_step - 1)),
+                "learning_rate": rates[number],
                 **common,
                 "throughput/tokens_per_s": float((1 + own.redrawn) * own.lengths.sum()) / samples.whole_seconds(),
             }

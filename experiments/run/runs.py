@@ -4,6 +4,7 @@ The arrays of several runs are stacked along a first axis, [S, ...]. Of a single
 compiled, saved and laid out over a mesh is the run itself.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -105,7 +106,7 @@ def with_all_metrics(losses: Sequence[BoundLoss]) -> list[BoundLoss]:
         def whole(inputs: LossInputs) -> LossOutput:
             found = loss(inputs)
             nowhere = jnp.zeros_like(inputs.logp), jnp.zeros_like(inputs.mask)
-            return found.replace(metrics={name: found.metrics.get(name, nowhere) for name in names})
+            return dataclasses.replace(found, metrics={name: found.metrics.get(name, nowhere) for name in names})
 
         return whole
 

@@ -19,7 +19,6 @@ from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import rows
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
@@ -90,16 +89,14 @@ class Sampler:
         c = first.config.rollout
         self.prompt_share = hosts.share_over(first.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        generate = runs.each(first.rollout(topk=runs.topk))
-        by_row = None if first.mesh is None else rows(first.mesh)
-        self._generate = jax.jit(generate, in_shardings=(None, by_row, None), out_shardings=by_row)
+        self._generate = first.on_mesh(runs.each(first.rollout(topk=runs.topk)))
         places = None if first.mesh is None else first.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)
         self._params: Params = {}  # what the learner trains
         self._frozen: Params = {}  # what no run trains of its policy
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
         self._next_rollout: RolloutBatch | None = None  # drawn a step early
-        self._current: tuple[PromptBatch, list, RolloutBatch, Params] | None = None
+        self._current: tuple[PromptBatch, list, RolloutBatch, Params, dict[str, float]] | None = None
 
     # --- parameters ---
 
@@ -167,7 +164,8 @@ class Sampler:
 
     def _submitted(self, step, prompts, examples, rollout, behavior, host, clock) -> Samples:
         """Samples whose replies are at the verifiers."""
-        replies, pending, none = [], [], np.zeros(0, np.float32)
+        replies, pending = [], []
+        none: np.ndarray = np.zeros(0, np.float32)
         for stream, own, (tokens, mask, lengths, truncated) in zip(self._streams, examples, host, strict=True):
             texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
             pairs = dict(zip(self.row_share.owned.tolist(), zip(own, texts, strict=True), strict=True))
@@ -227,8 +225,7 @@ class Sampler:
         def take(a, b, index):
             return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[index], a, b)
 
-        by_row = None if self._mesh is None else rows(self._mesh)
-        return jax.jit(self._runs.at_once(take), out_shardings=by_row)
+        return jax.jit(self._runs.at_once(take), out_shardings=self._runs.first.by_row)
 
     # --- checkpoints ---
 
@@ -244,8 +241,9 @@ class Sampler:
         if drawn_early:
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
             shapes = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
-            if self._mesh is not None:
-                shapes = abstract_state(shapes, jax.tree.map(lambda _: rows(self._mesh), shapes))
+            by_row = self._runs.first.by_row
+            if by_row is not None:
+                shapes = abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))
             found["ahead"] = shapes
         if c.rollout.lag:
             updates = step * self._runs.first.updates_per_step

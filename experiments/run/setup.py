@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.errors import UserError, lookup
+from dppo_jax.evaluate import Generate
 from dppo_jax.files import user_path
 from dppo_jax.losses import bind, required_fields, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
@@ -30,7 +31,7 @@ from dppo_jax.packing import Layout
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.rollout import Rollout
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import TRAINING, batch_shards, parts
+from dppo_jax.sharding import TRAINING, batch_shards, parts, rows
 from dppo_jax.token_head import piece_count
 from dppo_jax.train_step import (
     Oracle,
@@ -203,6 +204,11 @@ class Setup:
     @property
     def batch_shards(self) -> int:
         return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    @property
+    def by_row(self) -> NamedSharding | None:
+        """Where an array lives whose first axis is the batch's; None: on one device."""
+        return None if self.mesh is None else rows(self.mesh)
 
     def attention(self, *, dtype: str, length: int) -> Choice:
         """policy.attention, or the best for this platform, row length and dtype."""
@@ -430,6 +436,12 @@ class Setup:
             unrolled=self.platform != "tpu",
             head_float32=self.config.policy.head_float32,
         )
+
+    def on_mesh(self, generate: Generate) -> Generate:
+        """jit of a rollout: parameters where they live, prompts and rows over the batch axes. On several hosts the
+        prompts are global arrays; see `hosts.place`."""
+        by_row = self.by_row
+        return jax.jit(generate, in_shardings=(None, by_row, None), out_shardings=by_row)
 
     def published_axes(self, published: Params) -> Params:
         """Logical axis names of what the rollout holds."""
