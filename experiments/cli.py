@@ -151,12 +151,12 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:
     """Refuses what names no key, or a section, of the `known` ones."""
     for override in overrides:
-        check_text(override, "the command line")
         if not override.startswith("--config."):
             raise UserError(f"unknown argument {short(override)!r}; overrides are --config.KEY=VALUE")
         name, equals, value = override.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"unknown config key {short(name)!r}{_nearest_key(name, known)}")
+        check_text(value, name)
         if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
         whole = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings

@@ -274,5 +274,5 @@ def shown(value: Any) -> str:
     """A value, short enough for a sentence, on one line."""
     if isinstance(value, int) and not isinstance(value, bool) and (value.bit_length() > 100):
         return f"a whole number of {math.floor(value.bit_length() * math.log10(2))} digits or more"
-    text = repr(value)
+    text = " ".join(repr(value).split())  # of some, repr has several lines
     return text if len(text) <= 60 else f"{text[:57]}..."
