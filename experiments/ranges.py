@@ -51,8 +51,8 @@ class Range(NamedTuple):
         floor = f"{'above' if self.open_least else 'at least'} {self.least:g}"
         ceiling = f"{'below' if self.open_most else 'at most'} {self.most:.10g}"
         ends = f"{floor} and {ceiling}"
-        if self.most in (INF, INT32, SEEDS, ROWS):  # the machine's bounds: told where they are met
-            ends = ceiling if above else floor
+        if isinstance(value, int) or self.most in (INF, INT32):
+            ends = floor if below else ceiling
         return f"must be {'' if self.also is None else f'{self.also:g}, or '}{ends}{rounded}"
 
     def _outside(self, value: float) -> tuple[bool, bool]:
