@@ -32,7 +32,7 @@ from dppo_jax.run_log import RunLog, write_config
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, init_state, make_recompute, make_update
 from dppo_jax.weights import WEIGHTS
-from experiments import build, checks, cli
+from experiments import build, checks, cli, ranges
 from experiments.compilations import keep_compiled
 
 
@@ -59,10 +59,12 @@ def config_of(config: ConfigDict, run: Run) -> ConfigDict:
 
 def check(config: ConfigDict, runs: list[Run]) -> None:
     """Refuses what a sweep cannot batch. UserError, one sentence."""
+    whole: set[str] = set()
     for run in runs:
         if run.method not in LOSSES:
             build.bind(run.method, {})  # names the nearest
-        checks.check(config_of(config, run))
+        (ranges.check_values if run.method in whole else checks.check)(config_of(config, run))
+        whole.add(run.method)  # seeds and rates are only numbers
     folders = [run.folder for run in runs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")
@@ -256,6 +258,7 @@ class Sweep:
 
 def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto") -> None:
     """Trains the runs from their last checkpoint to the end; a sweep that is finished stays as it is."""
+    check(config, runs)
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
         if checkpoints.latest() == config.steps:
             return
