@@ -26,7 +26,8 @@ def keep_compiled(folder: str) -> None:
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"the folder {str(path)!r} cannot be written")
     except UserError as error:
-        print(f"compile_cache: {error}; what is compiled is not kept for later runs", file=sys.stderr)
+        reason = str(error).removeprefix("compile_cache = ")
+        print(f"compile_cache: {reason}; what is compiled is not kept for later runs", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

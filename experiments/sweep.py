@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dppo_jax.errors import UserError, lookup, run_main
 from dppo_jax.losses import LOSSES
 from experiments import peers
-from experiments.run import checks, cli
+from experiments.run import checks, cli, ranges
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export
 from experiments.run.identity import identity
@@ -53,9 +53,14 @@ def config_of(config: ConfigDict, run: Run) -> ConfigDict:
 
 def check(config: ConfigDict, runs: list[Run]) -> None:
     """Refuses what a sweep cannot batch. UserError, one sentence."""
+    whole: set[str] = set()
     for run in runs:
         lookup(LOSSES, run.method, "loss")
-        checks.check(config_of(config, run))
+        (ranges.check_values if run.method in whole else checks.check)(config_of(config, run))
+        whole.add(run.method)  # seeds and rates are only numbers
+    folders = [run.folder for run in runs]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")
     refused = {
         "advantage.name": (config.advantage.name == "gae", "critics are not trained side by side"),
         "alp.sigma": (config.alp.sigma, "its noise is drawn from one seed, a constant of the compiled update"),

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dppo_jax.advantages import ADVANTAGES, gae
 from dppo_jax.errors import UserError
@@ -61,16 +63,49 @@ def test_equal_rewards_give_nothing_to_learn(name, reward):
 
 
 @pytest.mark.parametrize("run", RUN)
-def test_leave_one_out_refuses_groups_of_one(run):
-    with pytest.raises(UserError, match="leave_one_out"):
-        call("leave_one_out", np.zeros(4), np.arange(4), num_groups=4, run=run)
-    with pytest.raises(UserError, match="leave_one_out"):
-        call("leave_one_out", np.zeros(5), np.array([0, 0, 1, 1, 2]), num_groups=3, run=run)
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_one_are_refused(name, run):
+    """Their advantage would always be 0: a run of them learns nothing, to the end and without a word."""
+    sentence = f"^{name} needs at least 2 responses per prompt, but . rows form . groups"
+    with pytest.raises(UserError, match=sentence):
+        call(name, np.zeros(4), np.arange(4), num_groups=4, run=run)
+    with pytest.raises(UserError, match=sentence):
+        call(name, np.zeros(5), np.array([0, 0, 1, 1, 2]), num_groups=3, run=run)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "leave_one_out"])
-def test_a_group_of_one_has_no_advantage(name):
-    assert call(name, [0.3, 1.0], [0, 1], num_groups=2) == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_of_one_among_others_has_no_advantage(name):
+    got = call(name, [0.3, 1.0, 0.0, 1.0], [0, 1, 1, 1], num_groups=2)
+    assert got[0] == pytest.approx(0, abs=1e-6) and np.isfinite(got).all()
+
+
+def test_max_rl_learns_nothing_from_a_group_whose_mean_is_not_above_0():
+    """A negative mean turned the sign of every advantage, and the run learned the wrong way round."""
+    assert call("max_rl", [0.0, -1.0], [0, 0], num_groups=1).tolist() == [0.0, 0.0]
+    assert call("max_rl", [1.0, -1.0, 0.0, 0.0], [0, 0, 1, 1], num_groups=2).tolist() == [0.0] * 4
+    assert call("max_rl", [0.3, -0.1, -0.2], [0, 0, 0], num_groups=1).tolist() == [0.0] * 3  # 0 but for rounding
+    assert call("max_rl", [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], num_groups=1).tolist() == [3.0, -1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-5, 5, width=16), min_size=2, max_size=8), min_size=4, max_size=4).map(
+        lambda groups: [group + [group[-1]] * (8 - len(group)) for group in groups]
+    )
+)
+def test_what_is_better_than_its_group_has_a_positive_advantage(name, groups):
+    """The sign of every advantage is that of R - mean, for rewards of any sign; or it is 0, of max_rl alone."""
+    rewards = np.array(groups, np.float64)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    got = np.asarray(call(name, rewards.reshape(-1), np.repeat(np.arange(4), 8), num_groups=4)).reshape(4, 8)
+    assert np.isfinite(got).all()
+    clear = np.abs(centred) > 1e-4
+    if name == "max_rl":
+        mean = rewards.mean(axis=1, keepdims=True)
+        assert not got[(mean <= 0).repeat(8, axis=1)].any()
+        clear &= mean > 1e-3
+    np.testing.assert_array_equal(np.sign(got[clear]), np.sign(centred[clear]))
 
 
 @pytest.mark.parametrize("run", RUN)

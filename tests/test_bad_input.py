@@ -22,6 +22,7 @@ from tests.fixtures import (
     finished_run,
     hurried,
     hurried_environment,
+    jax_settings,
     small_config,
     tiny,
 )
@@ -116,14 +117,55 @@ OVERRIDES = {
     "--config.train.pack=maybe": "--config.train.pack=maybe",
     "--config.rollout.slots=-1": "rollout.slots must be at least 0, not -1",
     "--config.policy.head_pieces=-1": "policy.head_pieces must be at least 0, not -1",
+    "--config.seed=4294967296": "seed must be at most 4294967295, not 4294967296",  # its keys were those of seed 0
+    "--config.steps=99999999999999999999": "steps must be at most 2147483647, not 99999999999999999999",
+    "--config.train.micro_rows=99999999999999999999": "train.micro_rows must be at most 2147483647, not 9999999999999",
+    f"--config.steps={'9' * 5000}": "bad override: flag --config.steps=99999",
+    "--config.optimizer.b1=2": "optimizer.b1 must be at least 0 and below 1, not 2.0",
+    "--config.optimizer.b2=0.999999999": "optimizer.b2 must be at least 0 and below 1 in float32, too, not 0.999999",
+    "--config.optimizer.learning_rate=inf": "optimizer.learning_rate must be finite, not inf",
+    "--config.loss.delta_low=nan": "loss.delta_low must be a number, not nan",
+    "--config.loss.delta_low=-1": "loss.delta_low must be at least 0, not -1.0",
+    "--config.loss_defaults.cispo.ratio_cap=-5": "loss_defaults.cispo.ratio_cap must be at least 0, not -5.0",
+    "--config.critic.discount=-1": "critic.discount must be at least 0 and at most 1, not -1.0",
+    "--config.critic.lam=5": "critic.lam must be at least 0 and at most 1, not 5.0",
+    "--config.aggregation.constant=inf": "aggregation.constant must be finite, not inf",
+    "--config.eval.temperature=inf": "eval.temperature must be finite, not inf",
+    "--config.eval.temperature=1e-30": "eval.temperature must be 0, or at least 1e-06, not 1e-30",
+    "--config.reward.time_limit_s=3e9": "reward.time_limit_s must be at least 0.01 and at most 86400, not 3000000000.0",
+    "--config.reward.time_limit_s=inf": "reward.time_limit_s must be finite, not inf",
+    "--config.mesh.tensor=0": "mesh.tensor must be -1, or at least 1, not 0",
+    "--config.eval.sets.sums.seed=-1": "eval.sets.sums.seed must be at least 0, not -1",
+    "--config.log.regions=7": "log.regions must be a tuple of names, but holds 7",
+    "--config.log.regions=('kpop','kpop')": "log.regions names 'kpop' twice",
+    "--config.log.regions=cispoo": "unknown loss in log.regions 'cispoo'; the nearest is 'cispo'",
+    "--config.log.regions=relax_low": "log.regions: 'relax_low' needs loss_defaults.relax_low.alpha, which nothing",
+    "--config.lora.targets=7": "lora.targets must be a tuple of names, but holds 7",
+    "--config.data.name=\udcff": "data.name: a lone surrogate, \\udcff, which is no character",
+    # what can teach nothing
+    "--config.optimizer.clip_norm=0": "optimizer.clip_norm = 0 would make every update 0; inf: never clipped",
+    "--config.loss.ratio_cap=0": "ratio_cap = 0 of loss 'dppo_binary_tv' would make every update 0",
     # what does not fit
+    "--config.reward.overlong_buffer=7": "reward.overlong_buffer = 7 is longer than a response, rollout.max_new_tokens",
+    "--config.rollout.group_size=1000000": "rollout.prompts x rollout.group_size = 8,000,000 rows, more than the",
+    "--config.steps=2147483647": "steps x train.epochs x train.minibatches = 4,294,967,294 updates, more than the",
+    "--config.data.settings={'max_terms': 3}": (
+        "data.kind = 'jsonl' takes no data.settings, but has max_terms; clear them: --config.data.settings={}"
+    ),
+    "--config.data.kind=reasoning_gym": "data.kind = 'reasoning_gym' generates its examples, but data.path = ",
     "--config.train.minibatches=3": "rollout.prompts = 8 is not divisible by train.minibatches = 3",
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     # files
-    "--config.compile_cache=/dev/null/x": "compile_cache: cannot make the folder /dev/null/x: Not a directory",
+    "--config.policy.path=~no_such_user/model": "policy.path = '~no_such_user/model': no home folder is known for ~",
+    "--config.policy.path=gs://bucket/model": "policy.path = 'gs://bucket/model': gs:// addresses are neither read nor",
+    "--config.data.path=s3://bucket/rows.jsonl": "data.path = 's3://bucket/rows.jsonl': s3:// addresses are neither",
+    "--config.eval.sets.sums.path=gs://bucket/rows": "eval.sets.sums.path = 'gs://bucket/rows': gs:// addresses are",
+    "--config.policy.shape=gs://bucket/config.json": "policy.shape = 'gs://bucket/config.json': gs:// addresses are",
+    "--config.compile_cache=gs://bucket/cache": "compile_cache = 'gs://bucket/cache': gs:// addresses are neither",
+    f"--config.policy.path={'x' * 5000}": "policy.path = 'xxxxxxxx",
     "--config.policy.path=/no/model": "model directory /no/model does not exist",
     "--config.policy.path=": "policy.path is empty: set it to a Hugging Face model directory",
     "--config.data.path=/no/rows.jsonl": "data.path: there is no file '/no/rows.jsonl'",
@@ -135,9 +177,44 @@ def test_an_override_that_cannot_be(refusal, override, sentence):
     assert sentence in refusal(override)
 
 
-def test_leave_one_out_with_a_group_of_one(refusal):
-    said = refusal("--config.advantage.name=leave_one_out", "--config.rollout.group_size=1")
-    assert said.startswith("leave_one_out needs at least 2 responses per prompt")
+@pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm"])
+def test_a_baseline_of_a_group_of_one(refusal, name):
+    """Every advantage would be 0."""
+    said = refusal(f"--config.advantage.name={name}", "--config.rollout.group_size=1")
+    assert said.startswith(f"{name} needs at least 2 responses per prompt, but 8 rows form 8 groups")
+    assert "raise rollout.group_size" in said
+
+
+ALONE = ("--config.advantage.name=reward", "--config.rollout.group_size=1")
+NOTHING = {
+    "advantage.drop_equal leaves out groups of equal rewards": (*ALONE, "--config.advantage.drop_equal=1"),
+    "rollout.resample leaves out groups of equal rewards": (*ALONE, "--config.rollout.resample=2"),
+    "critic.whiten: of a batch of one token nothing is left to learn": (
+        "--config.advantage.name=gae",
+        "--config.rollout.group_size=1",
+        "--config.rollout.prompts=1",
+        "--config.train.minibatches=1",
+        "--config.rollout.max_new_tokens=1",
+    ),
+    "loss.correction_low = 6.0 is above loss.correction_high = 5.0: no token would be kept": (
+        "--config.loss.name=icepop",
+        "--config.loss.correction_low=6",
+    ),
+    "advantage.name = max_rl is for rewards of 0 and 1, which reward.overlong_buffer lowers": (
+        "--config.advantage.name=max_rl",
+        "--config.reward.overlong_buffer=3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sentence", "overrides"), NOTHING.items(), ids=NOTHING)
+def test_a_config_that_learns_nothing_or_the_wrong_thing(refusal, sentence, overrides):
+    assert refusal(*overrides).startswith(sentence)
+
+
+def test_64_bits(refusal):
+    with jax_settings(jax_enable_x64=True):
+        assert refusal().startswith("JAX_ENABLE_X64 is set, but rollouts and their keys are made for 32 bits: unset it")
 
 
 def test_tracked_tokens_that_are_none_or_too_many(refusal):

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(short(message))
+        raise UserError(re.sub("^argument (--[a-z_]+): must ", r"\1 must ", short(message)))
 
 
 def path(text: str) -> Path:
@@ -41,8 +41,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         value = _read(int, text)
+        if math.isnan(value):
+            raise _mismatch(text, "a whole number")
         if not least <= value <= most:
-            raise _mismatch(text, f"a whole number from {least} to {most:,}")
+            raise _mismatch(text, f"at least {least}" if value < least else f"at most {most:,}")
         return value
 
     return number
@@ -76,7 +78,7 @@ def _read(kind: Callable[[str], Any], text: str) -> Any:
 
 
 def _mismatch(text: str, wanted: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"must be {wanted}, not {short(text)!r}")
+    return argparse.ArgumentTypeError(f"must be {wanted}, not {short(text, 60)}")
 
 
 def by_commas(kind: Callable[[str], Any] = str) -> Callable[[str], list]:
@@ -101,7 +103,7 @@ def by_commas(kind: Callable[[str], Any] = str) -> Callable[[str], list]:
 def short(text: str, most: int = 200) -> str:
     """A text cut to what a sentence can hold, on one line."""
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 80]} ... {text[-75:]}"
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
 
 
 def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,12 +153,12 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:
     """Refuses what names no key, or a section, of the `known` ones."""
     for override in overrides:
-        check_text(override, "the command line")
         if not override.startswith("--config."):
             raise UserError(f"unknown argument {short(override)!r}; overrides are --config.KEY=VALUE")
         name, equals, value = override.removeprefix("--config.").partition("=")
         if name not in known:
             raise UserError(f"unknown config key {short(name)!r}{_nearest_key(name, known)}")
+        check_text(value, name)
         if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
         whole = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings

@@ -51,8 +51,8 @@ class Range(NamedTuple):
         floor = f"{'above' if self.open_least else 'at least'} {self.least:g}"
         ceiling = f"{'below' if self.open_most else 'at most'} {self.most:.10g}"
         ends = f"{floor} and {ceiling}"
-        if self.most in (INF, INT32, SEEDS, ROWS):  # the machine's bounds: told where they are met
-            ends = ceiling if above else floor
+        if isinstance(value, int) or self.most in (INF, INT32):
+            ends = floor if below else ceiling
         return f"must be {'' if self.also is None else f'{self.also:g}, or '}{ends}{rounded}"
 
     def _outside(self, value: float) -> tuple[bool, bool]:
@@ -274,5 +274,5 @@ def shown(value: Any) -> str:
     """A value, short enough for a sentence, on one line."""
     if isinstance(value, int) and not isinstance(value, bool) and (value.bit_length() > 100):
         return f"a whole number of {math.floor(value.bit_length() * math.log10(2))} digits or more"
-    text = repr(value)
+    text = " ".join(repr(value).split())  # of some, repr has several lines
     return text if len(text) <= 60 else f"{text[:57]}..."

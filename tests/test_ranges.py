@@ -1,0 +1,112 @@
+"""The table of ranges: every numeric key of base.py is in it, and its ends are where they should be."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dppo_jax.errors import UserError
+from dppo_jax.losses import LOSSES, from_mask, hyperparameters
+from experiments import build, checks
+from experiments.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
+
+OF_LOSSES = ("loss.", "loss_defaults.")
+
+
+@pytest.fixture
+def config():
+    return base.get_config()
+
+
+def test_every_numeric_key_has_a_range_and_every_range_a_key(config):
+    found = set(numeric_keys(config))
+    assert {"seed", "optimizer.b1", "data.size", "policy.temperature", "mesh.fsdp", "loss.tau"} <= found
+    assert {key for key in found if not key.startswith(OF_LOSSES)} == set(NUMBERS)
+
+
+def test_every_hyperparameter_has_a_range_and_every_range_a_hyperparameter(config):
+    wanted = {name: hyperparameters(LOSSES[name]) for name in LOSSES if is_own(name)}
+    assert set(LOSSES) == set(wanted)
+    for entry in HYPERPARAMETERS:
+        loss, _, name = entry.rpartition(".")
+        assert name in (wanted[loss] if loss else set.union(*map(set, wanted.values()))), entry
+    assert set.union(*map(set, wanted.values())) <= set(HYPERPARAMETERS)
+    keys = {key.split(".")[-1] for key in numeric_keys(config) if key.startswith(OF_LOSSES)}
+    assert keys <= set(HYPERPARAMETERS)
+
+
+def test_evaluation_sets_have_the_ranges_of_the_data(config):
+    config.eval.sets.one = base.data_section(seed=2**32)
+    with pytest.raises(UserError, match="^eval.sets.one.seed must be at most 4294967295, not 4294967296$"):
+        check_values(config)
+
+
+@pytest.mark.parametrize("key", sorted(NUMBERS))
+def test_no_key_takes_nan_or_less_than_its_least(config, key):
+    *path, last = key.split(".")
+    section = config
+    for name in path:
+        section = section[name]
+    for value in (math.nan, -math.inf, -2):
+        with config.ignore_type():
+            section[last] = value
+        with pytest.raises(UserError, match=f"^{key} must be "):
+            check_values(config)
+
+
+def test_ends_that_are_open_closed_rounded_and_alone():
+    half = Range(0, 1, open_most=True)
+    assert half.fault(0.0) is None and half.fault(0.999999) is None
+    assert half.fault(1.0) == half.fault(math.nan) == "must be at least 0 and below 1"
+    assert half.fault(1 - 1e-12) == "must be at least 0 and below 1 in float32, too"
+    assert np.float32(1 - 1e-12) == 1
+    above = Range(open_least=True, inf=True)
+    assert above.fault(math.inf) is above.fault(1e300) is above.fault(1e-30) is None
+    assert above.fault(0.0) == "must be above 0" and above.fault(1e-50).startswith("must be at least 1.2e-38, what")
+    assert Range().fault(math.inf) == "must be finite" and Range().fault(1e300).startswith("must be at most 3.4e+38")
+    assert Range().fault(1e-50).startswith("must be 0 or at least 1.2e-38")
+    assert Range(1, 8, also=-1).fault(-1) is None and Range(1, 8, also=-1).fault(0) == "must be -1, or at least 1"
+
+
+def test_two_seeds_of_the_range_have_two_keys():
+    """jax takes 32 bits of a seed: the next one is 0 again."""
+    most = int(NUMBERS["seed"].most)
+    keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, 2**31, most)}
+    assert len(keys) == 4
+    assert tuple(jax.random.key_data(jax.random.key(most + 1)).tolist()) == (0, 0)
+
+
+@pytest.fixture
+def own_loss(monkeypatch):
+    """A loss of a config file: its hyperparameters have names of its own, and some of ours."""
+
+    def mine(inputs, *, floor, delta):
+        return from_mask(inputs, inputs.logp - inputs.behavior_logp > min(floor, delta), ratio_cap=5.0)
+
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    config = base.get_config()
+    config.loss.name, config.loss.floor, config.loss.delta = "mine", -1e300, -7.0
+    return config
+
+
+def test_a_loss_of_ones_own_may_have_any_number_but_nan(own_loss):
+    checks.check(own_loss)
+    assert build.loss(own_loss).keywords == {"floor": -1e300, "delta": -7.0}
+    own_loss.loss.floor = math.nan
+    with pytest.raises(UserError, match=r"^loss.floor must be a number, not nan$"):
+        checks.check(own_loss)
+    own_loss.loss.floor = 0.0
+    own_loss.loss.name = "trm_max"
+    own_loss.loss.floor = None
+    with pytest.raises(UserError, match=r"^loss.delta must be at least 0, not -7.0$"):
+        checks.check(own_loss)
+
+
+def test_a_learning_rate_of_0_is_told_and_not_refused(config):
+    assert checks.remarks(config) == []
+    config.optimizer.learning_rate = 0.0
+    checks.check(config)
+    (said,) = checks.remarks(config)
+    assert said == "optimizer.learning_rate = 0: every step is measured, and the policy stays as it is"
