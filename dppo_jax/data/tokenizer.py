@@ -119,7 +119,7 @@ def _check(tokenizer: Any, vocabulary: dict[str, int], ids: list[int], files: di
         return
     known, settings = _tokens(files["tokenizer.json"]), files.get("tokenizer_config.json", {})
     added = settings.get("added_tokens_decoder") or {}
-    contents = {entry.get("content"): number for number, entry in added.items() if isinstance(entry, dict)}
+    contents = {str(entry.get("content")): number for number, entry in added.items() if isinstance(entry, dict)}
     for token, number in contents.items():
         if token not in known and vocabulary.get(token) != int(number):
             raise UserError(
