@@ -270,12 +270,13 @@ def a_gigabyte_more() -> Iterator[None]:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gemma2"])
 @pytest.mark.parametrize("size", [10**9, 2**31 - 2, 9_998])
-@pytest.mark.parametrize("name, tensor", [
-    ("vocab_size", "'model.embed_tokens.weight'"), ("hidden_size", "'model.|hidden_size"), ("intermediate_size", "proj.weight'"),
-    ("num_hidden_layers", "layers.2.|layers.3.|num_hidden_layers"), ("num_attention_heads", "proj.|num_attention_heads"),
-    ("num_experts", "experts.5.|gate.weight"), ("moe_intermediate_size", "proj.weight'"),
+@pytest.mark.parametrize("name, words", [
+    ("vocab_size", ["'model.embed_tokens.weight'"]), ("hidden_size", ["'model.", "hidden_size"]),
+    ("num_hidden_layers", ["layers.2.", "layers.3.", "num_hidden_layers"]), ("intermediate_size", ["proj.weight'"]),
+    ("num_attention_heads", ["proj.", "num_attention_heads"]), ("num_experts", ["experts.5.", "gate.weight"]),
+    ("moe_intermediate_size", ["proj.weight'"]),
 ])  # fmt: skip
-def test_a_size_that_would_fill_the_memory_is_compared_with_the_tensors_first(tmp_path, family, size, name, tensor):
+def test_a_size_that_would_fill_the_memory_is_compared_with_the_tensors_first(tmp_path, family, size, name, words):
     """Of each the tensor is named; nothing of that size is made: no array, no list of names."""
     directory = Path(shutil.copytree(GOLDEN / family, tmp_path / family))
     mixture = family == "qwen3_moe"
@@ -284,7 +285,7 @@ def test_a_size_that_would_fill_the_memory_is_compared_with_the_tensors_first(tm
     edit_config(directory, **{name: size, "layer_types": None})
     with a_gigabyte_more():
         message = refusal(directory)
-    assert str(directory) in message and any(word in message for word in tensor.split("|")), message
+    assert str(directory) in message and any(word in message for word in words), message
 
 
 def test_one_tensor_in_two_shards(directory):
