@@ -299,7 +299,7 @@ def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose:
     entry = handle.get_slice(name)
     found, wanted = tuple(entry.get_shape()), shape[::-1] if transpose else shape
     if found != wanted:
-        raise UserError(f"tensor {name!r} in {path} has shape {list(found)}; {CONFIG} says {list(wanted)}")
+        raise UserError(f"tensor {name!r} in {path} has shape {shown(list(found))}; {CONFIG} says {list(wanted)}")
     if entry.get_dtype() not in READABLE:
         raise UserError(
             f"tensor {name!r} in {path} has dtype {entry.get_dtype()}; supported: {', '.join(sorted(READABLE))}"
