@@ -130,6 +130,22 @@ def test_a_special_token_that_the_vocabulary_lacks(directory):
     assert refusal(load_tokenizer, directory).endswith("adds the token 9999, which its vocabulary lacks")
 
 
+@pytest.mark.parametrize("declared", ["Qwen2Tokenizer", None, "LlamaTokenizer", "PreTrainedTokenizerFast", "NoSuch"])
+def test_a_vocabulary_in_vocab_json(directory, declared):
+    """Read by the classes that read it; no class makes a tokenizer of a few tokens without a word."""
+    file = json.loads((directory / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in file["added_tokens"]}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary := file["model"]["vocab"] | added))
+    (directory / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in file["model"]["merges"]))
+    (directory / "tokenizer.json").unlink()
+    put(directory / "tokenizer_config.json", tokenizer_class=declared)
+    if declared in ("Qwen2Tokenizer", None):
+        assert load_tokenizer(directory).get_vocab() == vocabulary
+    else:
+        said = refusal(load_tokenizer, directory)
+        assert "vocab.json" in said and "tokenizer.json" in said and "tiktoken" not in said
+
+
 def test_no_code_of_a_directory_is_run(directory):
     put(directory / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
     (directory / "own.py").write_text(f"open({str(directory / 'run')!r}, 'w').close()\n")
