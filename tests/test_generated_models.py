@@ -147,6 +147,8 @@ def attempt(function: Callable[[], Any]) -> tuple[str | None, Any]:
             return None, function()
         except UserError as error:
             return str(error), None
+        except TooLong:
+            pytest.fail(f"not done after {SECONDS} s")
 
 
 def check(said: str | None, outcomes: list[Outcome], folder: Path) -> None:

@@ -1,7 +1,12 @@
 """Model directories: what is written is read back to the bit, and every way one can be broken gets its sentence."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -249,6 +254,97 @@ def test_bad_index(directory):
     ]:
         (directory / INDEX).write_text(content)
         assert words in refusal(directory)
+
+
+@contextlib.contextmanager
+def a_gigabyte_more() -> Iterator[None]:
+    """What is allocated beyond that fails."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize("size", [10**9, 2**31 - 2, 998])
+@pytest.mark.parametrize("name, words", [
+    ("vocab_size", ["'model.embed_tokens.weight'"]), ("hidden_size", ["'model.", "hidden_size"]),
+    ("num_hidden_layers", ["layers.2.", "layers.3.", "num_hidden_layers"]), ("intermediate_size", ["proj.weight'"]),
+    ("num_attention_heads", ["proj.", "num_attention_heads"]), ("num_experts", ["experts.5.", "gate.weight"]),
+    ("moe_intermediate_size", ["proj.weight'"]),
+])  # fmt: skip
+def test_a_size_that_would_fill_the_memory_is_compared_with_the_tensors_first(tmp_path, family, size, name, words):
+    """Of each the tensor is named; nothing of that size is made: no array, no list of names."""
+    directory = Path(shutil.copytree(GOLDEN / family, tmp_path / family))
+    mixture = family == "qwen3_moe"
+    if name in ("num_experts", "moe_intermediate_size") and not mixture or name == "intermediate_size" and mixture:
+        return
+    edit_config(directory, **{name: size, "layer_types": None})
+    with a_gigabyte_more():
+        message = refusal(directory)
+    assert str(directory) in message and any(word in message for word in words), message
+
+
+def test_one_tensor_in_two_shards(directory):
+    shards = shard(directory)
+    first = load_file(directory / shards[0])
+    name = min(first)
+    save_file(load_file(directory / shards[1]) | {name: first[name] + 1}, directory / shards[1])
+    assert refusal(directory) == f"tensor {name!r} is in {directory / shards[0]} and in {directory / shards[1]}"
+
+
+def test_weights_that_git_did_not_fetch(directory):
+    (directory / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert refusal(directory).endswith("is a pointer of Git LFS, not the weights; fetch them with git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+@pytest.mark.parametrize("kind", ["folder", "loop", "nowhere", "pipe"])
+def test_names_of_no_file(directory, name, kind):
+    path = directory / name
+    path.unlink()
+    {
+        "folder": path.mkdir,
+        "loop": lambda: path.symlink_to(path.name),
+        "nowhere": lambda: path.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    assert refusal(directory) == f"{path} is neither a file nor a link to one"
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "."])
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_files_that_may_not_be_read(name, mode):
+    """By a user who is not root."""
+    if name != "." and mode:
+        return
+    with tempfile.TemporaryDirectory() as around:
+        os.chmod(around, 0o755)
+        directory = Path(shutil.copytree(GOLDEN / "qwen2", Path(around) / "qwen2"))
+        os.chmod(directory / name, mode)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            message = refusal(directory)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(directory / name, 0o755)
+    assert str(directory if name == "." else directory / name) in message
+    assert message.endswith("cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_read_as_they_are(directory, value):
+    """A tied head with them is still the embedding."""
+    whole = load_params(directory)[1]
+    whole["embed"][3, 4] = value
+    edit_tensors(directory, model__embed_tokens__weight=whole["embed"], lm_head__weight=whole["embed"])
+    assert_same(load_params(directory)[1], whole)
 
 
 def test_missing_tensor(directory):

@@ -10,7 +10,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import is_file, read_json_object, shown, user_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")  # one of them is enough
+READABLE = ("tokenizer.json", "vocab.json")  # one of them is enough
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 # What fields of tokenizer_config.json must be, where they are not null: transformers stumbles over the rest.
@@ -61,6 +61,8 @@ def load_tokenizer(directory: str | os.PathLike[str]):
         raise
     except BaseException as error:  # a panic of the library in Rust is no Exception
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "tokenizer.json" not in files:  # what transformers says then is of packages that do not help
+            reason = "there is no tokenizer.json, and of vocab.json with its tokenizer_class transformers makes none"
         raise UserError(f"tokenizer: {name!r} cannot be read: {reason[:300]}") from error
     _check(tokenizer, vocabulary, ids, files, folder)
     return tokenizer
@@ -116,10 +118,15 @@ def _check(tokenizer: Any, vocabulary: dict[str, int], ids: list[int], files: di
         if not isinstance(text, str):
             raise UserError(f"tokenizer: chat_template in {folder} must be text, not {shown(text)}")
     if "tokenizer.json" not in files:
+        if lacking := sorted(files["vocab.json"].keys() - vocabulary.keys()):
+            raise UserError(
+                f"tokenizer: {type(tokenizer).__name__} does not read {folder / 'vocab.json'}: it lacks "
+                f"{shown(lacking[0])}; a tokenizer.json is read as it stands"
+            )
         return
     known, settings = _tokens(files["tokenizer.json"]), files.get("tokenizer_config.json", {})
     added = settings.get("added_tokens_decoder") or {}
-    contents: dict[Any, Any] = {entry.get("content"): n for n, entry in added.items() if isinstance(entry, dict)}
+    contents = {str(entry.get("content")): number for number, entry in added.items() if isinstance(entry, dict)}
     for token, number in contents.items():
         if token not in known and vocabulary.get(token) != int(number):
             raise UserError(

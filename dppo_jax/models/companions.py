@@ -75,8 +75,9 @@ def write_tokenizer(staging: Path, source: Path | None, tokenizer: Any) -> None:
     for name in TOKENIZER:
         if is_file(source / name):
             shutil.copyfile(source / name, staging / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, staging / TEMPLATES)
+    for path in sorted((source / TEMPLATES).glob("*.jinja")):
+        (staging / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, staging / TEMPLATES / path.name)
 
 
 def publish(staging: Path, directory: Path, weights: str, replaces: Sequence[str] = (), config: str = CONFIG) -> None:

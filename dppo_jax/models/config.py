@@ -52,7 +52,7 @@ DEFAULT_THETA = 10000.0
 DEFAULT_EPS = 1e-6
 
 LARGEST = 2**31 - 1  # of any size: what an index of 32 bits reaches
-MOST_LAYERS = 10_000  # no published decoder has 200
+MOST_LAYERS = 1_000  # no published decoder has 200
 
 READ = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "

@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 READABLE = {"F32", "BF16", "F16"}
+POINTER = b"version https://git-lfs"  # what stands in a file that was not fetched
 
 # Constants that older exports stored beside the weights.
 NOT_WEIGHTS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -148,7 +149,7 @@ def save_hf(
     stored = lookup(DTYPES, dtype, "dtype")
     origin = None if source is None else folder(source)
     before = {} if origin is None else _config_fields(origin)
-    tokens = companions.token_fields(tokenizer, before, eos_ids)
+    tokens = companions.token_fields(tokenizer, before, [int(token) for token in eos_ids])
     kept = {name: value for name, value in before.items() if name in INERT - companions.OF_THE_FILE}
     fields = kept | config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True} | tokens
     tensors = {name: np.ascontiguousarray(array, stored) for name, array in _unstack(config, params)}
@@ -175,8 +176,11 @@ def folder(directory: str | Path, what: str = "model directory") -> Path:
     path = user_path(directory, what)
     if not os.path.isdir(path):
         raise UserError(f"{what} {directory} {'is not a directory' if os.path.lexists(path) else 'does not exist'}")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise UserError(f"{what} {directory} cannot be read: permission denied")
+    try:
+        os.listdir(path)
+        os.stat(os.path.join(path, "."))
+    except OSError as error:
+        raise UserError(f"{what} {directory} cannot be read: {error.strerror}") from None
     return path
 
 
@@ -260,20 +264,16 @@ def _open_tensors(directory: Path, stack: ExitStack) -> Tensors:
 def open_tensors(path: Path, stack: ExitStack) -> Tensors:
     """The tensors of one file, their values not read yet; `stack` closes it. UserError for a damaged file."""
     try:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with git lfs pull")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
         handle = stack.enter_context(safe_open(path, framework="numpy"))
         return {name: (path, handle) for name in handle.keys()}
     except (SafetensorError, OSError) as error:
-        if _begins(path, b"version https://git-lfs"):
-            raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with git lfs pull") from None
         raise UserError(f"{path} is truncated or damaged: {first_line(error)}") from error
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(start)) == start
-    except OSError:
-        return False
 
 
 def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config: ModelConfig, directory: Path) -> None:
@@ -299,7 +299,7 @@ def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose:
     entry = handle.get_slice(name)
     found, wanted = tuple(entry.get_shape()), shape[::-1] if transpose else shape
     if found != wanted:
-        raise UserError(f"tensor {name!r} in {path} has shape {list(found)}; {CONFIG} says {list(wanted)}")
+        raise UserError(f"tensor {name!r} in {path} has shape {shown(list(found))}; {CONFIG} says {list(wanted)}")
     if entry.get_dtype() not in READABLE:
         raise UserError(
             f"tensor {name!r} in {path} has dtype {entry.get_dtype()}; supported: {', '.join(sorted(READABLE))}"
