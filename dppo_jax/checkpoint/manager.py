@@ -235,7 +235,7 @@ class Checkpoints:
         assert self._saving is not None
         step, self._saving = self._saving[0], None
         if is_writer():
-            _delete_left(self._folder)
+            _delete_left(self._folder, told=False)  # threads may still be writing into it
         why = reason(error) if self._folder.is_dir() else "the folder was deleted"
         newest = newest_by_size(self._folder)
         self._newest = Newest(newest, [])
@@ -270,15 +270,16 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"the folder {str(folder)!r} cannot be written to: {reason(error)}") from None
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path, *, told: bool = True) -> None:
     try:
         manifest.remove(path)
     except OSError as error:
-        print(f"warning: {path} could not be deleted: {reason(error)}", file=sys.stderr)
+        if told:
+            print(f"warning: {path} could not be deleted: {reason(error)}", file=sys.stderr)
 
 
-def _delete_left(folder: Path) -> None:
+def _delete_left(folder: Path, *, told: bool = True) -> None:
     """What a kill or a failed save left half written."""
     if folder.is_dir():
         for name in manifest.entries(folder).left:
-            _delete(folder / name)
+            _delete(folder / name, told=told)
