@@ -14,6 +14,9 @@ from dppo_jax.rewards.worker import Outcome
 TIME_LIMIT_S = 10.0  # for one label
 MAX_WORKERS = 8
 _GROWS = re.compile(r"[\^!]|\*\*|\\(?:d?binom|sum|prod|int|exp)")  # what may be short to write and long to work out
+_LONG = re.compile(r"\d{16}")
+_SUM = re.compile(r"[\w)}]\s*[-+\u2212]")
+_DIGIT = re.compile("[1-9]")
 _ANOTHER = 987654321
 
 
@@ -30,7 +33,8 @@ def check_labels(verifier: str, labels: Sequence[tuple[str, str]]) -> None:
 def answer_faults(verifier: str, answers: Sequence[str]) -> list[str | None]:
     """Why the verifier could never accept each answer, as the end of a sentence; None where it could.
 
-    math_verify reads every different one in a worker process, with limits: one label may hang, or eat the memory.
+    math_verify reads them in worker processes, with limits: one label may hang, or eat the memory. Of labels that
+    differ in digits only, it reads the first, unless their values may make a difference; see `_shape`.
     """
     faults = dict(_faults(verifier, list(dict.fromkeys(answers))))
     return [faults[answer] for answer in answers]
@@ -51,20 +55,30 @@ def reads_itself(reply: str, example: Example) -> float:
 
 def _faults(verifier: str, answers: list[str]) -> Iterator[tuple[str, str | None]]:
     """Each of the answers, which differ, with its fault."""
-    unread = []
+    shapes: dict[str, list[str]] = {}
     for answer in answers:
         fault = text_fault(verifier, answer)
         if fault is None and verifier == "math_verify" and not _is_plain(answer):
-            unread.append(answer)
+            shapes.setdefault(_shape(answer), []).append(answer)
         else:
             yield answer, fault
+    unread = [alike[0] for alike in shapes.values()]
     if unread:
         task = Task("labels", (), reads_itself, isolated=True, worker_imports=("math_verify", __name__))
         workers = max(1, min(MAX_WORKERS, os.cpu_count() or 1, len(unread)))
         with Scorer(task, workers=workers, time_limit_s=TIME_LIMIT_S) as scorer:
             pending = scorer.submit([""] * len(unread), [Example("", answer) for answer in unread])
-            for answer, outcome in zip(unread, pending.outcomes(), strict=True):
-                yield answer, _fault(outcome)
+            for alike, outcome in zip(shapes.values(), pending.outcomes(), strict=True):
+                yield from ((answer, _fault(outcome)) for answer in alike)
+
+
+def _shape(answer: str) -> str:
+    """The label with every digit but 0 made a 1, or as it is where digits decide whether it can be read or compared:
+    powers and their like, long numbers, sums under a fraction, which may be 0."""
+    divides = "frac" in answer or "/" in answer or "\\div" in answer
+    if _GROWS.search(answer) or _LONG.search(answer) or (divides and _SUM.search(answer)):
+        return answer
+    return _DIGIT.sub("1", answer)
 
 
 def _is_plain(answer: str) -> bool:

@@ -92,19 +92,21 @@ class Scorer:
             )
         self._verify, self._time_limit_s, self._scored = task.verify, time_limit_s, 0
         self._thread = None if task.isolated else ThreadPoolExecutor(1, thread_name_prefix="scorer")
-        self._pool = self._start(task, workers, memory_limit_mib) if task.isolated else None
+        self._imports, self._workers, self._memory = (worker.__name__, *task.worker_imports), workers, memory_limit_mib
+        self._pool: ProcessPool | None = None
+        if task.isolated:
+            pickle.dumps(task.verify)  # what cannot travel to a worker fails here
+            self._pool = self._start()
 
-    def _start(self, task: Task, workers: int, memory_limit_mib: int) -> ProcessPool:
-        pickle.dumps(task.verify)  # what cannot travel to a worker fails here
+    def _start(self) -> ProcessPool:
         context = _Context()
-        imports = (worker.__name__, *task.worker_imports)
-        _preload.update(imports)  # into the fork server, so that a replaced worker starts at once
+        _preload.update(self._imports)  # into the fork server, so that a replaced worker starts at once
         context.set_forkserver_preload(sorted(_preload))
         pool = ProcessPool(
-            max_workers=workers,
+            max_workers=self._workers,
             max_tasks=worker.Replies(REPLIES_PER_WORKER),
             initializer=worker.start,
-            initargs=(imports, memory_limit_mib * 2**20),
+            initargs=(self._imports, self._memory * 2**20),
             context=context,
         )
         try:
@@ -119,15 +121,18 @@ class Scorer:
             raise ValueError(f"{len(replies)} replies for {len(examples)} examples")
         pairs = list(zip(replies, examples, strict=True))
         limit = self._time_limit_s
-        try:
-            if self._thread is not None:
-                futures = [self._thread.submit(worker.attempt_here, self._verify, *pair) for pair in pairs]
-            else:
-                assert self._pool is not None
+        if self._thread is not None:
+            futures = [self._thread.submit(worker.attempt_here, self._verify, *pair) for pair in pairs]
+        else:
+            assert self._pool is not None
+            if not self._pool.active:  # a worker was killed while it had nothing to do
+                self._pool.join()
+                self._pool = self._start()
+            try:
                 jobs = [(limit, self._verify, *pair) for pair in pairs]
                 futures = [self._pool.schedule(worker.score_one, job, timeout=limit) for job in jobs]
-        except (OSError, RuntimeError) as error:
-            raise _broken(error) from error
+            except (OSError, RuntimeError) as error:
+                raise _broken(error) from error
         for future in futures:
             future.add_done_callback(self._count)
         return Pending(futures, self._check, lambda: self._scored)

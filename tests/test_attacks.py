@@ -1,0 +1,225 @@
+"""Replies that want to be run: in every data set, through the real scorer, and without its workers' walls."""
+
+import ctypes
+import functools
+import json
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import hostile
+import numpy as np
+import pytest
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from dppo_jax.data.examples import AnswerVerifier, Example, Task
+from dppo_jax.data.grammar import EVALUATED, is_answer
+from dppo_jax.data.gym import GymVerifier, full_score
+from dppo_jax.data.tasks import load_task
+from dppo_jax.errors import UserError
+from dppo_jax.rewards.scorer import Scorer
+
+SETS = sorted(set(DATASETS) - {"composite"})  # which takes no settings that a config can hold
+REFUSED = {"coin_flip", "complex_arithmetic", "game_of_life_halting", "gsm_symbolic", "puzzle24"}
+ANSWERS = {"exact_match": "Paris", "last_number": "123456789", "math_verify": "\\frac{1}{2}"}
+
+
+@functools.cache
+def cases(seed: int) -> dict[str, Example]:
+    """One item of every data set, and one answer of every other verifier, with its verifier."""
+    found = {}
+    settings = json.dumps({"seed": seed, "size": 3})
+    for name in SETS:
+        entry = reasoning_gym.create_dataset(name, **json.loads(settings))[0]
+        example = Example(entry["question"], str(entry["answer"] or ""), {"entry": entry})
+        found[name] = Example("", "", {"verify": GymVerifier(name, settings), "example": example})
+    for name, answer in ANSWERS.items():
+        found[name] = Example("", "", {"verify": AnswerVerifier(name), "example": Example("", answer)})
+    return found
+
+
+def scored(scorer: Scorer, pairs: list[tuple[str, Example]]) -> tuple[np.ndarray, dict[str, int]]:
+    return scorer.submit([reply for reply, _ in pairs], [example for _, example in pairs]).result()
+
+
+def workers(**limits):
+    imports = ("reasoning_gym", "math_verify", "hostile")
+    task = Task("attacks", (), hostile.dispatch, isolated=True, worker_imports=imports)
+    return Scorer(task, **{"workers": 2, "time_limit_s": 30, **limits})
+
+
+def right_replies(found: dict[str, Example]) -> list[tuple[str, Example]]:
+    return [(case.meta["example"].answer, case) for case in found.values() if case.meta["example"].answer]
+
+
+def test_no_attack_runs_scores_ends_the_workers_or_changes_another_score(tmp_path):
+    found = cases(3)
+    attacks = hostile.attacks(tmp_path / "planted")
+    assert len(attacks) >= 20 and len(found) > 100
+    pairs = [(attack, case) for case in found.values() for attack in attacks]
+    with workers() as scorer:
+        before, counts = scored(scorer, right_replies(found))
+        assert before.all() and counts == {"killed": 0, "failed": 0, "refused": 0}
+        rewards, counts = scored(scorer, pairs)
+        after, _ = scored(scorer, right_replies(found))
+    names = [name for name in found for _ in attacks]
+    assert {name for name, reward in zip(names, rewards, strict=True) if reward} <= {"game_of_life_halting"}
+    assert counts == {"killed": 0, "failed": 0, "refused": len(EVALUATED) * len(attacks)}
+    np.testing.assert_array_equal(after, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_burden_ends_the_run(tmp_path):
+    found = cases(3)
+    pairs = [(burden, case) for case in found.values() for burden in hostile.BURDENS]
+    with workers(time_limit_s=4) as scorer:
+        rewards, counts = scored(scorer, pairs)
+        after, _ = scored(scorer, right_replies(found))
+    names = [name for name in found for _ in hostile.BURDENS]
+    wrong = {name for name, reward in zip(names, rewards, strict=True) if reward}
+    assert wrong <= REFUSED
+    assert counts["failed"] == 0 and counts["killed"] < len(pairs) / 20
+    assert after.all()
+
+
+PLANT = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = sys.argv[1:3]
+import hostile
+import test_attacks
+
+folder, through = Path(sys.argv[3]), sys.argv[4]
+for name, case in test_attacks.cases(3).items():
+    verify, example = case.meta["verify"], case.meta["example"]
+    for attack in hostile.attacks(folder / name):
+        if through == "verifier":
+            assert verify(attack, example) == 0 or name == "game_of_life_halting", (name, attack)
+        elif "entry" in example.meta and str(folder) in attack:
+            try:
+                test_attacks.raw_scorer(name)(attack, example.meta["entry"])
+            except Exception:
+                pass
+print("alive")
+"""
+
+
+@functools.cache
+def raw_scorer(name):
+    return reasoning_gym.create_dataset(name, seed=3, size=3).score_answer
+
+
+@pytest.mark.parametrize("through", ["verifier", "data set"])
+def test_which_data_sets_run_replies(tmp_path, through):
+    """Without workers: the sets that EVALUATED names, and no others, plant files; with our verifier none does."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", PLANT, str(tests), str(tests.parent), str(tmp_path), through],
+        capture_output=True,
+        text=True,
+        cwd=tests.parent,
+    )
+    assert done.stdout.strip().endswith("alive"), done.stderr
+    planted = {path.name for path in tmp_path.iterdir()}
+    assert planted == (set() if through == "verifier" else set(EVALUATED))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_label_is_in_its_grammar_and_scores_one(name):
+    """Labels that repeat the question as an integral are accepted as labels only."""
+    size = 20 if name in EVALUATED else 3
+    for seed in (1, 2):
+        dataset = reasoning_gym.create_dataset(name, seed=seed, size=size)
+        for entry in (dataset[i] for i in range(size)):
+            label = entry["answer"]
+            if label is not None:
+                assert is_answer(name, label, entry) and full_score(dataset, name, label, entry) == 1
+                assert name not in EVALUATED or EVALUATED[name](label, entry) or "Integral" in label
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("countdown", ["1+2*(3-4)/5", " -1 + +2 ", "(1)"], ["1**2", "x", "1+", "1,2", "1//2", "f(1)", "1e9", "1j"]),
+        ("simple_integration", ["x**2/2 + C", "-x**(-1)", "(x + 1)**(3/2)", "log(x) + C", "exp(2*x)"], []),
+        ("simple_integration", [], ["x**1000", "x**x**x", "9**(9*9*9)", "((x**2)**2)**2", "y", "log", "open(x)"]),
+        ("simple_integration", [], ["log(x, 2)", "log(*x)", "log(x=1)", "x.y", "x[0]", "'x'", "x;x", "x#", "(x, x)"]),
+        ("simple_integration", [], ["lambda: x", "x if x else x", "x:=x", "x and x", "x<x", "[x]", "{x}", "__x"]),
+        ("n_queens", ["_ Q\nQ _"], ["__import__", "[['Q']]", "Q()", ""]),
+        ("string_insertion", ["ABBA"], ["['A']", "F", "A B"]),
+        ("spiral_matrix", ["1 2 3"], ["[1, 2]", "1+2", "-1", "1_0"]),
+    ],
+)  # fmt: skip
+def test_grammars(name, right, wrong):
+    entry = {"answer": "?", "metadata": {"variable": "x"}}
+    assert [text for text in right if not is_answer(name, text, entry)] == []
+    assert [text for text in wrong if is_answer(name, text, entry)] == []
+
+
+def test_scorers_that_accept_wrong_answers_are_refused_at_load():
+    refused = {}
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        for name in SETS:
+            try:
+                load_task("reasoning_gym", name=name, size=2 if name == "knight_swap" else 6, seed=3)
+            except UserError as error:
+                refused[name] = str(error)
+    assert set(refused) == REFUSED
+    for name, wrong in {"coin_flip": "'0'", "complex_arithmetic": "'nan'", "gsm_symbolic": "'-"}.items():
+        assert f"gives the wrong answer {wrong}" in refused[name] and f"'{name}', item " in refused[name]
+        assert "set data.verifier='exact_match'" in refused[name]
+        assert load_task("reasoning_gym", name=name, size=6, seed=3, verifier="exact_match")
+
+
+@pytest.mark.parametrize("where", ["workers", "thread"])
+def test_whatever_escapes_a_verifier_is_a_failure_of_that_reply_alone(where):
+    """The worker goes with it: what the reply changed there reaches no other reply."""
+    bad = ["SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException", "RecursionError"]
+    replies = [reply for name in bad for reply in (name, "fine")]
+    task = Task("test", (), hostile.escapes, isolated=where == "workers", worker_imports=("hostile",))
+    with Scorer(task, workers=1, time_limit_s=20) as scorer:
+        rewards, counts = scorer.submit(replies, [Example("", "")] * len(replies)).result()
+    assert counts == {"killed": 0, "failed": len(bad), "refused": 0}
+    if where == "workers":
+        assert rewards.tolist() == [0, 0.5] * len(bad)
+
+
+def test_workers_are_replaced_after_so_many_replies(monkeypatch):
+    monkeypatch.setattr("dppo_jax.rewards.scorer.REPLIES_PER_WORKER", 4)
+    task = Task("test", (), hostile.process_id, isolated=True, worker_imports=("hostile",))
+    with Scorer(task, workers=1, time_limit_s=20) as scorer:
+        rewards, _ = scorer.submit([""] * 10, [Example("", "")] * 10).result()
+    _, found = np.unique(rewards, return_counts=True)
+    assert found.max() <= 4 and found.sum() == 10
+
+
+def landlock() -> int:
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if sys.platform == "linux" else 0
+
+
+def test_workers_cannot_write_connect_or_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        tries = {
+            "write": str(tmp_path / "written"),
+            "environment": "SECRET_TOKEN",
+            "home": "",
+            "raise the limit": "",
+            "core": "",
+        }
+        if landlock() >= 4:
+            tries |= {"connect": str(server.getsockname()[1]), "start a program": ""}
+        if landlock() >= 6:
+            tries |= {"signal": ""}
+        task = Task("test", (), hostile.succeeds, isolated=True, worker_imports=("hostile",))
+        with Scorer(task, workers=1, time_limit_s=20) as scorer:
+            examples = [Example("", answer) for answer in tries.values()]
+            rewards, counts = scorer.submit(list(tries), examples).result()
+            printed, _ = scorer.submit(["print"], examples[:1]).result()
+    assert counts == {"killed": 0, "failed": 0, "refused": 0}
+    assert dict(zip(tries, rewards.tolist(), strict=True)) == dict.fromkeys(tries, 0.0)
+    assert printed.tolist() == [1]
