@@ -5,11 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dppo_jax.data.examples import Example, answer_task
 from dppo_jax.data.prompts import PromptStream, decode_replies, encode_prompt, eos_ids, load_tokenizer
+from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.types import PromptBatch
 
@@ -120,6 +121,69 @@ def test_a_prompt_over_the_limit(tokenizer):
     assert (len(shorter), shorter.skipped) == (1, 1)
     with pytest.raises(UserError, match="no prompt fits into data.max_prompt_len=4"):
         stream(tokenizer, task, max_prompt_len=4, too_long="skip")
+
+
+def test_what_is_left_out_is_told(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "100+100=", "answer": 200}\n' * 2)
+    task = load_task("jsonl", path=str(file), verifier="last_number")
+    assert stream(tokenizer, task).left_out == "rows.jsonl: 4 examples; left out: 2 blank lines"
+    task = load_task("jsonl", path=str(file), verifier="last_number", size=3)
+    found = stream(tokenizer, task, max_prompt_len=8, too_long="skip")
+    assert found.counts == {"examples": 2, "blank": 2, "beyond_size": 1, "skipped": 1}
+    assert found.left_out == (
+        "rows.jsonl: 2 examples; left out: 2 blank lines, 1 rows beyond data.size, "
+        "1 prompts of more than data.max_prompt_len tokens"
+    )
+    assert stream(tokenizer, sums(3)).left_out is None
+    with pytest.raises(UserError, match=r"rows.jsonl, row 3 \('100\+100='\) has 9 tokens, more than"):
+        stream(tokenizer, task, max_prompt_len=8)
+
+
+def test_a_prompt_that_the_tokens_do_not_hold(tokenizer, tmp_path):
+    """This tokenizer drops what it has no token for; others write <unk>."""
+    cases = {"1+1=\u00e9": "'\u00e9'", "two\nlines": r"'\\n'", "\u4e00 1": "'\u4e00'", "a\x00": r"'\\x00'"}
+    for prompt, lost in cases.items():
+        task = answer_task("t", [Example(prompt, "1")], "last_number")
+        with pytest.raises(UserError, match=f"t: prompt 1 of 1: the tokenizer has no token for {lost}, so the policy"):
+            stream(tokenizer, task)
+    folder = tmp_path / "words"
+    folder.mkdir()
+    backend = Tokenizer(models.WordLevel(vocab={"<unk>": 0, "1": 1, "+": 2, "</s>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert encode_prompt(words, "1+1 </s>\n+", chat=False) == [1, 2, 1, 3, 2]
+    with pytest.raises(UserError, match="has no token for '2', so the policy"):
+        encode_prompt(words, "1+2", chat=False)
+
+
+def test_a_normalizer_may_change_a_prompt(tokenizer):
+    """What it does is the tokenizer's meaning, not a loss: so do those of Gemma, T5 and Llama 2."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "\u2581", *"abcdefgh1+", "\u2581a"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")]))
+    backend.add_special_tokens(["</s>"])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    ids = encode_prompt(llama, "A B \uff11+1", chat=False)
+    assert llama.decode(ids) == "a b 1+1"
+    with pytest.raises(UserError, match="has no token for 'x'"):
+        encode_prompt(llama, "a x", chat=False)
+
+
+def test_odd_templates_and_prompts(tokenizer):
+    with pytest.raises(UserError, match="data.template: a lone surrogate"):
+        encode_prompt(tokenizer, "a", chat=False, template="{prompt}\ud800")
+    with pytest.raises(UserError, match="data.template must hold '{prompt}', but is") as error:
+        encode_prompt(tokenizer, "a", chat=False, template="x" * 10**6)
+    assert len(str(error.value)) < 300
+    with pytest.raises(UserError, match="the tokenizer cannot encode the prompt: "):
+        encode_prompt(tokenizer, "\ud800", chat=False)
+    assert encode_prompt(tokenizer, "{prompt}", chat=False, template="{prompt}{prompt}") == encode_prompt(
+        tokenizer, "{prompt}{prompt}", chat=False
+    )
 
 
 def test_the_chat_template_is_tokenized_once(tokenizer):

@@ -193,6 +193,139 @@ def test_bad_rows_are_named_by_file_and_row(tmp_path, lines, words):
     assert "\n" not in str(error.value)
 
 
+TALK = '{"role": "user", "content": "1+1="}'
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (f'"messages": [{TALK}, {{"role": "assistant", "content": "2"}}]', "end with the assistant's turn, so the"),
+        ('"messages": [{"role": "system", "content": "a"}]', "must end with a user's or a tool's, after a user's"),
+        (f'"messages": [{TALK}, {{"role": "system", "content": "a"}}]', "must end with a user's or a tool's"),
+        ('"messages": [{"role": "usr", "content": "a"}]', "message 1: unknown role 'usr'; the nearest is 'user'"),
+        ('"messages": [{"role": "developer", "content": "a"}]', "unknown role 'developer'; the nearest is 'system'"),
+        ('"messages": [{"role": "human", "content": "a"}]', "unknown role 'human'; the nearest is 'user'"),
+        ('"messages": [{"role": "xyzzy", "content": "a"}]', "known: assistant, system, tool, user"),
+        (f'"messages": [{TALK}, {{"role": "user", "content": " "}}]', "message 2: the content of the user's"),
+        ('"messages": [{"role": "user", "content": null}]', "message 1: needs texts 'role' and 'content'"),
+        ('"messages": [{"from": "human", "value": "a"}]', "has 'from' and 'value'; name them 'role' and 'content'"),
+        ('"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]', "'content' must be one text"),
+        ('"messages": [{"role": "user", "content": 5}]', "'content' must be text, not 5"),
+        ('"messages": []', "'messages' must be a list of role and content texts, not []"),
+        ('"messages": "hello"', "'messages' must be a list of role and content texts, not 'hello'"),
+        (f'"prompt": [{TALK}]', "'prompt' holds messages; name it 'messages'"),
+        (f'"prompt": {TALK}', "'prompt' holds messages; name it 'messages'"),
+        (f'"prompt": {json.dumps("[" + TALK + "]")}', "'prompt' holds messages as JSON text"),
+        ('"prompt": ["a"]', "'prompt' must be text, not ['a']"),
+        ('"prompt": "a", "prompt": "b"', "the key 'prompt' stands there twice"),
+        ('"prompt": "\\ud800"', "a lone surrogate, \\ud800"),
+        (f'"prompt": "a", "x": {"[" * 70 + "]" * 70}', "lists and objects nested more than 64 deep"),
+        (f'"prompt": "a", "x": {"[" * 10**5 + "]" * 10**5}', "nested too deeply"),
+        (f'"prompt": "a", "x": {"9" * 5000}', "4300 digits"),
+        (f'"prompt": {json.dumps(["x" * 10**6])}', "'prompt' must be text, not ['xxx"),
+        (f'"{"k" * 10**6}": 1', "has neither of 'prompt' and 'messages'"),
+        (f'"messages": [{{"role": "{"r" * 10**6}", "content": "a"}}]', "unknown role 'rrr"),
+    ],
+    ids=range(26),
+)
+def test_a_row_that_cannot_be_asked(tmp_path, row, words):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f'{GOOD}\n{{{row}, "answer": "1"}}\n')
+    with pytest.raises(UserError) as error:
+        load_task("jsonl", path=str(file), verifier="exact_match")
+    said = str(error.value)
+    assert said.startswith(f"{file}, row 2") and words in said
+    assert "\n" not in said and len(said) < 500
+    said.encode("utf-8")
+
+
+def test_turns_in_the_middle_are_part_of_the_prompt(tmp_path):
+    roles = ("system", "user", "assistant", "user", "assistant", "tool")
+    messages = [{"role": role, "content": "a"} for role in roles]
+    for length in (2, 4, 6):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages[:length], "answer": 1}))
+        (example,) = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match").examples
+        assert example.prompt == tuple(messages[:length])
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("2.0", "2"), ("-3.00", "-3"), ("1e3", "1000"), ("1.5E1", "15"), ("-0.0", "0"), ("0.0", "0"), ("0.10", "0.10"),
+     ("0.5", "0.5"), ("1e-7", "1e-7"), ("12345678901234567890", "12345678901234567890"), ("-7", "-7"),
+     ("12345678901234567890.0", "12345678901234567890"), ('"2.0"', "2.0"), ('"1e3"', "1e3")],
+)  # fmt: skip
+def test_an_answer_that_is_a_number(tmp_path, written, read):
+    """Whole ones as integers, the rest as written: exact_match compares texts."""
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "a", "answer": {written}}}')
+    task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match")
+    assert task.examples[0].answer == read
+    assert task.score(read, task.examples[0]) == 1
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
+def test_an_answer_that_is_no_finite_number(tmp_path, written):
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "a", "answer": {written}}}')
+    with pytest.raises(UserError, match="row 1: the answer .* is no finite number"):
+        load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match")
+
+
+def test_a_float_column_with_gaps(tmp_path):
+    """As pandas writes integers where one is missing."""
+    table = pyarrow.table({"prompt": ["a", "b", "c"], "answer": [2.0, 0.5, 1e16]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    task = load_task("parquet", path=str(tmp_path / "rows.parquet"), verifier="exact_match")
+    assert [example.answer for example in task.examples] == ["2", "0.5", "10000000000000000"]
+
+
+def test_the_folder_of_a_parquet_file_adds_no_column(tmp_path):
+    """Its name looks like a partition of a larger table."""
+    folder = tmp_path / "answer=7"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), folder / "rows.parquet")
+    with pytest.raises(UserError, match="row 1: has no 'answer'"):
+        load_task("parquet", path=str(folder / "rows.parquet"), verifier="exact_match")
+
+
+def test_columns_that_python_cannot_hold(tmp_path):
+    """Nanoseconds beside prompt and answer are read as text; two columns of one name are refused."""
+    file = tmp_path / "rows.parquet"
+    time = pyarrow.array([1_700_000_000_000_000_001], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "answer": [1], "when": time}), file)
+    (example,) = load_task("parquet", path=str(file), verifier="exact_match").examples
+    assert example.meta == {"when": "2023-11-14 22:13:20.000000001"}
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["1"], ["2"]], ["prompt", "answer", "answer"]), file)
+    with pytest.raises(UserError, match="rows.parquet has two columns of the name 'answer'"):
+        load_task("parquet", path=str(file), verifier="exact_match")
+
+
+def test_all_of_a_file_is_read_unless_size_says_less(tmp_path):
+    """7,473 rows are more than the 2,000 that reasoning-gym makes."""
+    rows = [json.dumps({"prompt": f"{i}", "answer": i}) for i in range(7473)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n \n")
+    task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match")
+    assert [example.answer for example in task.examples] == [str(i) for i in range(7473)]
+    assert task.left_out == {"blank": 2, "beyond_size": 0}
+    task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match", size=7000)
+    assert (len(task.examples), task.left_out) == (7000, {"blank": 2, "beyond_size": 473})
+    table = pyarrow.table({"prompt": ["a"] * 5, "answer": range(5)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    task = load_task("parquet", path=str(tmp_path / "rows.parquet"), verifier="exact_match", size=2)
+    assert (len(task.examples), task.left_out) == (2, {"blank": 0, "beyond_size": 3})
+
+
+def test_a_path_of_several_files_or_of_home(tmp_path, monkeypatch):
+    for path in (str(tmp_path), "a.jsonl,b.jsonl", "part-*.jsonl", "['a.jsonl']"):
+        with pytest.raises(UserError, match="there is no file .*; it names one file: lists, patterns and folders are"):
+            load_task("jsonl", path=path, verifier="exact_match")
+    with pytest.raises(UserError, match="data.path = 'gs://b/rows.jsonl': gs:// addresses"):
+        load_task("jsonl", path="gs://b/rows.jsonl", verifier="exact_match")
+    with pytest.raises(UserError, match="data.path: there is no file 'xxx"):
+        load_task("jsonl", path="x" * 10_000, verifier="exact_match")
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_task("jsonl", path="~/rows.jsonl", verifier="exact_match").examples) == 1
+
+
 def test_bad_parquet(tmp_path):
     file = tmp_path / "bad.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "answer": ["1", None]}), file)

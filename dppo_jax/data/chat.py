@@ -109,7 +109,7 @@ class ChatRenderer:
             raise UserError(f"the tokenizer's chat template {self._ending(self._process.wait())}")
         answer = json.loads(line)
         if "error" in answer:
-            raise UserError(f"the tokenizer's chat template refuses the messages: {answer['error']}")
+            raise UserError(f"the tokenizer's chat template {answer['error']}")
         return answer["text"]
 
     def _ending(self, status: int) -> str:
@@ -166,6 +166,15 @@ def _render(template: str, special: Mapping[str, str], messages: list[dict[str, 
     return text
 
 
+def _said(error: Exception) -> str:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    said = f"{first_line(error):.300}"
+    if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
+        return f"refuses the messages: {said}"
+    return f"fails: {said if isinstance(error, ValueError) else f'{type(error).__name__}: {said}'}"
+
+
 def _limit_memory() -> None:
     statm = Path("/proc/self/statm")
     if statm.is_file():
@@ -198,9 +207,7 @@ def main() -> None:
                 text = _render(start["template"], start["special"], question["messages"])
             answer = {"text": text}
         except Exception as error:
-            said = first_line(error)
-            known = isinstance(error, ValueError) or "jinja2" in type(error).__module__
-            answer = {"error": f"{said if known else f'{type(error).__name__}: {said}':.300}"}
+            answer = {"error": _said(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         sys.stdout.write(json.dumps(answer) + "\n")

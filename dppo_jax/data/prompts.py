@@ -1,6 +1,8 @@
 """From examples to token batches, and from tokens back to text."""
 
 import functools
+import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -97,23 +99,32 @@ def _tokens(tokenizer: Any, text: str, **settings: bool) -> list[int]:
 def _check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:
     """UserError where the tokens lack something of the text, which the policy would never see.
 
-    White space, case and compatible forms of characters may differ, and what the tokenizer's own normalizer changes.
+    What the tokenizer's own normalizer changes may differ, case and compatible forms of characters too; white space
+    may be another, more of it, or none beside special tokens, which may swallow it.
     """
     read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if read == text:
         return
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-    given, read = _bare(text if normalizer is None else normalizer.normalize_str(text)), _bare(read)
-    if given == read:
+    text = text if normalizer is None else normalizer.normalize_str(text).replace("\u2581", " ")
+    special = "|".join(map(re.escape, tokenizer.added_tokens_encoder))
+    words = _words(re.sub(rf"\s*({special})\s*", r"\1", text) if special else text)
+    seen = _words(read)
+    if "".join(words) == "".join(seen) and _ends(words) <= _ends(seen):
         return
-    lost = "".join(sorted({*given} - {*read}))
+    lost = "".join(sorted({*text} - {*read}))
     what = f"has no token for {lost[:20]!r}" if lost else "does not give its text back"
     raise UserError(f"the tokenizer {what}, so the policy would see another prompt")
 
 
-def _bare(text: str) -> str:
-    """Without white space, which SentencePiece writes as a low line of its own."""
-    return "".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2581", " ").split())
+def _words(text: str) -> list[str]:
+    """Between white space, which SentencePiece writes as a low line of its own."""
+    return unicodedata.normalize("NFKC", text).casefold().replace("\u2581", " ").split()
+
+
+def _ends(words: list[str]) -> set[int]:
+    """Where they end in the text without white space."""
+    return set(itertools.accumulate(map(len, words)))
 
 
 def decode_replies(

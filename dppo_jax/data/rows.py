@@ -60,7 +60,7 @@ def load_parquet(
 
     file = _rows_file("parquet", path, settings, verifier)
     try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             table = opened.read()
         names, count = list(table.column_names), table.num_rows
     except Exception as error:  # of what a damaged file makes the library say, not all are its own
