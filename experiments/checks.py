@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dppo_jax import precision, quantize
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.lora import TARGETS
-from dppo_jax.losses import ESTIMATORS
+from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
@@ -59,9 +59,6 @@ LEAST = {
     "log.transcripts": 0,
     "log.tokens": 0,
 }
-
-# Losses that correct the mismatch by the proximal policy.
-CORRECTED = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
 
 
 def check(config: ConfigDict) -> None:
@@ -141,7 +138,7 @@ def check(config: ConfigDict) -> None:
         jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
     if c.alp.sigma and not c.optimizer.learning_rate:
         raise UserError("alp.sigma needs an optimizer.learning_rate above 0: alp.learning_rate follows its schedule")
-    if c.alp.sigma and c.loss.name in CORRECTED:
+    if c.alp.sigma and corrects_mismatch(LOSSES[c.loss.name]):
         raise UserError(
             f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
             "perturbation: set alp.sigma=0, or loss.name=ppo_clip"

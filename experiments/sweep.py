@@ -1,11 +1,11 @@
-"""Trains methods × seeds at once: one compiled step for all runs, mapped over both.
+"""Trains losses × seeds at once: one compiled step for all runs, mapped over both.
 
-    python -m experiments.sweep --config configs/reuse.py --workdir DIR --methods pg_is,kpop --config.eval.every=0
+    python -m experiments.sweep --config configs/reuse.py --workdir DIR --losses pg_is,kpop --config.eval.every=0
 
-For models so small that one run leaves the machine idle. Every run has a folder DIR/METHOD/seed_N of its own with
+For models so small that one run leaves the machine idle. Every run has a folder DIR/LOSS/seed_N of its own with
 TensorBoard logs and HParams, as if experiments.train had made it: the same prompts, keys and numbers, up to float
-rounding. Started again, it goes on from its last checkpoint. A method is a loss with its loss_defaults; anything else
-is the config's. --rates scales optimizer.learning_rate, and names the runs METHOD_xRATE.
+rounding. Started again, it goes on from its last checkpoint. A loss has its loss_defaults; anything else, such as the
+advantages and the aggregation, is the config's. --rates scales optimizer.learning_rate, and names the runs LOSS_xRATE.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ from experiments.compilations import keep_compiled
 class Run(NamedTuple):
     """One of the runs."""
 
-    method: str
+    loss: str
     seed: int
     rate: float
 
     @property
     def folder(self) -> str:
         scaled = "" if self.rate == 1 else f"_x{self.rate:g}"
-        return f"{self.method}{scaled}/seed_{self.seed}"
+        return f"{self.loss}{scaled}/seed_{self.seed}"
 
 
 def config_of(config: ConfigDict, run: Run) -> ConfigDict:
     """The config that experiments.train would take."""
     own = config.copy_and_resolve_references()
-    own.loss.name, own.seed = run.method, run.seed
+    own.loss.name, own.seed = run.loss, run.seed
     own.optimizer.learning_rate = config.optimizer.learning_rate * run.rate
     return own
 
@@ -60,8 +60,8 @@ def config_of(config: ConfigDict, run: Run) -> ConfigDict:
 def check(config: ConfigDict, runs: list[Run]) -> None:
     """Refuses what a sweep cannot batch. UserError, one sentence."""
     for run in runs:
-        if run.method not in LOSSES:
-            build.bind(run.method, {})  # names the nearest
+        if run.loss not in LOSSES:
+            build.bind(run.loss, {})  # names the nearest
         checks.check(config_of(config, run))
     refused = {
         "advantage.name": config.advantage.name == "gae",
@@ -79,7 +79,7 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
             raise UserError(f"a sweep does without {key}: leave it at its default, or use experiments.train")
     given = [key for key, value in config.loss.items() if key != "name" and value is not None]
     if given:
-        raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.METHOD.{given[0]}")
+        raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.LOSS.{given[0]}")
 
 
 def _mapped(function):
@@ -112,12 +112,12 @@ class Sweep:
         # One stream of prompts a seed; one scorer for all.
         self._streams = {}
         for seed in sorted({run.seed for run in runs}):
-            own = config_of(config, Run(runs[0].method, seed, 1.0))
+            own = config_of(config, Run(runs[0].loss, seed, 1.0))
             self._streams[seed], self._scorer = build.stream_and_scorer(
                 own, own.data, self.text.tokenizer, own.rollout.prompts, self._stack
             )
-        methods = sorted({run.method for run in runs})
-        configs = {method: config_of(config, Run(method, 0, 1.0)) for method in methods}
+        names = sorted({run.loss for run in runs})
+        configs = {name: config_of(config, Run(name, 0, 1.0)) for name in names}
         needed = frozenset().union(*(build.needed_fields(c) for c in configs.values()))
         self.layout = build.layout(config, None, next(iter(self._streams.values())).mean_prompt_length)
         tracked = config.rollout.tracked if "topk" in needed else 0
@@ -129,12 +129,12 @@ class Sweep:
         self._recompute = None
         if "proximal_logp" in needed:
             self._recompute = jax.jit(each(make_recompute(score, "proximal")))
-        losses = [build.loss(configs[method]) for method in methods]
+        losses = [build.loss(configs[name]) for name in names]
         weigh = functools.partial(WEIGHTS[config.aggregation.name], constant=config.aggregation.constant)
         base = build.optimizer(config)
         self._oracle = build.oracle(config, self.model, self.layout) if "exact" in needed else None
 
-        def update(state, batch, plan, method, rate, *behavior):
+        def update(state, batch, plan, index, rate, *behavior):
             """One run's update; the loss is that of its index."""
 
             def loss(inputs: LossInputs) -> LossOutput:
@@ -145,7 +145,7 @@ class Sweep:
 
                     return plain
 
-                coef, keep = jax.lax.switch(method, [bare(one) for one in losses], inputs)
+                coef, keep = jax.lax.switch(index, [bare(one) for one in losses], inputs)
                 return LossOutput(coef=coef, keep=keep, metrics={})
 
             scaled = optax.chain(base, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
@@ -154,7 +154,7 @@ class Sweep:
         self._update = jax.jit(each(update), donate_argnums=0)
         scaled = optax.chain(base, optax.stateless(lambda u, _: u))
         self._fresh = jax.jit(lambda p: jax.vmap(lambda _: init_state(p, scaled))(jnp.arange(len(runs))))
-        self._index = jnp.asarray([methods.index(run.method) for run in runs], jnp.int32)
+        self._index = jnp.asarray([names.index(run.loss) for run in runs], jnp.int32)
         self._rate = jnp.asarray([run.rate for run in runs], jnp.float32)
 
     def close(self) -> None:
@@ -268,7 +268,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
-            "--methods": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="losses, by commas"),
+            "--losses": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="by commas"),
             "--seeds": dict(type=int, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
             "--rates": dict(
@@ -279,8 +279,8 @@ def main() -> None:
     if arguments.seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     runs = [
-        Run(method, seed, rate)
-        for method in arguments.methods
+        Run(loss, seed, rate)
+        for loss in arguments.losses
         for rate in arguments.rates
         for seed in range(config.seed, config.seed + arguments.seeds)
     ]

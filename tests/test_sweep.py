@@ -8,8 +8,8 @@ from dppo_jax.run_log import read_config, read_scalars
 from experiments.sweep import Run, check, config_of, train
 from tests.fixtures import hurried, run, small_config, tiny
 
-METHODS = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # with their learning rates
-RUNS = [Run(method, seed, rate) for method, rate in METHODS.items() for seed in (0, 1)]
+RATES = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # of losses
+RUNS = [Run(loss, seed, rate) for loss, rate in RATES.items() for seed in (0, 1)]
 NUMBERS = dict(steps=3, rollout__tracked=3, rollout__lag=1, checkpoint__every=1, optimizer__eps=1e-4)
 
 
@@ -31,7 +31,7 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
     config = small_config(tiny(tmp_path_factory), **NUMBERS)
     separate = read_scalars(run(config_of(config, one), tmp_path / "run").folder)
     found = read_scalars(swept / one.folder)
-    assert read_config(swept / one.folder)["loss"]["name"] == one.method
+    assert read_config(swept / one.folder)["loss"]["name"] == one.loss
     shared = set(found) & set(separate)
     assert {"reward/mean", "grad_norm", "trust_region/masked", "mismatch/abs_prob_diff_mean"} <= shared
     for tag in shared:
@@ -65,7 +65,7 @@ def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
 REFUSED = {
     "the nearest is 'ppo_clip'": ([Run("ppo_clp", 0, 1.0)], {}),
     "a sweep does without train.staleness": (RUNS[:1], dict(train__staleness=1)),
-    "set loss_defaults.METHOD.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+    "set loss_defaults.LOSS.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
 }
 
 

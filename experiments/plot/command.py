@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {args.out!r} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     smooth = smoothing(args.smooth)
-    methods = group_runs(args.runs, args.group)
-    figure = draw(methods, smooth, args.tags)
-    for sentence in remarks(methods, args.tags):
+    curves = group_runs(args.runs, args.group)
+    figure = draw(curves, smooth, args.tags)
+    for sentence in remarks(curves, args.tags):
         print(sentence, file=sys.stderr)
     make_folder(out.parent)
     try:
