@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reasoning_gym
-from experiments.run.cli import Parser, whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +31,7 @@ from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch, TrainBatch
+from experiments.run.cli import Parser, whole
 
 TASK = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 # reasoning-gym draws item i of seed s from s + i: seeds must lie further apart than sizes.

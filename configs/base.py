@@ -10,6 +10,8 @@ from ml_collections import ConfigDict, config_dict
 from dppo_jax.losses import LOSSES, hyperparameters
 
 INF = float("inf")
+DPPO_TV = ("dppo_binary_tv", "dppo_topk_tv", "dppo_exact_tv", "dppo_binary_tv_proximal", "dppo_topk_tv_proximal")
+DPPO_KL = ("dppo_binary_kl", "dppo_topk_kl", "dppo_exact_kl", "dppo_binary_kl_proximal", "dppo_topk_kl_proximal")
 
 
 def data_section(**changes) -> ConfigDict:
@@ -80,6 +82,7 @@ def get_config() -> ConfigDict:
 
     c.advantage = ConfigDict()
     c.advantage.name = "group_mean"  # a key of ADVANTAGES, or gae; §5: no standard deviation
+    c.advantage.drop_equal = False  # groups of equal rewards take no part in the update (ScaleRL, DAPO)
 
     c.critic = ConfigDict()  # used where advantage.name is gae: PPO with a critic
     c.critic.learning_rate = 1e-5
@@ -87,8 +90,6 @@ def get_config() -> ConfigDict:
     c.critic.lam = 0.95  # lambda of generalised advantage estimation (PPO, 1707.06347, section 5)
     c.critic.value_clip = 0.2  # the value's change that its loss sees; inf: all of it
     c.critic.whiten = True  # advantages of a batch have mean 0 and deviation 1
-
-    c.advantage.drop_equal = False  # groups of equal rewards take no part in the update (ScaleRL, DAPO)
 
     c.reference = ConfigDict()  # a penalty on the divergence from the policy that the run began with (GRPO)
     c.reference.coef = 0.0  # beta; 0: none, and no pass of it
@@ -135,8 +136,8 @@ def get_config() -> ConfigDict:
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3
             **{f"relax_{side}": dict(**higher, ratio_cap=5.0) for side in ("low", "high", "both")},
-            **{name: dict(**tv, ratio_cap=5.0) for name in LOSSES if name.startswith("dppo") and "_tv" in name},
-            **{name: dict(**kl, ratio_cap=5.0) for name in LOSSES if name.startswith("dppo") and "_kl" in name},
+            **{name: dict(**tv, ratio_cap=5.0) for name in DPPO_TV},
+            **{name: dict(**kl, ratio_cap=5.0) for name in DPPO_KL},
         }
     )
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from dppo_jax.errors import UserError
 from dppo_jax.run_log import Scalars, read_scalars
 from experiments import sweep
-from experiments.plot import Method, bootstrap_interval, draw
+from experiments.plot import Curve, bootstrap_interval, draw
 from experiments.run import cli
 from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
@@ -47,7 +47,7 @@ class Arm(NamedTuple):
     def config(self, config: ConfigDict) -> ConfigDict:
         """The config whose defaults for this loss are the arm's."""
         own = config.copy_and_resolve_references()
-        numbers = own.loss_defaults[self.loss].to_dict()
+        numbers = own.loss_defaults[self.loss].to_dict() if self.loss in own.loss_defaults else {}
         wide = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
         with own.unlocked():
             own.loss_defaults[self.loss] = {**numbers, **wide, **dict(self.numbers)}
@@ -151,7 +151,7 @@ def main(description: str, arms: Sequence[Arm]) -> None:
     text = markdown(found)
     arguments.out.with_suffix(".md").write_text(text)
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    draw([Method(name, own) for name, own in runs.items()], SMOOTH, TAGS).savefig(
+    draw([Curve(name, own) for name, own in runs.items()], SMOOTH, TAGS).savefig(
         arguments.out.with_suffix(".png"), dpi=120
     )
     print(text, end="")

@@ -1,11 +1,11 @@
-"""Trains methods × seeds at once: one compiled step for all runs, mapped over both.
+"""Trains losses × seeds at once: one compiled step for all runs, mapped over both.
 
-    python -m experiments.sweep --config configs/reuse.py --workdir DIR --methods pg_is,kpop --config.eval.every=0
+    python -m experiments.sweep --config configs/reuse.py --workdir DIR --losses pg_is,kpop --config.eval.every=0
 
-For models so small that one run leaves the machine idle. Every run has a folder DIR/METHOD/seed_N of its own with
+For models so small that one run leaves the machine idle. Every run has a folder DIR/LOSS/seed_N of its own with
 TensorBoard logs and HParams, as if experiments.train had made it: the same prompts, keys and numbers, up to float
-rounding. Started again, it goes on from its last checkpoint. A method is a loss with its loss_defaults; anything else
-is the config's. --rates scales optimizer.learning_rate, and names the runs METHOD_xRATE.
+rounding. Started again, it goes on from its last checkpoint. A loss has its loss_defaults; anything else, such as the
+advantages and the aggregation, is the config's. --rates scales optimizer.learning_rate, and names the runs LOSS_xRATE.
 """
 
 import contextlib
@@ -33,20 +33,20 @@ from experiments.train import loop
 class Run(NamedTuple):
     """One of the runs."""
 
-    method: str
+    loss: str
     seed: int
     rate: float
 
     @property
     def folder(self) -> str:
         scaled = "" if self.rate == 1 else f"_x{self.rate:g}"
-        return f"{self.method}{scaled}/seed_{self.seed}"
+        return f"{self.loss}{scaled}/seed_{self.seed}"
 
 
 def config_of(config: ConfigDict, run: Run) -> ConfigDict:
     """The config that experiments.train would take."""
     own = config.copy_and_resolve_references()
-    own.loss.name, own.seed = run.method, run.seed
+    own.loss.name, own.seed = run.loss, run.seed
     own.optimizer.learning_rate = config.optimizer.learning_rate * run.rate
     return own
 
@@ -55,9 +55,9 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
     """Refuses what a sweep cannot batch. UserError, one sentence."""
     whole: set[str] = set()
     for run in runs:
-        lookup(LOSSES, run.method, "loss")
-        (ranges.check_values if run.method in whole else checks.check)(config_of(config, run))
-        whole.add(run.method)  # seeds and rates are only numbers
+        lookup(LOSSES, run.loss, "loss")
+        (ranges.check_values if run.loss in whole else checks.check)(config_of(config, run))
+        whole.add(run.loss)  # seeds and rates are only numbers
     folders = [run.folder for run in runs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")
@@ -71,7 +71,7 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
             raise UserError(f"a sweep does without {key}: {why}; leave it at its default, or use experiments.train")
     given = [key for key, value in config.loss.items() if key != "name" and value is not None]
     if given:
-        raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.METHOD.{given[0]}")
+        raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.LOSS.{given[0]}")
 
 
 def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto") -> None:
@@ -84,7 +84,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
         lead = load_setup(config_of(config, runs[0]), stack, on_mesh=False)
         streams = {}
         for seed in sorted({run.seed for run in runs}):  # one stream of prompts a seed, one scorer for all
-            seeded = dataclasses.replace(lead, config=config_of(config, Run(runs[0].method, seed, 1.0)))
+            seeded = dataclasses.replace(lead, config=config_of(config, Run(runs[0].loss, seed, 1.0)))
             streams[seed], scorer = load_prompts(seeded, config.data, config.rollout.prompts, stack)
         mean = streams[runs[0].seed].mean_prompt_length
         setups = [dataclasses.replace(lead, config=config_of(config, run), mean_prompt=mean) for run in runs]
@@ -126,8 +126,8 @@ def main() -> None:
         },
     )
     runs = [
-        Run(method, seed, rate)
-        for method in arguments.methods
+        Run(loss, seed, rate)
+        for loss in arguments.losses
         for rate in arguments.rates
         for seed in range(config.seed, config.seed + arguments.seeds)
     ]

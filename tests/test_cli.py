@@ -11,8 +11,10 @@ import jax
 import pytest
 
 from dppo_jax.errors import UserError, run_main
-from experiments import build, cli
 from experiments.compilations import keep_compiled
+from experiments.run import cli
+from experiments.run.load import load_prompts, load_text
+from experiments.run.setup import Setup, model_directory
 from experiments.trace import trace
 from tests.fixtures import TINY, config_file, no_cache, small_config, tiny
 
@@ -144,15 +146,15 @@ def test_a_tilde_is_the_home_folder_in_every_path(home, tmp_path, monkeypatch):
     config_file(home / "mine.py", Path("~"))
     config = cli.load_config("~/mine.py", [])
     assert config.policy.path == "~/model" and config.data.path == "~/questions.jsonl"
-    assert build.model_directory(config) == home / "model"
+    assert model_directory(config) == home / "model"
     assert "0.0 million parameters, 2 layers" in trace(config)
     parser = cli.Parser()
     parser.add_argument("--workdir", type=Path)
     assert parser.parse_args(["--workdir", "~/run"]).workdir == home / "run"
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as stack:
-        tokenizer = build.text(home / "model", TINY).tokenizer
-        stream, _ = build.stream_and_scorer(config, config.data, tokenizer, 4, stack)
+        setup = Setup(config, text=load_text(home / "model", TINY))
+        stream, _ = load_prompts(setup, config.data, 4, stack)
     assert stream.mean_prompt_length > 0
     assert list(tmp_path.iterdir()) == [home]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.methods import METHODS
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from experiments.run import checks
@@ -13,7 +14,9 @@ from experiments.trace import trace
 from tests.golden.make_specs import specs
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
+FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
+CONFIGS = [path for path in FILES if not path.endswith(("__init__.py", "configs/methods.py"))]
+CONFIGS += [f"configs/methods.py:{name}" for name in METHODS]
 
 # 2602.04879, section 5 and appendix C; section 7 and appendix E, table 1.
 MOE_BASE = {

@@ -17,8 +17,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError
-from experiments import build, checks
-from experiments.cli import keys, load_config
+from experiments.run import checks
+from experiments.run.cli import keys, load_config
+from experiments.run.setup import Setup
 from experiments.trace import trace
 
 ROOT = Path(__file__).parents[1]
@@ -148,8 +149,8 @@ def refusal(path: str, overrides: list[str], changes: dict[str, Any], *, traced:
             put(config, key, value)
         checks.check(config)
         checks.remarks(config)
-        build.loss(config)
-        assert math.isfinite(float(build.schedule(config)(0)))
+        Setup(config).loss  # noqa: B018
+        assert math.isfinite(float(Setup(config).learning_rate(0)))
         if traced:
             trace(config)
     except UserError as error:

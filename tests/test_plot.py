@@ -44,7 +44,7 @@ def curve(axis, line: int = 0) -> list[tuple[float, float]]:
 
 
 def labels(*runs: str, key: str | None = None) -> list[str]:
-    return [method.label for method in group_runs(runs, key)]
+    return [curve.label for curve in group_runs(runs, key)]
 
 
 def test_a_quickstart_figure_holds_its_four_panels(tmp_path):
@@ -97,7 +97,7 @@ def test_runs_that_differ_in_the_seed_are_a_mean_in_a_band(tmp_path):
 )
 def test_seeds_share_the_common_part_of_their_names(tmp_path, names, label):
     runs = [write_run(tmp_path / n, {"reward/mean": [1.0]}, seed=i, steps=1) for i, n in enumerate(names)]
-    assert [method.label for method in group_runs(runs)] == [label]
+    assert [curve.label for curve in group_runs(runs)] == [label]
 
 
 def test_a_curve_is_named_by_a_key_of_the_config(tmp_path):
@@ -146,11 +146,11 @@ def test_extremes_share_a_panel_and_bad_updates_have_one(tmp_path):
 
 def test_tags_replace_the_panels(tmp_path):
     series = dict.fromkeys(["reward/mean", "region/a/masked", "region/b/masked", "eval/sums/pass@2"], [0.5])
-    methods = group_runs([write_run(tmp_path / "run", series)])
-    shown = list(panels(draw(methods, tags=["region/*/masked", "region/a/*", "eval/*", "reward/mean"])))
+    curves = group_runs([write_run(tmp_path / "run", series)])
+    shown = list(panels(draw(curves, tags=["region/*/masked", "region/a/*", "eval/*", "reward/mean"])))
     assert shown == ["region/a/masked", "region/b/masked", "eval/sums/pass@2", "Reward"]
-    assert remarks(methods, ["reward/mean"]) == []
-    assert len(choose(methods)) == 1
+    assert remarks(curves, ["reward/mean"]) == []
+    assert len(choose(curves)) == 1
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
@@ -167,8 +167,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
     runs = [write_run(tmp_path / parent / "run", {"reward/mean": [1.0]}) for parent in "ab"]
-    assert [method.label for method in group_runs(runs)] == ["a/run", "b/run"]
-    assert [method.label for method in group_runs([runs[0], f"{runs[0]}/tb"])] == ["run"]
+    assert [curve.label for curve in group_runs(runs)] == ["a/run", "b/run"]
+    assert [curve.label for curve in group_runs([runs[0], f"{runs[0]}/tb"])] == ["run"]
 
 
 def test_names_that_matplotlib_would_read_otherwise_are_shown(tmp_path):

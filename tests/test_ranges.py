@@ -9,8 +9,9 @@ import pytest
 from configs import base
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES, from_mask, hyperparameters
-from experiments import build, checks
-from experiments.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
+from experiments.run import checks
+from experiments.run.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
+from experiments.run.setup import Setup
 
 OF_LOSSES = ("loss.", "loss_defaults.")
 
@@ -93,7 +94,7 @@ def own_loss(monkeypatch):
 
 def test_a_loss_of_ones_own_may_have_any_number_but_nan(own_loss):
     checks.check(own_loss)
-    assert build.loss(own_loss).keywords == {"floor": -1e300, "delta": -7.0}
+    assert Setup(own_loss).loss.keywords == {"floor": -1e300, "delta": -7.0}
     own_loss.loss.floor = math.nan
     with pytest.raises(UserError, match=r"^loss.floor must be a number, not nan$"):
         checks.check(own_loss)

@@ -11,8 +11,8 @@ from dppo_jax.run_log import read_scalars
 from experiments.sweep import Run, check, config_of, train
 from tests.fixtures import hurried, run, run_config, small_config, tiny
 
-METHODS = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # with their learning rates
-RUNS = [Run(method, seed, rate) for method, rate in METHODS.items() for seed in (0, 1)]
+RATES = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # of losses
+RUNS = [Run(loss, seed, rate) for loss, rate in RATES.items() for seed in (0, 1)]
 NUMBERS = dict(steps=3, rollout__tracked=3, rollout__lag=1, checkpoint__every=1, optimizer__eps=1e-4)
 
 
@@ -34,7 +34,7 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
     config = small_config(tiny(tmp_path_factory), **NUMBERS)
     separate = read_scalars(run(config_of(config, one), tmp_path / "run").folder)
     found = read_scalars(swept / one.folder)
-    assert read_config(swept / one.folder)["loss"]["name"] == one.method
+    assert read_config(swept / one.folder)["loss"]["name"] == one.loss
     shared = set(found) & set(separate)
     assert {"reward/mean", "grad_norm", "trust_region/masked", "mismatch/abs_prob_diff_mean"} <= shared
     for tag in shared:
@@ -70,7 +70,8 @@ def test_a_sweep_has_all_that_a_run_has(tmp_path, tmp_path_factory):
                 np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-4, atol=1e-6, err_msg=tag)
         for file in (separate / "samples").iterdir():
             assert file.read_text() == (tmp_path / "sweep" / one.folder / "samples" / file.name).read_text()
-        policies = (load_file(at / "policy" / "model.safetensors") for at in (separate, tmp_path / "sweep" / one.folder))
+        exports = (at / "policy" / "model.safetensors" for at in (separate, tmp_path / "sweep" / one.folder))
+        policies = map(load_file, exports)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *policies)
 
 
@@ -110,7 +111,7 @@ REFUSED = {
     "a sweep does without advantage.name: critics": (RUNS[:1], dict(advantage__name="gae", loss__name="ppo_clip")),
     "a sweep does without alp.sigma: its noise": (RUNS[:1], dict(alp__sigma=0.1)),
     "a sweep does without lora.rank: adapters": (RUNS[:1], dict(lora__rank=2)),
-    "set loss_defaults.METHOD.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+    "set loss_defaults.LOSS.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
 }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from dppo_jax.checkpoint import restore_params
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, required_fields
+from dppo_jax.losses import LOSSES, corrects_mismatch, required_fields
 from dppo_jax.models import load_policy
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.run_config import plain, read_config
@@ -328,10 +328,12 @@ def test_every_loss_passes_the_check_with_its_defaults(folder, name):
     alpha = dict(loss__alpha=0.3) if name.startswith("relax_") else {}
     config = small_config(folder, loss__name=name, **alpha)
     checks.check(config)
-    recomputed = (*checks.CORRECTED, "ppo_clip_recomputed", "minirl", "minirl_tis")
+    corrected = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
+    recomputed = (*corrected, "ppo_clip_recomputed", "minirl", "minirl_tis")
     needed = {"proximal_logp"} if name.endswith("_proximal") or name in recomputed else set()
     needed |= {field for field in ("topk", "exact") if f"_{field}_" in name}
     assert required_fields(Setup(config).loss) == needed
+    assert corrects_mismatch(LOSSES[name]) == (name in corrected)
 
 
 def test_a_hyperparameter_that_is_set_goes_before_the_default_even_if_it_is_zero(folder):

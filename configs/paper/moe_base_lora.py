@@ -8,6 +8,7 @@ as it may be, take 10 hours without evaluation. For v6e:8x8, with --config.mesh.
 Adapters of rank 32 on every matrix of every layer, experts' too (which matrices is ours). The rollout has them merged.
 """
 
+from configs import base
 from configs.paper import moe_base
 
 
@@ -22,6 +23,6 @@ def get_config():
     c.rollout.slots = 0
     c.train.minibatches = 8  # of 16 prompts
     c.eval.every = 10
-    for name in [name for name in c.loss_defaults if name.startswith("dppo") and "_tv" in name]:
+    for name in base.DPPO_TV:
         c.loss_defaults[name].update(delta_low=0.15, delta_high=0.15)
     return c

@@ -36,9 +36,10 @@ def get_config():
     c.checkpoint.every = 50  # ours
 
     # Section 5's thresholds.
-    for name in [name for name in c.loss_defaults if name.startswith("dppo")]:
-        delta = 0.15 if "_tv" in name else 0.05
-        c.loss_defaults[name] = dict(delta_low=delta, delta_high=delta, ratio_cap=3.0)
+    for name in base.DPPO_TV:
+        c.loss_defaults[name] = dict(delta_low=0.15, delta_high=0.15, ratio_cap=3.0)
+    for name in base.DPPO_KL:
+        c.loss_defaults[name] = dict(delta_low=0.05, delta_high=0.05, ratio_cap=3.0)
     higher = dict(eps_low=0.2, eps_high=0.28)
     c.loss_defaults.cispo = dict(ratio_cap=3.0)
     c.loss_defaults.ppo_clip.ratio_cap = 3.0

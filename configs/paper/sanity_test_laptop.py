@@ -1,4 +1,4 @@
-"""The paper's sanity test in miniature, for a laptop: problems that the policy can solve, and every method's curve.
+"""The paper's sanity test in miniature, for a laptop: problems that the policy can solve, and every loss's curve.
 
     python -m experiments.train --config configs/paper/sanity_test_laptop.py --workdir runs/sanity_laptop
     ... --config.loss.name=pg_is, or any other row of LOSSES

@@ -9,14 +9,14 @@ Upper thresholds (`*_high`) guard A > 0, lower ones (`*_low`) guard A < 0. Inequ
 threshold is kept, except where a row says otherwise.
 
 To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_mask(...)` or a `LossOutput`,
-and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`. `Sequences` gives sums over
-whole responses.
+and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`; bounds on the mismatch rho =
+pi'/mu are called `correction_*`, and tell that a loss corrects it. `Sequences` gives sums over whole responses.
 """
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -124,11 +124,16 @@ def bind(name: str, given: Mapping[str, float]) -> functools.partial:
     return functools.partial(loss, **given)
 
 
+def corrects_mismatch(loss: Loss) -> bool:
+    """Whether it corrects the mismatch rho = pi'/mu beside the ratio pi/pi', by bounds on it: `correction_*`."""
+    return any(name.startswith("correction_") for name in hyperparameters(loss))
+
+
 OPTIONAL = ("proximal_logp", "reference_logp", "topk", "exact")  # fields that cost something to have
 
 
-def required_fields(loss: BoundLoss) -> frozenset[str]:
-    """Which of the OPTIONAL fields of LossInputs a bound loss needs, found by tracing it without each."""
+def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
+    """Which of some fields of LossInputs a bound loss needs, found by tracing it without each."""
     value, flag = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     tracked = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
     full = LossInputs(
@@ -151,4 +156,4 @@ def required_fields(loss: BoundLoss) -> frozenset[str]:
         return False
 
     jax.eval_shape(loss, full)
-    return frozenset(field for field in OPTIONAL if needs(field))
+    return frozenset(field for field in among if needs(field))

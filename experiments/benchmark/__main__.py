@@ -20,7 +20,7 @@ from typing import Any
 from dppo_jax.errors import UserError, nearest, run_main
 from experiments.benchmark.worker import Worker
 from experiments.benchmark.workloads import WORKLOADS, Workload
-from experiments.cli import Parser, whole
+from experiments.run.cli import Parser, whole
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,13 +2,13 @@
 
     python -m experiments.plot --runs runs/a runs/b --out curves.png [--smooth 5] [--group loss.delta_low]
 
-One panel per quantity that any run logged, one curve per method. Runs whose config.json differs in the seed only are
-one method: their mean, in its 95% bootstrap interval. A curve is named by one key of the config.
+One panel per quantity that any run logged, and a curve for each config. Runs whose config.json differs in the seed
+only are one curve: their mean, in its 95% bootstrap interval. A curve is named by one key of the config.
 """
 
 from experiments.plot.command import main
 from experiments.plot.curves import bootstrap_interval, exponential_average, moving_average
 from experiments.plot.figure import draw
-from experiments.plot.runs import Method, group_runs
+from experiments.plot.runs import Curve, group_runs
 
-__all__ = ["Method", "bootstrap_interval", "draw", "exponential_average", "group_runs", "main", "moving_average"]
+__all__ = ["Curve", "bootstrap_interval", "draw", "exponential_average", "group_runs", "main", "moving_average"]

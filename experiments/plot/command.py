@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import make_folder, user_path
-from experiments.cli import Parser
 from experiments.plot.figure import draw, remarks
 from experiments.plot.runs import group_runs
+from experiments.run.cli import Parser
 
 FORMATS = (".png", ".svg", ".pdf")
 LONGEST = 10**9  # steps of a moving average
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {args.out!r} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     smooth = smoothing(args.smooth)
-    methods = group_runs([str(user_path(folder, "--runs")) for folder in args.runs], args.group)
-    figure = draw(methods, smooth, args.tags)
-    for sentence in remarks(methods, args.tags):
+    curves = group_runs([str(user_path(folder, "--runs")) for folder in args.runs], args.group)
+    figure = draw(curves, smooth, args.tags)
+    for sentence in remarks(curves, args.tags):
         print(sentence, file=sys.stderr)
     make_folder(out.parent)
     try:

@@ -1,4 +1,4 @@
-"""Methods drawn: one panel per quantity, one curve per method."""
+"""The figure: a panel for each quantity, every curve in it."""
 
 import re
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from matplotlib.ticker import MaxNLocator
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.panels import PANELS, Panel, evaluations
 from experiments.plot.curves import bootstrap_interval, described, smoothed
-from experiments.plot.runs import Method
+from experiments.plot.runs import Curve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito, without yellow
 INK, GRID = "#333333", "#E6E6E6"
 
 
-def _logged(methods: Sequence[Method]) -> set[str]:
-    return {tag for method in methods for run in method.runs for tag in run}
+def _logged(curves: Sequence[Curve]) -> set[str]:
+    return {tag for curve in curves for run in curve.runs for tag in run}
 
 
-def choose(methods: Sequence[Method], tags: Sequence[str] = ()) -> list[Panel]:
+def choose(curves: Sequence[Curve], tags: Sequence[str] = ()) -> list[Panel]:
     """The panels that some run has data for, evaluations after the reward; or one for every tag that `tags` name,
     where * stands for anything. UserError where there is none."""
-    logged = _logged(methods)
+    logged = _logged(curves)
     if tags:
         for pattern in tags:
             if not any(fnmatchcase(tag, pattern) for tag in logged):
@@ -42,26 +42,26 @@ def choose(methods: Sequence[Method], tags: Sequence[str] = ()) -> list[Panel]:
     return panels
 
 
-def remarks(methods: Sequence[Method], tags: Sequence[str] = ()) -> list[str]:
+def remarks(curves: Sequence[Curve], tags: Sequence[str] = ()) -> list[str]:
     """Sentences on what the figure leaves out: panels without data, runs without a tag, steps that a run lacks."""
-    logged, drawn = _logged(methods), [tag for panel in choose(methods, tags) for tag in panel.tags]
+    logged, drawn = _logged(curves), [tag for panel in choose(curves, tags) for tag in panel.tags]
     absent = [] if tags else [tag for panel in PANELS for tag in panel.tags if not logged.intersection(panel.tags)]
     said = [f"left out, as no run logged them: {', '.join(absent)}"] if absent else []
-    for method in methods:
-        ends = {tag: [int(run[tag][0][-1]) for run in method.runs if tag in run] for tag in drawn}
-        without = [tag for tag in drawn if 0 < len(ends[tag]) < len(method.runs)]
+    for curve in curves:
+        ends = {tag: [int(run[tag][0][-1]) for run in curve.runs if tag in run] for tag in drawn}
+        without = [tag for tag in drawn if 0 < len(ends[tag]) < len(curve.runs)]
         if without:
-            said.append(f"{method.label}: drawn without those of its runs that did not log {', '.join(without)}")
+            said.append(f"{curve.label}: drawn without those of its runs that did not log {', '.join(without)}")
         shortest = {tag: min(found) for tag, found in ends.items() if len(set(found)) > 1}
         if shortest:
             tag = min(shortest, key=lambda tag: shortest[tag])
-            said.append(f"{method.label}: its curves end with the shortest of its runs, {tag} at step {shortest[tag]}")
+            said.append(f"{curve.label}: its curves end with the shortest of its runs, {tag} at step {shortest[tag]}")
     return said
 
 
-def draw(methods: Sequence[Method], smooth: float = 1, tags: Sequence[str] = ()) -> Figure:
+def draw(curves: Sequence[Curve], smooth: float = 1, tags: Sequence[str] = ()) -> Figure:
     """The figure; `smooth` is that of `curves.smoothed`, `tags` those of `choose`."""
-    panels = choose(methods, tags)
+    panels = choose(curves, tags)
     rows = -(-len(panels) // (4 if len(panels) % 5 else 5))
     columns = -(-len(panels) // rows)
     figure = Figure(figsize=(3.3 * columns + 0.2, 2.45 * rows + 0.5), layout="constrained")
@@ -70,11 +70,11 @@ def draw(methods: Sequence[Method], smooth: float = 1, tags: Sequence[str] = ())
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     axes = axes[: len(panels)]
-    colors = COLORS if len(methods) <= len(COLORS) else colormaps["viridis"](np.linspace(0, 0.9, len(methods)))
+    colors = COLORS if len(curves) <= len(COLORS) else colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
     for axis, panel in zip(axes, panels, strict=True):
         drawn = [
-            _draw_method(axis, method, tag, smooth, color)
-            for method, color in zip(methods, colors, strict=False)
+            _draw_curve(axis, curve, tag, smooth, color)
+            for curve, color in zip(curves, colors, strict=False)
             for tag in panel.tags
         ]
         _dress(axis, panel, np.concatenate(drawn))
@@ -84,24 +84,24 @@ def draw(methods: Sequence[Method], smooth: float = 1, tags: Sequence[str] = ())
     for axis in axes:
         axis.set_xlim(ends[:, 0].min(), ends[:, 1].max())
     # Matplotlib reads $ as mathematics, and leaves a label with a leading underscore out of the legend.
-    labels = [re.sub("^_", " _", method.label.replace("$", r"\$")) for method in methods]
-    if len(methods) == 1:
+    labels = [re.sub("^_", " _", curve.label.replace("$", r"\$")) for curve in curves]
+    if len(curves) == 1:
         figure.suptitle(labels[0], fontsize=10, color=INK)
     else:
-        lines = [Line2D([], [], color=c, linewidth=2) for c, _ in zip(colors, methods, strict=False)]
+        lines = [Line2D([], [], color=c, linewidth=2) for c, _ in zip(colors, curves, strict=False)]
         per_row = max(1, int(3.3 * columns * 12 / (max(map(len, labels)) + 6)))
         figure.legend(
-            lines, labels, loc="outside upper center", ncols=min(per_row, len(methods)), frameon=False, fontsize=9
+            lines, labels, loc="outside upper center", ncols=min(per_row, len(curves)), frameon=False, fontsize=9
         )
-    if footer := _footer(methods, panels, smooth):
+    if footer := _footer(curves, panels, smooth):
         figure.supxlabel(footer, fontsize=8, color=INK)
     return figure
 
 
-def _footer(methods: Sequence[Method], panels: Sequence[Panel], smooth: float) -> str:
+def _footer(curves: Sequence[Curve], panels: Sequence[Panel], smooth: float) -> str:
     """How the curves were made, for the reader of the figure alone."""
     said = []
-    if any(len(method.runs) > 1 for method in methods):
+    if any(len(curve.runs) > 1 for curve in curves):
         said.append("line: mean over seeds, band: its 95% bootstrap interval")
     if described(smooth):
         spared = ", but for evaluations" if any(map(_sparse, (p.tags[0] for p in panels))) else ""
@@ -114,9 +114,9 @@ def _sparse(tag: str) -> bool:
     return tag.startswith("eval/")
 
 
-def _draw_method(axis: Axes, method: Method, tag: str, smooth: float, color) -> np.ndarray:
+def _draw_curve(axis: Axes, curve: Curve, tag: str, smooth: float, color) -> np.ndarray:
     """Draws one curve, and the band of several runs; returns the values, for the choice of scale."""
-    found = [run[tag] for run in method.runs if tag in run]
+    found = [run[tag] for run in curve.runs if tag in run]
     if not found:
         return np.empty(0)
     steps = found[0][0]

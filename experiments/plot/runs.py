@@ -1,4 +1,4 @@
-"""Run folders as methods: what is drawn as one curve, and what it is called."""
+"""Run folders as curves: which runs are one curve, and what it is called."""
 
 import json
 import os
@@ -15,15 +15,15 @@ NAMED_BY = "loss.name"
 MOST_KEYS = 2  # that tell apart curves of one name; beyond it their folders do
 
 
-class Method(NamedTuple):
+class Curve(NamedTuple):
     """Runs that are drawn as one curve."""
 
     label: str
     runs: list[Scalars]
 
 
-def group_runs(folders: Sequence[str], key: str | None = None) -> list[Method]:
-    """Reads the runs and puts those of one method together, in the order given. A folder given twice counts once.
+def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
+    """Reads the runs and puts those of one config together, in the order given. A folder given twice counts once.
 
     key: dotted name of the config key that names the curves. None: loss.name, or the folder of a run without it.
     With "seed", seeds are curves of their own.
@@ -39,9 +39,9 @@ def group_runs(folders: Sequence[str], key: str | None = None) -> list[Method]:
     configs = [_config(path, folder, key) for path, folder in given.items()]
     members: dict[str, list[int]] = {}
     for i, (path, config) in enumerate(zip(unique, configs, strict=True)):
-        members.setdefault(_method_key(path, config, key), []).append(i)
+        members.setdefault(_curve_key(path, config, key), []).append(i)
     labels = _labels(list(members.values()), names, configs, NAMED_BY if key is None else key)
-    return [Method(label, [runs[i] for i in group]) for label, group in zip(labels, members.values(), strict=True)]
+    return [Curve(label, [runs[i] for i in group]) for label, group in zip(labels, members.values(), strict=True)]
 
 
 def _config(path: Path, folder: str, key: str | None) -> dict[str, Any] | None:
@@ -56,8 +56,8 @@ def _config(path: Path, folder: str, key: str | None) -> dict[str, Any] | None:
     return config
 
 
-def _method_key(path: Path, config: Mapping[str, Any] | None, key: str | None) -> str:
-    """The config without its seed; a run without a config is a method of its own."""
+def _curve_key(path: Path, config: Mapping[str, Any] | None, key: str | None) -> str:
+    """The config without its seed; a run without a config is a curve of its own."""
     if config is None:
         return str(path)
     return json.dumps({k: v for k, v in config.items() if k != "seed" or k == key}, sort_keys=True)

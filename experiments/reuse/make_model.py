@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from experiments.cli import Parser, not_negative, whole
 
 from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import run_main
@@ -31,6 +30,7 @@ from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
 from experiments.reuse.task import MODULUS, PROMPT_TOKENS, TASK, VOCABULARY, Task, draw, make_tokenizer, write_prompts
+from experiments.run.cli import Parser, not_negative, whole
 
 CONFIG = ModelConfig(
     model_type="qwen3",

@@ -16,7 +16,7 @@ from dppo_jax.data.tasks import TASKS
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
 from dppo_jax.lora import TARGETS
-from dppo_jax.losses import ESTIMATORS, LOSSES, hyperparameters
+from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
@@ -28,9 +28,6 @@ from experiments.run.setup import Setup
 
 # Names of jax.default_matmul_precision.
 MATMUL = dict.fromkeys(("default", "high", "highest"))
-
-# Losses that correct the mismatch by the proximal policy.
-CORRECTED = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
 
 
 def check(config: ConfigDict) -> None:
@@ -177,7 +174,7 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
         raise UserError(f"loss {c.loss.name!r} needs tracked tokens: set rollout.tracked to at least 1")
     if c.alp.sigma and not c.optimizer.learning_rate:
         raise UserError("alp.sigma needs an optimizer.learning_rate above 0: alp.learning_rate follows its schedule")
-    if c.alp.sigma and c.loss.name in CORRECTED:
+    if c.alp.sigma and corrects_mismatch(LOSSES[c.loss.name]):
         raise UserError(
             f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
             "perturbation: set alp.sigma=0, or loss.name=ppo_clip"

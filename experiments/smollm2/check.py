@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from experiments.cli import Parser
 
 from dppo_jax.errors import UserError, run_main
+from experiments.run.cli import Parser
 
 TOLERANCE = 1e-4  # of the largest logit
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments.cli import Parser
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dppo_jax.errors import UserError, run_main
+from experiments.run.cli import Parser
 
 CONTROL = 3  # GGUF's token type for special tokens; 1 is an ordinary one
 

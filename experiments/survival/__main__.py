@@ -1,8 +1,8 @@
-"""The survival map: mismatch × staleness × learning rate, and which methods live through it.
+"""The survival map: mismatch × staleness × learning rate, and which losses live through it.
 
     python -m experiments.survival --config configs/studies/survival.py --workdir runs/survival [--mismatch m4 --lag 0]
 
-A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every method,
+A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss,
 learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the cells
 under --workdir show.
 """
@@ -17,10 +17,10 @@ from experiments.study import Arm
 from experiments.survival.report import report
 from experiments.sweep import Run, train
 
-METHODS = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
+DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
 LAGS = (0,)  # rollout.lag, in updates; a rollout batch takes 16
-RATES = (0.3, 0.6, 1.0)  # of optimizer.learning_rate; at 3, no method survives even without mismatch
+RATES = (0.3, 0.6, 1.0)  # of optimizer.learning_rate; at 3, no loss survives even without mismatch
 SEEDS = 6
 
 
@@ -29,13 +29,13 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each cell; resumes"),
-            "--methods": dict(type=cli.by_commas(), default=METHODS, metavar="NAMES", help="losses, by commas"),
+            "--losses": dict(type=cli.by_commas(), default=DEFAULT_LOSSES, metavar="NAMES", help="by commas"),
             "--mismatch": dict(
                 type=cli.by_commas(), default=MISMATCH, metavar="FORMATS", help="of activations[+weights]"
             ),
             "--lag": dict(type=cli.by_commas(int), default=LAGS, metavar="NUMBERS", help="of rollout.lag"),
             "--rates": dict(type=cli.by_commas(cli.positive), default=RATES, metavar="NUMBERS", help="learning rates"),
-            "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the methods' thresholds (1)"),
+            "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the losses' thresholds (1)"),
             "--seeds": dict(type=cli.SEEDS, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
             "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
         },
@@ -43,12 +43,12 @@ def main() -> None:
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
-    for method in arguments.methods:
-        lookup(LOSSES, method, "--methods")
-        config = Arm(method, arguments.scale).config(config)
+    for loss in arguments.losses:
+        lookup(LOSSES, loss, "loss")
+        config = Arm(loss, arguments.scale).config(config)
     runs = [
-        Run(method, seed, rate)
-        for method in arguments.methods
+        Run(loss, seed, rate)
+        for loss in arguments.losses
         for rate in arguments.rates
         for seed in range(config.seed, config.seed + arguments.seeds)
     ]

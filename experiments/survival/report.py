@@ -19,7 +19,7 @@ DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollo
 FIRST = 5  # steps over which it is averaged
 
 
-def method_of(config: dict[str, Any]) -> str:
+def loss_of(config: dict[str, Any]) -> str:
     """The loss, and its threshold on a divergence if it has one."""
     name = config["loss"]["name"]
     delta = config["loss_defaults"].get(name, {}).get("delta_high")
@@ -27,7 +27,7 @@ def method_of(config: dict[str, Any]) -> str:
 
 
 def cells(workdir: Path) -> list[dict[str, Any]]:
-    """One entry for each mismatch, lag, method and learning rate, with the outcomes of its seeds. Unfinished runs are
+    """One entry for each mismatch, lag, loss and learning rate, with the outcomes of its seeds. Unfinished runs are
     left out; UserError if no run is finished."""
     groups: dict[tuple, list] = {}
     folders = sorted({path.parent for path in workdir.glob("**/seed_*/config.json")})
@@ -40,7 +40,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         rollout = config["rollout"]
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
-        groups.setdefault((mismatch, rollout["lag"], method_of(config), rate), []).append(run)
+        groups.setdefault((mismatch, rollout["lag"], loss_of(config), rate), []).append(run)
     if not groups:
         raise UserError(f"none of the {len(folders)} runs in {workdir} is finished; train them to their end first")
     starts: dict[tuple, list[float]] = {}
@@ -51,7 +51,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         {
             "mismatch": mismatch,
             "lag": lag,
-            "method": method,
+            "loss": loss,
             "learning_rate": rate,
             "seeds": len(runs),
             "start": round(start[mismatch, lag], 4),
@@ -59,25 +59,25 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
             "outcome": mean_and_interval([outcome(run) for run in runs]),
             "abs_prob_diff": float(f"{np.mean([np.mean(run[DRIFT][1][:FIRST]) for run in runs]):.3g}"),
         }
-        for (mismatch, lag, method, rate), runs in sorted(groups.items())
+        for (mismatch, lag, loss, rate), runs in sorted(groups.items())
     ]
 
 
 def _axes(found: list[dict[str, Any]]) -> tuple[list, list, list]:
-    """(mismatch, lag) from small to large, methods from the largest share of survivors on, learning rates."""
+    """(mismatch, lag) from small to large, losses from the largest share of survivors on, learning rates."""
     drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in found}
     lived: dict[str, list[float]] = {}
     for cell in found:
-        lived.setdefault(cell["method"], []).append(cell["survived"] / cell["seeds"])
+        lived.setdefault(cell["loss"], []).append(cell["survived"] / cell["seeds"])
     columns = sorted(drift, key=lambda key: (key[1], drift[key]))
-    methods = sorted(lived, key=lambda method: -float(np.mean(lived[method])))
-    return columns, methods, sorted({c["learning_rate"] for c in found})
+    losses = sorted(lived, key=lambda loss: -float(np.mean(lived[loss])))
+    return columns, losses, sorted({c["learning_rate"] for c in found})
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    """Survivors and mean outcome, a row for each method and learning rate."""
-    columns, methods, rates = _axes(found)
-    at = {(c["mismatch"], c["lag"], c["method"], c["learning_rate"]): c for c in found}
+    """Survivors and mean outcome, a row for each loss and learning rate."""
+    columns, losses, rates = _axes(found)
+    at = {(c["mismatch"], c["lag"], c["loss"], c["learning_rate"]): c for c in found}
     drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in found}
     start = {(c["mismatch"], c["lag"]): c["start"] for c in found}
     heads = [f"{key[0]}, lag {key[1]} ({drift[key]:.0e}, {start[key]:.2f})" for key in columns]
@@ -86,32 +86,32 @@ def markdown(found: list[dict[str, Any]]) -> str:
         f"{max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean |π − μ| between rollout "
         f"and updates over the first {FIRST} steps, and the first reward.",
         "",
-        "| method | learning rate | " + " | ".join(heads) + " |",
+        "| loss | learning rate | " + " | ".join(heads) + " |",
         "|---" * (2 + len(heads)) + "|",
     ]
-    for method in methods:
+    for loss in losses:
         for rate in rates:
-            row = [at.get((*column, method, rate)) for column in columns]
+            row = [at.get((*column, loss, rate)) for column in columns]
             cells = ["" if c is None else f"{c['survived']} · {c['outcome'][0]:.2f}" for c in row]
-            lines.append(f"| `{method}` | {rate:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| `{loss}` | {rate:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """A square for each cell, coloured by the mean outcome, with the number of seeds that survive in it."""
-    columns, methods, rates = _axes(found)
+    columns, losses, rates = _axes(found)
     lags = sorted({lag for _, lag in columns})
     figure, panels = plt.subplots(
-        len(lags), len(methods), figsize=(2.1 * len(methods) + 1, 1.9 * len(lags) + 0.9), squeeze=False,
+        len(lags), len(losses), figsize=(2.1 * len(losses) + 1, 1.9 * len(lags) + 0.9), squeeze=False,
         layout="constrained", sharey=True,
     )  # fmt: skip
     image = None
     for row, lag in zip(panels, lags, strict=True):
         names = [mismatch for mismatch, own in columns if own == lag]
-        for axis, method in zip(row, methods, strict=True):
+        for axis, loss in zip(row, losses, strict=True):
             grid = np.full((len(rates), len(names)), np.nan)
             for cell in found:
-                if cell["lag"] == lag and cell["method"] == method:
+                if cell["lag"] == lag and cell["loss"] == loss:
                     y, x = rates.index(cell["learning_rate"]), names.index(cell["mismatch"])
                     grid[y, x] = cell["outcome"][0]
                     axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
@@ -119,7 +119,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             axis.set_xticks(range(len(names)), names, fontsize=8)
             axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
             if lag == lags[0]:
-                axis.set_title(method.replace(", ", "\n"), fontsize=8)
+                axis.set_title(loss.replace(", ", "\n"), fontsize=8)
             if lag == lags[-1]:
                 axis.set_xlabel("rollout rounded to", fontsize=8)
         row[0].set_ylabel(f"lag {lag}\nlearning rate", fontsize=8)

@@ -8,10 +8,9 @@ Look at what changed before you keep it: a weight that no axis cuts is on every 
 import json
 from pathlib import Path
 
-from experiments.run.cli import load_config
-
 from dppo_jax.models.decoder import param_axes
 from dppo_jax.sharding import ROLLOUT, TRAINING, spec
+from experiments.run.cli import load_config
 from experiments.trace import model_config
 
 PATHS = ("dense_base", "octothinker_3b", "qwen3_1_7b", "moe_base", "moe_base_r3", "moe_thinking")
