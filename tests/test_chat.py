@@ -22,7 +22,7 @@ ASK = ({"role": "user", "content": "1+1="},)
 DATED = (
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
     "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
-    "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{%- endif %}{%- endif %}Today Date: {{ date_string }} {% for m in messages %}{{ m.content }}{% endfor %}"
 )
 
 
@@ -35,7 +35,7 @@ def with_template(tmp_path):
 
 
 def test_the_date_is_the_configs_and_not_todays(with_template):
-    tokenizer = with_template(DATED.replace("\\n", " "))
+    tokenizer = with_template(DATED)
     today = datetime.now()
     for date, shown in (("2024-07-26", "26 Jul 2024"), ("1999-12-31", "31 Dec 1999")):
         text = tokenizer.decode(encode_prompt(tokenizer, ASK, chat=True, date=date))

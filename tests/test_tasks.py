@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pyarrow.parquet
 import pytest
 import reasoning_gym
 
+from configs import base
 from dppo_jax.data.arithmetic import exact_value
+from dppo_jax.data.prompts import PromptStream, load_tokenizer
 from dppo_jax.data.tasks import TASKS, load_task
 from dppo_jax.errors import UserError
 from dppo_jax.rewards.scorer import Scorer
+from tests.test_prompts import write_tokenizer
 
 ROWS = Path(__file__).parent / "data" / "rows.jsonl"
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -298,6 +302,24 @@ def test_columns_that_python_cannot_hold(tmp_path):
         load_task("parquet", path=str(file), verifier="exact_match")
 
 
+def test_reasoning_gym_makes_2000_examples_where_no_size_is_given():
+    """As many as every config had before a file was read whole."""
+    assert base.data_section().size is None
+    task = load_task("reasoning_gym", name="chain_sum", settings=ONE_DIGIT, verifier="last_number")
+    assert len(task.examples) == 2000
+
+
+def test_messages_that_no_template_can_see(tmp_path):
+    """A time inside a message, which a parquet table may hold."""
+    turn = {"role": "user", "content": "a", "at": datetime(2024, 1, 1)}
+    table = pyarrow.table({"messages": [[turn]], "answer": ["1"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    task = load_task("parquet", path=str(tmp_path / "rows.parquet"), verifier="exact_match")
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match="rows.parquet, row 1: the messages hold what is no JSON: Object of type d"):
+        PromptStream(task, tokenizer, num_prompts=1, max_prompt_len=9, seed=0, chat=True)
+
+
 def test_all_of_a_file_is_read_unless_size_says_less(tmp_path):
     """7,473 rows are more than the 2,000 that reasoning-gym makes."""
     rows = [json.dumps({"prompt": f"{i}", "answer": i}) for i in range(7473)]
@@ -345,7 +367,7 @@ def test_bad_file_settings(kind, tmp_path):
         ({"path": str(tmp_path / "none")}, "there is no file"),
         ({"path": str(tmp_path)}, "there is no file"),
         ({"path": ""}, "needs data.path"),
-        ({"path": str(ROWS), "settings": {"min_terms": 2}}, "takes no data.settings, but got ['min_terms']"),
+        ({"path": str(ROWS), "settings": {"min_terms": 2}}, "['min_terms']; clear them: --config.data.settings={}"),
         ({"path": str(ROWS), "verifier": "task"}, "has no scorer of its own"),
     ):
         with pytest.raises(UserError) as error:

@@ -54,7 +54,7 @@ class ChatRenderer:
         self._cpu_seconds = cpu_seconds
         start = {
             "template": _template_of(tokenizer),
-            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "special": tokenizer.special_tokens_map,
             "date": date,
             "cpu_seconds": cpu_seconds,
         }
@@ -100,7 +100,11 @@ class ChatRenderer:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
-            stdin.write(json.dumps(question) + "\n")
+            asked = json.dumps(question)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the messages hold what is no JSON: {first_line(error):.200}") from None
+        try:
+            stdin.write(asked + "\n")
             stdin.flush()
             line = stdout.readline()
         except BrokenPipeError:

@@ -80,7 +80,10 @@ def _rows_file(kind: str, path: str | None, settings: dict[str, Any], verifier: 
     if not path:
         raise UserError(f"data.kind={kind!r} needs data.path, a file of rows")
     if settings:
-        raise UserError(f"data.kind={kind!r} takes no data.settings, but got {sorted(settings)}")
+        given = f"{sorted(settings)!s:.200}"
+        raise UserError(
+            f"data.kind={kind!r} takes no data.settings, but got {given}; clear them: --config.data.settings={{}}"
+        )
     if verifier == "task":
         raise UserError(f"data.kind={kind!r} has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
     file = user_path(path, "data.path")
