@@ -24,6 +24,7 @@ _REWRITE = (
     (re.compile(r"(-?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d{1,3})$"), r"\1\\times 10^{\2}"),  # 1e5
 )
 _THOUSANDS = re.compile(r"(?<=\d)(?:,?\\[,;:! ]|\{,\}|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000
 _REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\s*(?:\{(\d{1,50})\}|(\d))$")  # 0.1\overline{6}
 _SYMBOLS = str.maketrans(
     {
@@ -88,7 +89,9 @@ def said_last(text: str) -> str:
 def same_text(text: str, answer: str) -> bool:
     """Whether both are the same words or signs, delimiters, \\text and upper case aside."""
     wanted = _plain(answer)
-    return bool(wanted) and wanted in (_plain(text), _plain(said_last(text)))
+    boxed = last_box(text)
+    parts = [boxed] if boxed is not None else [text, said_last(text), *_MATHS.findall(text)[-1:]]
+    return bool(wanted) and wanted in map(_plain, parts)
 
 
 def _plain(text: str) -> str:
@@ -114,7 +117,7 @@ def last_box(text: str) -> str | None:
 
 def bare(text: str) -> str:
     """The text without the delimiters, bold or code marks, \\boxed and full stop that enclose all of it."""
-    text = " ".join(text.split())
+    text = " ".join(_THOUSANDS.sub("", text).split())
     text = text.rstrip("\\").rstrip()
     for _ in range(_NESTED):
         before = text
@@ -134,7 +137,9 @@ def bare(text: str) -> str:
 
 
 def _rewritten(text: str) -> str:
-    text = _THOUSANDS.sub("", text).translate(_SYMBOLS)
+    text = text.translate(_SYMBOLS)
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
     if len(_DOLLAR.findall(text)) == 1:  # a price
         text = _DOLLAR.sub(r"\\$", text)
     for pattern, better in _REWRITE:

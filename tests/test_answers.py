@@ -1,0 +1,284 @@
+"""Which part of a reply is the answer, and labels in every form that data sets hold them in."""
+
+import json
+import random
+
+import pytest
+
+from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.tasks import load_task
+from dppo_jax.errors import UserError
+from dppo_jax.rewards.labels import answer_faults
+from dppo_jax.rewards.maths import last_box
+from dppo_jax.rewards.scorer import Scorer
+from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        (" 7\n", "7"),
+        ("", ""),
+        ("<answer>7</answer>", "7"),
+        ("<answer>5</answer> no: <answer> 7 </answer>!", "7"),
+        ("<answer>7</answer> <answer>8", "7"),
+        ("<answer>7", "<answer>7"),
+        ("7</answer>", "7</answer>"),
+        ("<answer>7</answer></answer>", "7"),
+        ("<answer>5 <answer>7</answer>", "7"),
+        ("<answer></answer>", ""),
+        ("<think>2+3=5</think><answer>7</answer>", "7"),
+        ("<think>2+3=5</think> 7", "7"),
+        ("<think><answer>5</answer></think> 7", "7"),
+        ("<think><answer>5</answer></think><answer>7</answer>", "7"),
+        ("<answer>7</answer><think>or <answer>5</answer></think>", "7"),
+        ("2+3=5</think> 7", "7"),  # the prompt opened the thought
+        ("<answer>5</answer></think><answer>7</answer>", "7"),
+        ("7 <think>but 5", "7"),
+        ("<think>2+3=5", ""),
+        ("<think><answer>5</answer>", ""),
+        ("<think>a<think>b</think>7", "7"),
+        ("<think>a</think>6<think>b</think>7", "67"),
+        ("<think></think>", ""),
+        ("<answer><think>5</think>7</answer>", "7"),
+        ("</think></think>7", "7"),
+        ("<THINK>5</THINK>7", "<THINK>5</THINK>7"),
+    ],
+)
+def test_extract_answer(reply, answer):
+    assert extract_answer(reply) == answer
+
+
+@pytest.mark.parametrize("verifier", [exact_match, last_number])
+def test_a_thought_is_not_scored(verifier):
+    for reply in ("<think>2+3=5</think><answer>7</answer>", "<think>2+3=5</think>7", "2+3=5</think>7"):
+        assert verifier(reply, "7") == 1 and verifier(reply, "5") == 0
+    assert verifier("<answer>7</answer> <think>2+3=5</think>", "7") == 1
+    assert verifier("<think>7", "7") == 0
+
+
+def test_long_replies_of_tags_are_read_in_linear_time():
+    """Each would take hours with a regular expression that looks back."""
+    for part in (
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        "<answer></answer>",
+        "<think></think>",
+        "<answer><think>",
+    ):
+        assert extract_answer(part * 200_000 + "7").endswith(("7", ""))
+    assert last_box("\\boxed{" * 200_000) is None
+    assert last_box("\\boxed{" * 200_000 + "7}") == "7"
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("7", None),
+        ("\\boxed{7}", "7"),
+        ("\\boxed {7}", "7"),
+        ("\\boxed{5} and \\boxed{7}", "7"),
+        ("$\\boxed{5}$, then $\\boxed{\\frac{1}{2}}$ {x}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{1,2\\right.}", "\\left\\{1,2\\right."),
+        ("\\boxed{7} and \\boxed{8", "7"),
+        ("} \\boxed{7} {", "7"),
+        ("\\boxed{x=\\boxed{7}}", "x=\\boxed{7}"),
+        ("\\boxed{50}\\%", "50\\%"),
+        ("\\boxed{50} %", "50\\%"),
+        ("\\boxed{}", ""),
+    ],
+)
+def test_last_box(text, box):
+    assert last_box(text) == box
+
+
+# Labels as data sets of mathematics write them, each with its value in another form.
+LABELS = {
+    "\\$36": "36",
+    "\\$18.90": "18.9",
+    "\\$32,\\!348": "32348",
+    "$36": "36",
+    "$1,234.50": "1234.5",
+    "\u00a35": "5",
+    "\u20ac10": "10",
+    "x^2\n": "x \\cdot x",
+    "\\[\\frac{1}{2}\\]": "0.5",
+    "\\(3\\)": "3",
+    "$$5$$": "5",
+    "$7$": "7",
+    "\\boxed{7}": "7",
+    "**42**": "42",
+    "`42`": "42",
+    " 42. ": "42",
+    "\\text{Evelyn}": "\\textbf{Evelyn}",
+    "Monday": "\\text{Monday}",
+    "\\text{even}": "even",
+    "\\text{(B)}": "B",
+    "(B)": "\\text{B}",
+    "\\textbf{(C)}": "C",
+    "True": "true",
+    "50\\%": "\\frac{1}{2}",
+    "50%": "0.5",
+    "12.5\\%": "\\frac{1}{8}",
+    "90^\\circ": "90",
+    "90^{\\circ}": "90",
+    "45\u00b0": "45",
+    "[1,2)": "\\left[1,2\\right)",
+    "(-\\infty,3]": "(-\\infty, 3]",
+    "(-\\infty,-2)\\cup(2,\\infty)": "(-\\infty, -2) \\cup (2, \\infty)",
+    "\\{1,2,3\\}": "\\{3,2,1\\}",
+    "(1,2,3)": "\\left( 1, 2, 3 \\right)",
+    "\\left(\\frac{1}{2},-3\\right)": "(0.5, -3)",
+    "1,2,3": "3, 2, 1",
+    "3 \\text{ or } 4": "4, 3",
+    "$3$ and $4$": "3, 4",
+    "\\pm 2": "2, -2",
+    "\\emptyset": "\\emptyset",
+    "\\mathbb{R}": "\\mathbb{R}",
+    "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}": "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}",
+    "\\begin{pmatrix} 1 \\\\ \n 2 \\end{pmatrix}": "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+    "5\\text{ cm}": "5",
+    "10 \\text{ mph}": "10",
+    "6\\pi\\text{ cm}^2": "6\\pi",
+    "2,500\\text{ dollars}": "2500",
+    "\\dfrac{3}{4}": "0.75",
+    "\\tfrac{1}{2}": "\\frac{2}{4}",
+    "\\frac34": "\\frac{3}{4}",
+    "1\\frac{3}{4}": "\\frac{7}{4}",
+    "-1\\frac{3}{4}": "-\\frac{7}{4}",
+    "3 1/2": "\\frac{7}{2}",
+    "-3 1/2": "-3.5",
+    "-3/4": "-0.75",
+    "\u00bd": "0.5",
+    "1,234": "1234",
+    "10,\\!000": "10000",
+    "100\\,000": "100000",
+    "1{,}234": "1234",
+    "1\u202f234": "1234",
+    "10 000": "10000",
+    ".5": "\\frac12",
+    "4.0": "4",
+    "-5": "-5.0",
+    "\u22125": "-5",
+    "0.\\overline{3}": "\\frac{1}{3}",
+    "0.1\\overline{6}": "\\frac{1}{6}",
+    "0.\\bar{3}": "\\frac13",
+    "2.\\overline{45}": "\\frac{27}{11}",
+    "1e5": "100000",
+    "1e-3": "0.001",
+    "6.02\\times 10^{23}": "6.02 \\cdot 10^{23}",
+    "2^{10}": "1024",
+    "2^8 \\cdot 3": "768",
+    "5!": "120",
+    "\\binom{5}{2}": "10",
+    "\\sqrt2": "\\sqrt{2}",
+    "3\\sqrt{13}": "\\sqrt{117}",
+    "\\sqrt[3]{8}": "2",
+    "\\pi": "\\frac{2\\pi}{2}",
+    "\u03c0/2": "\\frac{\\pi}{2}",
+    "\\log_2 8": "3",
+    "\\sin x": "\\sin(x)",
+    "e^{x}": "e^x",
+    "2+3i": "3i+2",
+    "\\infty": "\\infty",
+    "x=3": "3",
+    "y = 2x+1": "y=1+2x",
+    "x \\in [-2,7]": "x \\in [-2, 7]",
+    "x<3": "x < 3",
+    "1\\le x\\le 2": "1 \\leq x \\leq 2",
+    "(x-1)(x+2)": "x^2+x-2",
+    "\\frac{x+2}{7}": "\\frac{2+x}{7}",
+    "|x|": "|x|",
+}
+
+
+def in_forms(value: str) -> list[str]:
+    return [
+        value,
+        f"It is 3 or so. Hence \\boxed{{{value}}}.",
+        f"First \\boxed{{77}}, then \\boxed{{{value}}}",
+        f"So we get ${value}$.",
+        f"<answer>{value}</answer>",
+        f"<think>99 or \\boxed{{98}}</think><answer>${value}$</answer>",
+        f"<think>99</think>\\boxed{{{value}}}",
+        f"**{value}**",
+    ]
+
+
+@pytest.fixture(scope="module")
+def maths():
+    with Scorer(answer_task("maths", (), "math_verify"), workers=2, time_limit_s=60) as scorer:
+        yield scorer
+
+
+def test_every_label_accepts_the_right_reply_in_every_form(maths):
+    pairs = [(reply, label) for label, value in LABELS.items() for reply in in_forms(value)]
+    plain = [(f"<answer>{label}</answer>", label) for label in LABELS] + [(label, label) for label in LABELS]
+    wrong = [(reply, label) for label in LABELS for reply in [*in_forms("987654"), "\\boxed{z+1}", "$\\text{Rome}$"]]
+    asked = pairs + plain + wrong
+    rewards, counts = maths.submit([r for r, _ in asked], [Example("", label) for _, label in asked]).result()
+    expected = [1] * len(pairs + plain) + [0] * len(wrong)
+    missed = [pair for pair, reward, right in zip(asked, rewards, expected, strict=True) if reward != right]
+    assert len(LABELS) >= 60 and missed == []
+    assert sum(counts.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "score"),
+    [
+        ("<think>2+3=5</think><answer>7</answer>", "7", 1),
+        ("<think>2+3=5</think><answer>7</answer>", "5", 0),
+        ("\\boxed{5} no, \\boxed{7}", "7", 1),
+        ("\\boxed{5} no, \\boxed{7}", "5", 0),
+        ("$\\boxed{5}$ and $\\boxed{7}$", "7", 1),
+        ("$\\boxed{5}$ and $\\boxed{7}$", "5", 0),
+        ("x^2", "2", 0),
+        ("It is 42 apples", "42", 1),
+        ("The answer is \\$36.", "\\$36", 1),
+        ("The answer is x^2 + 1", "x^2+1", 1),
+        ("The answer is Evelyn.", "\\text{Evelyn}", 1),
+        ("The answer is Evelyn.", "\\text{Monday}", 0),
+        ("50", "50\\%", 1),
+        ("\\boxed{50", "7", 0),
+    ],
+)
+def test_what_math_verify_reads_of_a_reply(maths, reply, answer, score):
+    rewards, _ = maths.submit([reply], [Example("", answer)]).result()
+    assert rewards.tolist() == [score]
+
+
+UNREADABLE = ["\\boxed{}", "$$", "\\", "x \\equiv 3 \\pmod{7}", "\\begin{cases}x=1\\\\y=2\\end{cases}", "\\{x | x>2\\}"]
+
+
+def test_labels_that_cannot_be_read_are_refused_with_their_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for label in UNREADABLE:
+        rows = [{"prompt": "a", "answer": "\\frac{1}{2}"}, {"prompt": "b", "answer": label}]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(UserError) as error:
+            load_task("jsonl", path=str(file), verifier="math_verify")
+        assert str(error.value).startswith(f"{file}, row 2: the answer {label!r} holds no mathematics")
+        assert load_task("jsonl", path=str(file), verifier="exact_match")
+
+
+def test_a_label_that_hangs_does_not_hang_the_start(monkeypatch):
+    monkeypatch.setattr("dppo_jax.rewards.labels.TIME_LIMIT_S", 2.0)
+    faults = answer_faults("math_verify", ["9^{9^{9^9}}", "5", "\\frac12", "9^{9^{9^9}}"])
+    assert faults[1:3] == [None, None] and faults[0] == faults[3]
+    assert faults[0].startswith("takes math-verify more than 2 seconds")
+
+
+def test_a_reasoning_gym_label_is_read_too():
+    with pytest.raises(UserError, match="reasoning-gym 'modulo_grid', item 0: the answer .* holds no mathematics"):
+        load_task("reasoning_gym", name="modulo_grid", size=2, seed=1, verifier="math_verify")
+    assert load_task("reasoning_gym", name="products", size=2, seed=1, verifier="math_verify")
+
+
+def test_readable_labels_load_in_bulk(tmp_path):
+    draw = random.Random(0)
+    labels = [*LABELS, *(str(draw.randint(-999, 999)) for _ in range(5000))]
+    labels += [f"\\frac{{{draw.randint(1, 999)}}}{{{draw.randint(2, 999)}}}" for _ in range(5000)]
+    assert answer_faults("math_verify", labels) == [None] * len(labels)
