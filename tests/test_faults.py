@@ -101,6 +101,13 @@ def until(condition: Callable[[], object], process: subprocess.Popen, workdir: P
         time.sleep(0.01)
 
 
+def hears(process: subprocess.Popen, number: int) -> bool:
+    """Whether it has a handler for this signal."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (number - 1) & 1)
+
+
 def one_sentence(workdir: Path, process: subprocess.Popen, status: int = 2) -> str:
     """How a run ended: nothing but lines of progress and one sentence."""
     assert process.wait(TIME_LIMIT_S) == status, said(workdir)
@@ -131,7 +138,7 @@ def test_sigterm_finishes_the_step_and_saves(start, folder, tmp_path):
 def test_a_second_sigterm_ends_at_once(start, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, rollout__prompts=64, train__epochs=400)
-    until(lambda: (workdir / "tb").is_dir(), process, workdir)
+    until(lambda: hears(process, signal.SIGTERM), process, workdir)
     process.send_signal(signal.SIGTERM)
     until(lambda: any("a second signal ends at once" in line for line in said(workdir)), process, workdir)
     process.send_signal(signal.SIGTERM)
