@@ -12,12 +12,12 @@ from configs import base
 from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.files import check_text
 from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.rewards.scorer import MAX_TIME_LIMIT_S
 
 INF = float("inf")
 INT32 = 2**31 - 1  # jax counts steps and updates in int32
 SEEDS = 2**32 - 1  # a key takes 32 bits of a seed; the next seed would draw what seed 0 draws
 ROWS = 2**20  # of a batch, and tokens of a row
-DAY = 86_400  # seconds
 TINY, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -92,7 +92,7 @@ NUMBERS: Mapping[str, Range] = {
     "rollout.slots": Range(0, ROWS),
     "rollout.tracked": Range(0, ROWS),
     "reward.workers": Range(1, 1024),
-    "reward.time_limit_s": Range(0.01, DAY),  # a timer counts no 10^9 s, and no verifier ends at once
+    "reward.time_limit_s": Range(0.01, MAX_TIME_LIMIT_S),  # a timer counts no 10^9 s, and no verifier ends at once
     "reward.overlong_buffer": Range(0, ROWS),
     "critic.learning_rate": REAL,
     "critic.discount": SHARE,
