@@ -358,6 +358,9 @@ def test_unexpected_tensor(directory):
     assert "unexpected tensor 'model.layers.1.self_attn.q_norm.weight'" in message and WEIGHTS in message
     edit_config(directory, num_hidden_layers=1)
     assert "unexpected tensor 'model.layers.1." in refusal(directory)
+    edit_config(directory, num_hidden_layers=2)
+    edit_tensors(directory, model__layers__1__self_attn__q_norm__weight=None, x=np.ones(8, np.float32))
+    assert refusal(directory) == f"unexpected tensor 'x' in {directory / WEIGHTS}"  # not the names of all others
 
 
 def test_wrong_shape(directory):

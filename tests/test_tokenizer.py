@@ -146,7 +146,9 @@ def test_a_vocabulary_in_vocab_json(directory, declared):
         assert "vocab.json" in said and "tokenizer.json" in said and "tiktoken" not in said
 
 
-def test_no_code_of_a_directory_is_run(directory):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma2"])
+def test_no_code_of_a_directory_is_run(directory, family):
+    put(directory / "config.json", model_type=family, architectures=None)
     put(directory / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
     (directory / "own.py").write_text(f"open({str(directory / 'run')!r}, 'w').close()\n")
     assert load_tokenizer(directory).eos_token_id == 0

@@ -53,7 +53,8 @@ def load_tokenizer(directory: str | os.PathLike[str]):
     _named_ids(folder)  # transformers reads config.json, and says less well what is wrong there
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that PyTorch is missing
     try:
-        tokenizer = _read(folder, "tokenizer.json" in files)
+        own_code = "auto_map" in files.get("tokenizer_config.json", {})
+        tokenizer = _read(folder, "tokenizer.json" in files, own_code)
         ids = list(tokenizer("")["input_ids"])
         vocabulary = tokenizer.get_vocab()
         tokenizer.decode(ids)
@@ -68,11 +69,14 @@ def load_tokenizer(directory: str | os.PathLike[str]):
     return tokenizer
 
 
-def _read(folder: Path, has_json: bool) -> Any:
+def _read(folder: Path, has_json: bool, own_code: bool) -> Any:
     """What transformers makes of the directory. Some of its classes take from tokenizer.json the vocabulary alone and
-    split text in their own way: where that is another than the file's, it is read as it stands."""
+    split text in their own way: where that is another than the file's, it is read as it stands; and so it is where the
+    directory would have code of its own run."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if has_json and own_code:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not has_json or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer

@@ -290,7 +290,8 @@ def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config:
         if config.tie_embeddings and name == HF_NAMES["head"]:
             check_tensor(name, tensors, shapes["embed"], transpose=False)
         elif not NOT_WEIGHTS.search(name):
-            raise UserError(f"unexpected tensor {shown(name)} in {tensors[name][0]}{nearest(name, expected)}")
+            hint = nearest(name, expected)  # or, where none is near, a list of all
+            raise UserError(f"unexpected tensor {shown(name)} in {tensors[name][0]}{hint if len(hint) < 200 else ''}")
 
 
 def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: bool) -> None:
