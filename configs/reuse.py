@@ -4,7 +4,7 @@ python -m experiments.train --config configs/reuse.py --workdir runs/reuse
 
 Expected: sampled accuracy on held-out chains from about 0.5 to about 0.85 (seeds 0 to 2: 0.84, 0.88, 0.85), while
 --config.loss.name=pg_is ends at 0.72, 0.13 and 0.10. Cost: 0.15 s a step on two busy CPU cores, half a minute in all.
-See experiments/reuse/README.md.
+See experiments/questions/reuse/README.md.
 """
 
 from configs import base

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dppo_jax import hosts
 from dppo_jax.data.prompts import PromptStream, decode_replies
+from dppo_jax.devices import hosts
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
 from dppo_jax.types import PromptBatch, RolloutBatch

@@ -21,13 +21,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
 
 from dppo_jax import sampling, token_head
+from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, Routed, bind, head_weight, in_dtype, param_axes, scores, slides, unstack
 from dppo_jax.models.rotary import positions
-from dppo_jax.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
-from dppo_jax.sharding import constrain, is_cut, summed_product
+from dppo_jax.devices.sharding import constrain, is_cut, summed_product
 from dppo_jax.types import ExactDivergence, HeadOutput
 
 LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0

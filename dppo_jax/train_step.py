@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing, sampling
+from dppo_jax.devices.sharding import constrain, named, rows
 from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.lora import joined
 from dppo_jax.losses.core import BoundLoss, policy_objective
@@ -23,7 +24,6 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, Routed, forward_routed, head_weight
 from dppo_jax.packing import Plan
-from dppo_jax.sharding import constrain, named, rows
 from dppo_jax.token_head import exact_divergence, token_head
 from dppo_jax.types import (
     HeadOutput,

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 
 from dppo_jax import lora
-from dppo_jax.checkpoint import abstract_state, restore_params
+from dppo_jax.devices import peers
+from dppo_jax.devices.hosts import is_writer
+from dppo_jax.devices.sharding import named
 from dppo_jax.errors import UserError
-from dppo_jax.hosts import is_writer
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_params
-from dppo_jax.sharding import named
-from experiments import peers
+from dppo_jax.storage.checkpoint import abstract_state, restore_params
 from experiments.run import cli
 from experiments.run.evaluation import Evaluation
 from experiments.run.identity import same_config_everywhere

@@ -2,7 +2,7 @@
 
 Each question has a folder with its arms:
 
-    python -m experiments.necessity --config configs/reuse.py --workdir runs/study --out DIR --config.eval.every=0
+    python -m experiments.questions.necessity --config configs/reuse.py --workdir runs/study --out DIR
 
 Every arm is trained by `experiments.sweep` in WORKDIR/ARM, or, with --separate, run by run by `experiments.train`, for
 models that fill the machine. Finished runs stay, and questions that share a workdir share their arms. Then DIR gets a
@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import Scalars, read_scalars
+from dppo_jax.storage.run_log import Scalars, read_scalars
 from experiments import sweep
 from experiments.plot import Curve, bootstrap_interval, draw
 from experiments.run import cli

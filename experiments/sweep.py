@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dppo_jax.devices import peers
 from dppo_jax.errors import UserError, lookup, run_main
 from dppo_jax.losses import LOSSES
-from experiments import peers
 from experiments.run import checks, cli, ranges
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dppo_jax import hosts
+from dppo_jax.devices import hosts, peers
 from dppo_jax.errors import UserError
-from dppo_jax.run_log import summary_table
-from experiments import peers
+from dppo_jax.storage.run_log import summary_table
 from experiments.run import checks, cli
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.errors import run_main
+from dppo_jax.storage.checkpoint import Checkpoints
 
 NOBODY = 65534
 

@@ -23,7 +23,7 @@ from configs import base
 from dppo_jax.models import save_hf
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params, init_params
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_log import read_scalars
 from experiments.train import loop, train
 
 # Few digits among few characters: a model that knows nothing is right now and then.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import packing
+from dppo_jax.devices.sharding import make_mesh, rows
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import make_mesh, rows
 from dppo_jax.train_step import assemble, jit_update
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.fixtures import EOS, PAD, TINY, random_params, small_config

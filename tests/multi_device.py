@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import packing
-from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.devices.sharding import make_mesh, rows
 from dppo_jax.metrics import summary
 from dppo_jax.models import ModelConfig, moe
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import make_mesh, rows
+from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch
 from experiments.run import checks

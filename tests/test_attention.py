@@ -18,9 +18,9 @@ import pytest
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
+from dppo_jax.devices.sharding import make_mesh
 from dppo_jax.errors import UserError
 from dppo_jax.models.attention import KERNELS, choose, per_device, self_attention, splash_kernel
-from dppo_jax.sharding import make_mesh
 from tests.fixtures import HURRIED_FLAGS
 
 ROOT = Path(__file__).parent.parent

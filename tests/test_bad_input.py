@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
+from dppo_jax.devices.sharding import MESH_AXES
 from dppo_jax.errors import UserError, run_main
-from dppo_jax.sharding import MESH_AXES
 from experiments import train
 from experiments.run import checks
 from experiments.run.cli import load_config

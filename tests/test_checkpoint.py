@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dppo_jax.checkpoint import Checkpoints, restore_params
 from dppo_jax.errors import UserError
+from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 from tests.checkpoints import NOBODY, abstract, equal, limit, save_on, state, write
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from dppo_jax.devices.compilations import keep_compiled
 from dppo_jax.errors import UserError, run_main
-from experiments.compilations import keep_compiled
 from experiments.run import cli
 from experiments.run.load import load_prompts, load_text
 from experiments.run.setup import Setup, model_directory

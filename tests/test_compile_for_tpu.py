@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.chips import CHIPS
+from dppo_jax.devices.chips import CHIPS
 from experiments.compile_for_tpu.hlo import Module, buffers
 from experiments.compile_for_tpu.report import too_large
 

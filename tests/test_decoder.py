@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dppo_jax.devices.sharding import TRAINING, spec
 from dppo_jax.models import load_policy
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig, RopeConfig
@@ -21,7 +22,6 @@ from dppo_jax.models.decoder import (
     unstack,
 )
 from dppo_jax.models.rotary import positions
-from dppo_jax.sharding import TRAINING, spec
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "gemma2", "gemma2_plain"]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dppo_jax.data.prompts import encode_prompt, eos_ids, load_tokenizer
 from dppo_jax.models.hf import load_params, save_hf
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_log import read_scalars
 from experiments import eval
 from experiments.run.load import load_text
 from tests.fixtures import EOS, TINY, contents, hurried, run, run_config, tiny, tokenizer

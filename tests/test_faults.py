@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_config import read_config
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_config import read_config
+from dppo_jax.storage.run_log import read_scalars
 from tests.fixtures import (
     config_file,
     contents,

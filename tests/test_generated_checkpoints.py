@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dppo_jax.checkpoint import Checkpoints, restore_params
 from dppo_jax.errors import UserError
+from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 from tests.checkpoints import abstract, equal, limit, state, write
 
 STEPS = (2, 4, 6)

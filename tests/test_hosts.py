@@ -14,16 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from dppo_jax import hosts
+from dppo_jax.devices import hosts, peers
+from dppo_jax.devices.sharding import make_mesh, named, rows, to_host
 from dppo_jax.errors import UserError
 from dppo_jax.models import load_params
 from dppo_jax.models.decoder import param_axes
-from dppo_jax.run_config import read_config
-from dppo_jax.run_log import event_files, read_scalars
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import make_mesh, named, rows, to_host
+from dppo_jax.storage.run_config import read_config
+from dppo_jax.storage.run_log import event_files, read_scalars
 from dppo_jax.types import PromptBatch, RolloutBatch
-from experiments import peers
 from experiments.run import checks
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.fixtures import (
@@ -332,7 +331,7 @@ import sys
 import time
 
 from dppo_jax.errors import UserError
-from experiments import peers
+from dppo_jax.devices import peers
 
 
 def main():

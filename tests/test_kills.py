@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dppo_jax.run_log import event_files
+from dppo_jax.storage.run_log import event_files
 from tests.fixtures import config_file, hurried, hurried_environment, run, same, small_config, tiny
 
 ROOT = Path(__file__).parent.parent

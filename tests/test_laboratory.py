@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs.methods import METHODS
-from dppo_jax.checkpoint import restore_params
 from dppo_jax.errors import UserError
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import LOG_SIGMA
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.checkpoint import restore_params
+from dppo_jax.storage.run_log import read_scalars
 from dppo_jax.train_step import init_state, make_recompute
 from experiments.probe import Probe
 from experiments.run import checks

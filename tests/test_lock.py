@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dppo_jax import lock
 from dppo_jax.errors import UserError
-from dppo_jax.lock import NAME, locked
+from dppo_jax.storage import lock
+from dppo_jax.storage.lock import NAME, locked
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from dppo_jax.lock import locked
+from dppo_jax.storage.lock import locked
 
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -103,7 +103,7 @@ def test_many_at_once_and_one_has_it(tmp_path):
 import sys, os, time
 from pathlib import Path
 from dppo_jax.errors import UserError
-from dppo_jax.lock import locked
+from dppo_jax.storage.lock import locked
 folder, got = Path(sys.argv[1]), 0
 while got < 5:
     try:

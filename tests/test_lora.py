@@ -26,7 +26,7 @@ from dppo_jax.models.decoder import forward, init_params, param_axes
 from dppo_jax.models.hf import load_params, save_hf
 from dppo_jax.models.peft import load_adapters, save_adapters
 from dppo_jax.packing import plan
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_log import read_scalars
 from dppo_jax.types import TrainBatch
 from experiments import eval
 from experiments.run import checks

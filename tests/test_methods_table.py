@@ -12,11 +12,11 @@ from configs.reuse import get_config as reuse
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from experiments import methods, sweep
+from experiments.questions.survival import __main__ as survival
 from experiments.run import checks
 from experiments.run.cli import load_config
 from experiments.run.setup import Setup
 from experiments.study import Arm
-from experiments.survival import __main__ as survival
 from tests.golden.make_methods import beyond_quickstart
 
 ROOT = Path(__file__).parents[1]

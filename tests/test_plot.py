@@ -12,8 +12,8 @@ from matplotlib.image import imread
 from scipy import stats
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_config import write_config
-from dppo_jax.run_log import RunLog
+from dppo_jax.storage.run_config import write_config
+from dppo_jax.storage.run_log import RunLog
 from experiments.plot import bootstrap_interval, draw, exponential_average, group_runs, main, moving_average
 from experiments.plot.figure import choose, remarks
 

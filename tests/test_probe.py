@@ -1,4 +1,4 @@
-"""experiments.estimates and experiments.mismatch on a small model, as commands."""
+"""experiments.questions.estimates and experiments.questions.mismatch on a small model, as commands."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def command(tmp_path_factory):
 
 
 def test_estimates_are_ordered(command):
-    done, out = command("experiments.estimates", "--updates", "3")
+    done, out = command("experiments.questions.estimates", "--updates", "3")
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "estimates.json").read_text())
     for kind in ("tv", "kl"):
@@ -47,7 +47,7 @@ def test_estimates_are_ordered(command):
 def test_mismatch_grows_with_rounding(command):
     found = []
     for bits in ("m10", "m4"):
-        done, out = command("experiments.mismatch", f"--config.rollout.activations={bits}")
+        done, out = command("experiments.questions.mismatch", f"--config.rollout.activations={bits}")
         assert done.returncode == 0, done.stderr
         found.append(json.loads((out / "mismatch.json").read_text()))
     assert found[1]["abs_prob_diff_mean"] > 5 * found[0]["abs_prob_diff_mean"] > 0
@@ -58,5 +58,5 @@ def test_mismatch_grows_with_rounding(command):
 
 
 def test_a_critic_cannot_be_probed(command):
-    done, _ = command("experiments.mismatch", "--config.advantage.name=gae")
+    done, _ = command("experiments.questions.mismatch", "--config.advantage.name=gae")
     assert done.returncode != 0 and "gae needs a critic" in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.models.config import Quantization
 from dppo_jax.models.decoder import in_dtype, init_params, unstack
 from dppo_jax.rollout import Rollout
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_log import read_scalars
 from dppo_jax.token_head import token_head
 from dppo_jax.train_step import assemble, make_oracle, make_recompute
 from dppo_jax.types import PromptBatch

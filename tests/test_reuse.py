@@ -13,8 +13,8 @@ from dppo_jax.data.prompts import eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.models.hf import load_params
 from dppo_jax.rewards.verifiers import last_number
-from experiments.reuse.make_model import CONFIG, MAX_NEW_TOKENS, accuracy, make_answer
-from experiments.reuse.task import (
+from experiments.questions.reuse.make_model import CONFIG, MAX_NEW_TOKENS, accuracy, make_answer
+from experiments.questions.reuse.task import (
     EOS,
     FIRST_OPERATION,
     MODULUS,

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dppo_jax.errors import UserError, WriteError
-from dppo_jax.run_config import changed, flatten, plain, read_config, write_config
+from dppo_jax.storage.run_config import changed, flatten, plain, read_config, write_config
 
 
 def test_config_is_stored_as_strict_json(tmp_path):

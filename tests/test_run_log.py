@@ -29,8 +29,8 @@ from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard.util import tensor_util
 
 from dppo_jax.errors import UserError
-from dppo_jax.panels import PANELS
-from dppo_jax.run_log import (
+from dppo_jax.storage.panels import PANELS
+from dppo_jax.storage.run_log import (
     RunLog,
     Transcript,
     event_files,

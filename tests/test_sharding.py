@@ -13,10 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dppo_jax.checkpoint import Checkpoints, abstract_state, restore_params
-from dppo_jax.errors import UserError
-from dppo_jax.models.decoder import abstract_params, param_axes
-from dppo_jax.sharding import (
+from dppo_jax.devices.sharding import (
     MESH_AXES,
     ROLLOUT,
     TRAINING,
@@ -29,6 +26,9 @@ from dppo_jax.sharding import (
     spec,
     using,
 )
+from dppo_jax.errors import UserError
+from dppo_jax.models.decoder import abstract_params, param_axes
+from dppo_jax.storage.checkpoint import Checkpoints, abstract_state, restore_params
 from dppo_jax.train_step import init_state, state_shardings
 from experiments.run.setup import Setup
 from tests.fixtures import HURRIED_FLAGS, TINY, small_config

@@ -1,4 +1,4 @@
-"""experiments.smollm2.convert on a tiny GGUF file written here."""
+"""experiments.recipes.smollm2.convert on a tiny GGUF file written here."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dppo_jax.errors import UserError
 from dppo_jax.models.config import config_from_hf
-from experiments.smollm2.convert import convert
+from experiments.recipes.smollm2.convert import convert
 
 D, F, LAYERS, HEADS, KV, HEAD_DIM = 64, 96, 2, 4, 2, 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

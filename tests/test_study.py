@@ -9,13 +9,13 @@ import pytest
 
 from configs import reuse
 from dppo_jax.errors import UserError
-from dppo_jax.run_config import write_config
-from dppo_jax.run_log import RunLog, read_scalars
+from dppo_jax.storage.run_config import write_config
+from dppo_jax.storage.run_log import RunLog, read_scalars
+from experiments.questions.survival import report as survival
+from experiments.questions.survival.pull import measure
 from experiments.run import checks
 from experiments.run.cli import load_config
 from experiments.study import TAGS, Arm, markdown, summary, train
-from experiments.survival import report as survival
-from experiments.survival.pull import measure
 from experiments.sweep import Run, config_of
 from tests.fixtures import hurried, small_config, tiny
 

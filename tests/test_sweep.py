@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from dppo_jax.errors import UserError
-from dppo_jax.run_config import read_config
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_config import read_config
+from dppo_jax.storage.run_log import read_scalars
 from experiments.sweep import Run, check, config_of, train
 from tests.fixtures import hurried, run, run_config, small_config, tiny
 

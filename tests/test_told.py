@@ -9,7 +9,7 @@ import pytest
 from configs import base
 from dppo_jax.evaluate import all_failed
 from dppo_jax.rewards.verifiers import VERIFIERS, exact_match
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.run_log import read_scalars
 from experiments import eval, sweep
 from tests.fixtures import hurried, run, small_config, tiny
 

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from dppo_jax.checkpoint import restore_params
 from dppo_jax.losses import LOSSES, corrects_mismatch, required_fields
 from dppo_jax.models import load_policy
 from dppo_jax.models.decoder import abstract_params
-from dppo_jax.run_config import plain, read_config
-from dppo_jax.run_log import read_scalars
+from dppo_jax.storage.checkpoint import restore_params
+from dppo_jax.storage.run_config import plain, read_config
+from dppo_jax.storage.run_log import read_scalars
 from experiments import eval
 from experiments.run import checks
 from experiments.run.setup import Setup

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from dppo_jax.checkpoint import restore_params
+from dppo_jax.devices.compilations import keep_compiled
 from dppo_jax.models.decoder import abstract_params
-from dppo_jax.run_log import read_scalars
-from experiments.compilations import keep_compiled
+from dppo_jax.storage.checkpoint import restore_params
+from dppo_jax.storage.run_log import read_scalars
 from tests.fixtures import TINY, Run, contents, hurried, no_cache, run, same, small_config, tiny
 
 ROWS, POSITIONS = 32, 8 + 24  # of a rollout batch; of a row: few responses are as long as they may be

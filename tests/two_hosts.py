@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dppo_jax import hosts
-from dppo_jax.sharding import make_mesh, rows, to_host
+from dppo_jax.devices import hosts
+from dppo_jax.devices.sharding import make_mesh, rows, to_host
 
 
 def rows_of(mesh: jax.sharding.Mesh, count: int) -> dict:

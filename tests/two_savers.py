@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dppo_jax.checkpoint import Checkpoints, abstract_state, restore_params
 from dppo_jax.errors import UserError
+from dppo_jax.storage.checkpoint import Checkpoints, abstract_state, restore_params
 
 
 def flip(step: Path) -> None:

@@ -1,6 +1,6 @@
 """Studies on the embedded model: the quickstart, shorter.
 
-python -m experiments.necessity --config configs/studies/embedded.py --workdir runs/studies/embedded --out runs/embedded
+python -m experiments.questions.necessity --config configs/studies/embedded.py --workdir DIR --out DIR/F
 """
 
 from configs import quickstart

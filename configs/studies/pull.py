@@ -1,6 +1,6 @@
 """The survival map's regime with a loss more: Clip-Higher that masks whatever the advantage, and so pulls nowhere.
 
-python -m experiments.survival --config configs/studies/pull.py --workdir DIR --losses clip_unsigned --mismatch m1
+python -m experiments.questions.survival --config configs/studies/pull.py --workdir DIR --losses clip_unsigned
 
 Clip-Higher keeps, of the tokens outside its bounds, those whose update leads back towards mu. Where mu is noisy, they
 are there before any update, and what is left of their gradient points at the noise. This loss drops both halves.

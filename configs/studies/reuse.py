@@ -1,6 +1,6 @@
 """Studies in the reuse regime, with a mismatch: linear layers of the rollout see two bits of mantissa.
 
-python -m experiments.necessity --config configs/studies/reuse.py --workdir runs/studies/reuse --seeds 6 --out DIR/F
+python -m experiments.questions.necessity --config configs/studies/reuse.py --workdir DIR --seeds 6 --out DIR/F
 """
 
 from configs import reuse

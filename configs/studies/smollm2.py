@@ -1,7 +1,7 @@
 """Studies on SmolLM2-135M-Instruct, as short as two CPU cores make them: two steps of four updates.
 
 make smollm2
-python -m experiments.necessity --separate --config configs/studies/smollm2.py --workdir runs/studies/smollm2 \
+python -m experiments.questions.necessity --separate --config configs/studies/smollm2.py --workdir runs/smollm2 \
     --arms dppo_binary_tv,pg_is --out runs/smollm2
 """
 

@@ -1,6 +1,6 @@
-"""The reuse regime as the survival map runs it: 60 steps, no evaluation. See experiments/survival/README.md.
+"""The reuse regime as the survival map runs it: 60 steps, no evaluation. See experiments/questions/survival/README.md.
 
-python -m experiments.survival --config configs/studies/survival.py --workdir runs/survival
+python -m experiments.questions.survival --config configs/studies/survival.py --workdir runs/survival
 """
 
 from configs import reuse

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dppo_jax import fingerprints
 from dppo_jax.data.chat import DATE, ChatRenderer, check_date
 from dppo_jax.data.examples import LEFT_OUT, Example, Task
 from dppo_jax.data.tokenizer import eos_ids as eos_ids
 from dppo_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from dppo_jax.errors import UserError, first_line
 from dppo_jax.files import check_text
+from dppo_jax.storage import fingerprints
 from dppo_jax.types import PromptBatch
 
 TOO_LONG = ("error", "skip")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int32
 
+from dppo_jax.devices.sharding import mesh_axes, parts, spec
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.sharding import mesh_axes, parts, spec
 
 # kernel(q, k, v, segments, scale=, softcap=, window=) -> mixed values
 Kernel = Callable[..., Array]

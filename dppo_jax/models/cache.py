@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from dppo_jax.sharding import constrain, mesh_axes, parts, spec
+from dppo_jax.devices.sharding import constrain, mesh_axes, parts, spec
 
 Cache = tuple[tuple[Array, Array], ...]  # blocks of (keys, values)
 

@@ -15,12 +15,12 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax import quantize
+from dppo_jax.devices.sharding import constrain, cuts_evenly, is_cut, summed_product
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.embedding import embed
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
-from dppo_jax.sharding import constrain, cuts_evenly, is_cut, summed_product
 
 Params = dict[str, Any]
 # attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from dppo_jax.sharding import dividing, mesh_axes, spec
+from dppo_jax.devices.sharding import dividing, mesh_axes, spec
 
 
 def embed(table: Float[Array, "V E"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:

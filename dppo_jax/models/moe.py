@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Bool, Float, Int32
 
-from dppo_jax.sharding import constrain, dividing, mesh_axes, spec
+from dppo_jax.devices.sharding import constrain, dividing, mesh_axes, spec
 
 Rounding = Callable[[Array], Array]
 Weights = tuple[Array, ...]  # gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]

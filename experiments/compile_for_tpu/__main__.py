@@ -26,9 +26,9 @@ if LIBTPU.is_dir():
 import jax  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from dppo_jax.devices import chips  # noqa: E402
 from dppo_jax.errors import UserError, lookup, run_main  # noqa: E402
 from dppo_jax.models import ModelConfig  # noqa: E402
-from experiments import chips  # noqa: E402
 from experiments.compile_for_tpu import report, steps  # noqa: E402
 from experiments.run import checks, cli  # noqa: E402
 from experiments.trace import model_config  # noqa: E402

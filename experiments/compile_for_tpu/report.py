@@ -7,9 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dppo_jax.devices.chips import GIB, Chip
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.moe import FIRST
-from experiments.chips import GIB, Chip
 from experiments.compile_for_tpu.hlo import Instruction, Module
 from experiments.compile_for_tpu.steps import Step
 

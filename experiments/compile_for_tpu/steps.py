@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dppo_jax import packing
+from dppo_jax.devices.sharding import ROLLOUT, make_mesh, named, parts, rows, spec
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
-from dppo_jax.sharding import ROLLOUT, make_mesh, named, parts, rows, spec
 from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run.setup import Setup

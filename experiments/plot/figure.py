@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.panels import PANELS, Panel, evaluations
+from dppo_jax.storage.panels import PANELS, Panel, evaluations
 from experiments.plot.curves import bootstrap_interval, described, smoothed
 from experiments.plot.runs import Curve
 

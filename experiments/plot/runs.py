@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.run_config import flatten, read_config
-from dppo_jax.run_log import EVENTS, Scalars, read_scalars
+from dppo_jax.storage.run_config import flatten, read_config
+from dppo_jax.storage.run_log import EVENTS, Scalars, read_scalars
 
 NAMED_BY = "loss.name"
 MOST_KEYS = 2  # that tell apart curves of one name; beyond it their folders do

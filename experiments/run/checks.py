@@ -13,6 +13,7 @@ from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.prompts import TOO_LONG
 from dppo_jax.data.tasks import TASKS
+from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
 from dppo_jax.lora import TARGETS
@@ -21,7 +22,6 @@ from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.rewards.verifiers import VERIFIERS
-from dppo_jax.sharding import check_divisible
 from dppo_jax.weights import WEIGHTS
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dppo_jax.checkpoint import abstract_state
 from dppo_jax.critic import critic_axes, init_critic, make_critic_update, make_estimate, make_values
+from dppo_jax.devices.sharding import rows
 from dppo_jax.metrics import Metrics
 from dppo_jax.models import DTYPES
 from dppo_jax.models.decoder import Params, abstract_params
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Plan
-from dppo_jax.sharding import rows
+from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.train_step import TrainState, init_state, state_shardings
 from dppo_jax.types import TrainBatch
 from experiments.run.setup import Setup

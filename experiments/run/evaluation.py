@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 from tqdm import tqdm
 
-from dppo_jax import hosts
+from dppo_jax.devices import hosts
 from dppo_jax.evaluate import all_failed, evaluate
 from dppo_jax.models.decoder import Params
 from dppo_jax.sampling import step_key

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import jax
 
-from dppo_jax import hosts
+from dppo_jax.devices import hosts
+from dppo_jax.devices.sharding import to_host
 from dppo_jax.errors import writing
 from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.models.peft import save_adapters
-from dppo_jax.sharding import to_host
 from dppo_jax.train_step import TrainState
 from experiments.run.setup import Setup
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
-from dppo_jax import fingerprints, hosts
+from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
-from dppo_jax.run_config import MAY_CHANGE, changed, flatten, plain
+from dppo_jax.storage import fingerprints
+from dppo_jax.storage.run_config import MAY_CHANGE, changed, flatten, plain
 from experiments.run.setup import Setup, model_directory
 
 # May change where fingerprints say that the same is there.

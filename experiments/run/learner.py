@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dppo_jax import hosts, packing
 from dppo_jax import metrics as metrics_lib
-from dppo_jax.checkpoint import abstract_state
+from dppo_jax import packing
+from dppo_jax.devices import hosts
 from dppo_jax.lora import joined
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan
+from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update, make_recompute
 from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic

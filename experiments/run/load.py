@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
 from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
+from dppo_jax.devices.compilations import keep_compiled
+from dppo_jax.devices.sharding import make_mesh
 from dppo_jax.errors import UserError
 from dppo_jax.files import user_path
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.hf import load_config
 from dppo_jax.rewards.scorer import Scorer
-from dppo_jax.sharding import make_mesh
-from experiments.compilations import keep_compiled
 from experiments.run import checks
 from experiments.run.setup import Setup, Text, model_directory
 

@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dppo_jax import hosts, packing
 from dppo_jax import metrics as metrics_lib
-from dppo_jax.checkpoint import Checkpoints
+from dppo_jax import packing
+from dppo_jax.devices import hosts, peers
+from dppo_jax.devices.compilations import Compilations
 from dppo_jax.errors import UserError, WriteError
 from dppo_jax.evaluate import all_failed
 from dppo_jax.files import make_folder
-from dppo_jax.lock import locked
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
 from dppo_jax.packing import Plan
-from dppo_jax.run_config import read_config, write_config
-from dppo_jax.run_log import RunLog
-from experiments import peers
-from experiments.compilations import Compilations
+from dppo_jax.storage.checkpoint import Checkpoints
+from dppo_jax.storage.lock import locked
+from dppo_jax.storage.run_config import read_config, write_config
+from dppo_jax.storage.run_log import RunLog
 from experiments.run.identity import Identity, compare, rate_change
 from experiments.run.learner import Learner
 from experiments.run.report import Report

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dppo_jax.data.examples import Example
 from dppo_jax.files import make_folder
 from dppo_jax.metrics import PROB_DIFF_EDGES, RATIO_EDGES
-from dppo_jax.run_log import RunLog, Transcript, transcript_table
+from dppo_jax.storage.run_log import RunLog, Transcript, transcript_table
 
 
 class Report:

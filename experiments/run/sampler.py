@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppo_jax import hosts
-from dppo_jax.checkpoint import abstract_state
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, decode_replies
+from dppo_jax.devices import hosts
 from dppo_jax.lora import joined
 from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
 from dppo_jax.sampling import step_key
+from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.devices.chips import memory_of
+from dppo_jax.devices.sharding import TRAINING, batch_shards, parts, rows
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
 from dppo_jax.files import user_path
@@ -31,7 +33,6 @@ from dppo_jax.packing import Layout
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.rollout import Rollout
 from dppo_jax.sampling import step_key
-from dppo_jax.sharding import TRAINING, batch_shards, parts, rows
 from dppo_jax.token_head import piece_count
 from dppo_jax.train_step import (
     Oracle,
@@ -45,7 +46,6 @@ from dppo_jax.train_step import (
     state_shardings,
 )
 from dppo_jax.weights import WEIGHTS
-from experiments.chips import memory_of
 
 # Purposes of randomness, folded into the seed's key beside the step.
 ROLLOUT, EVALUATION = 0, 1  # 2 is the noise of the update

@@ -8,8 +8,8 @@ Look at what changed before you keep it: a weight that no axis cuts is on every 
 import json
 from pathlib import Path
 
+from dppo_jax.devices.sharding import ROLLOUT, TRAINING, spec
 from dppo_jax.models.decoder import param_axes
-from dppo_jax.sharding import ROLLOUT, TRAINING, spec
 from experiments.run.cli import load_config
 from experiments.trace import model_config
 

@@ -1,6 +1,0 @@
-"""Checkpoints of a run: saved in the background with a checksum of every file, the newest whole one restored."""
-
-from dppo_jax.checkpoint.manager import Checkpoints, Newest, Resumed
-from dppo_jax.checkpoint.read import Damaged, abstract_state, restore_params
-
-__all__ = ["Checkpoints", "Damaged", "Newest", "Resumed", "abstract_state", "restore_params"]

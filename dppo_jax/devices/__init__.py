@@ -1,0 +1,1 @@
+"""Where arrays live: meshes, hosts, processes, chips, and what was compiled for them."""

@@ -1,0 +1,156 @@
+"""Rows of a batch over several processes: which of them a process prepares and scores, and how it tells the others.
+
+A process holds the rows that its devices hold. Where several hold a row (a mesh whose batch axes do not cut between
+hosts), the first of them owns it: each row is decoded and scored once. With one process nothing is copied or sent.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding
+
+from dppo_jax.devices.sharding import rows
+from dppo_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class Share(NamedTuple):
+    """Rows of an array [size, ...], as one process sees them; numbers i[...], increasing."""
+
+    size: int
+    held: np.ndarray  # on devices of this process
+    owned: np.ndarray  # of those, the ones that no earlier process holds
+
+    def grouped(self, members: int) -> "Share":
+        """The same of an array whose rows are groups of `members`, each in place of one row here."""
+
+        def spread(index: np.ndarray) -> np.ndarray:
+            return (index[:, None] * members + np.arange(members)).reshape(-1)
+
+        return Share(self.size * members, spread(self.held), spread(self.owned))
+
+    def of_owned(self, items: Sequence[T]) -> list[T]:
+        """Those of the owned rows, from one for each row held; a shorter list is of the first rows."""
+        owned = set(self.owned.tolist())
+        return [item for row, item in zip(self.held.tolist(), items, strict=False) if row in owned]
+
+
+def share_over(mesh: Mesh | None, count: int) -> Share:
+    """This process's share of the rows of a batch over the mesh; all of them where there is none."""
+    everything: np.ndarray = np.arange(count)
+    return Share(count, everything, everything) if mesh is None else share(rows(mesh), count)
+
+
+@functools.lru_cache
+def share(sharding: Sharding, count: int) -> Share:
+    """This process's share of the rows of an array [count, ...] that is laid out so."""
+    holders = first_holders(sharding, count)
+    me = jax.process_index()
+    held: np.ndarray = np.zeros(count, bool)
+    for part, *_ in sharding.addressable_devices_indices_map((count,)).values():
+        held[part] = True
+    return Share(count, np.flatnonzero(held), np.flatnonzero(holders == me))
+
+
+def first_holders(sharding: Sharding, count: int) -> np.ndarray:
+    """The owner of every row: the first process that holds it, i[count]."""
+    owners: np.ndarray = np.full(count, np.iinfo(np.int32).max)
+    for device, (part, *_) in sharding.devices_indices_map((count,)).items():
+        owners[part] = np.minimum(owners[part], device.process_index)
+    return owners
+
+
+def place(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
+    """Global arrays, their rows over the mesh, from what each process has: NumPy arrays of the rows it holds."""
+    if jax.process_count() == 1:
+        return tree
+    assert mesh is not None
+
+    def one(x: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(mine.size)
+            at = np.searchsorted(mine.held, first)
+            return x[at : at + end - first]
+
+        return jax.make_array_from_callback((mine.size, *x.shape[1:]), rows(mesh), piece)
+
+    return jax.tree.map(one, tree)
+
+
+def owned(tree: Any, mine: Share) -> Any:
+    """The rows that this process owns of arrays laid out by rows, in NumPy; nothing is sent."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def one(x: jax.Array) -> np.ndarray:
+        pieces = {}
+        for shard in x.addressable_shards:
+            first, _, _ = shard.index[0].indices(len(x))
+            if first in mine.owned:
+                pieces[first] = shard.data
+        found = [np.asarray(pieces[first]) for first in sorted(pieces)]
+        return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def gather(tree: Any, mine: Share) -> Any:
+    """Small NumPy arrays [size, ...] on every process, which must all call this, from those of the rows each owns."""
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(x: np.ndarray) -> np.ndarray:
+        spread: np.ndarray = np.zeros((mine.size, *x.shape[1:]), x.dtype)
+        spread[mine.owned] = x
+        return spread
+
+    found = multihost_utils.process_allgather(jax.tree.map(whole, tree))
+    return jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), found)  # every row has one owner: the others add 0
+
+
+def total(counts: dict[str, int]) -> dict[str, int]:
+    """The sum over the processes, which must all call this with the same names."""
+    if jax.process_count() == 1:
+        return counts
+    names = sorted(counts)
+    found = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
+    return dict(zip(names, found.tolist(), strict=True))
+
+
+def agree(what: str, mine: Mapping[str, Any], may_differ: Sequence[str]) -> None:
+    """Compares small JSON values by name with those of process 0; names matching `may_differ` (* for any) may differ.
+
+    Raises: UserError, the same on all processes, which must all call this.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    for number, other in enumerate(others, start=1):
+        differing = [
+            name
+            for name in sorted({*first, *other})
+            if first.get(name) != other.get(name) and not any(fnmatchcase(name, pattern) for pattern in may_differ)
+        ]
+        if differing:
+            named = [f"{name} is {first.get(name)!r} there and {other.get(name)!r} here" for name in differing[:3]]
+            more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+            raise UserError(
+                f"process {number} has another {what} than process 0 (there, against process {number}, here): "
+                f"{'; '.join(named)}{more}; start all hosts with the same"
+            )
+
+
+def is_writer() -> bool:
+    """Whether this process writes what a run leaves once: logs, config.json, samples, the exported policy."""
+    return jax.process_index() == 0

@@ -1,0 +1,285 @@
+"""What a run saves: in the background, checksummed, the newest few kept."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from dppo_jax.devices.hosts import is_writer
+from dppo_jax.errors import UserError
+from dppo_jax.files import make_folder
+from dppo_jax.storage.checkpoint import manifest
+from dppo_jax.storage.checkpoint.read import (
+    ITEM,
+    Damaged,
+    agree,
+    compare,
+    find_newest,
+    newest_by_size,
+    quiet,
+    reason,
+    restore_item,
+    saved_tree,
+    shapes,
+)
+
+ASIDE = "damaged_checkpoints"  # beside WORKDIR/checkpoints
+
+
+class Newest(NamedTuple):
+    """The newest whole step, None where there is no checkpoint at all, and sentences about what is not as expected."""
+
+    step: int | None
+    notes: list[str]
+
+
+class Resumed(NamedTuple):
+    """The same, and the step's state (None without a step)."""
+
+    step: int | None
+    state: Any
+    notes: list[str]
+
+
+class Checkpoints:
+    """The folder WORKDIR/checkpoints. Close it, or use it in a `with`: saving goes on in the background.
+
+    Of several processes all must call the same methods; process 0 decides which step is whole, and moves and deletes.
+    UserError where the folder cannot be made or written.
+    """
+
+    def __init__(self, workdir: str | Path, *, keep: int):
+        self._folder = (Path(workdir) / "checkpoints").absolute()
+        self._keep = keep
+        quiet()
+        make_folder(self._folder)
+        _check_writable(self._folder)
+        self._newest: Newest | None = None  # None: not looked for yet
+        self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
+        self._saving: tuple[int, dict[str, Any]] | None = None  # in the background: a step, what is stored with it
+        # Made in the background, a folder that cannot be made would be waited for.
+        options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
+        handlers = {ITEM: ocp.StandardCheckpointHandler()}
+        composite = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=options), **handlers
+        )
+        self._saver = ocp.AsyncCheckpointer(composite, async_options=options)
+
+    def newest_whole(self) -> Newest:
+        """Reads every byte of the newest step, and of older ones until one is whole.
+
+        The damaged ones are moved to WORKDIR/damaged_checkpoints. UserError if there are steps and none is whole: they
+        stay where they are.
+        """
+        self.wait()
+        self._newest = Newest(*agree(self._look))
+        return self._newest
+
+    def _look(self) -> Newest:
+        step, damaged, others = find_newest(self._folder, self._unreadable)
+        notes = [f"{self._folder.name}/{name} is no checkpoint: left alone" for name in others]
+        place = self._folder.parent / ASIDE
+        for number, what in damaged:
+            to = f"{ASIDE}/{self._set_aside(number).name}"
+            told = f"checkpoint {number} is damaged ({what}) and now lies in {to}"
+            notes.append(f"{told}; going on from checkpoint {step}")
+        if step is None and place.is_dir() and (names := sorted(os.listdir(place))):
+            notes.append(f"no checkpoint is left, only {ASIDE}/{names[-1]}: starting at step 0")
+        return Newest(step, notes)
+
+    def resume(self, wanted: Callable[[int], Any]) -> Resumed:
+        """The newest whole step, restored as the abstract tree wanted(step) says. Errors: `newest_whole`, `restore`.
+
+        A step without a manifest, of an earlier version, is passed over too where it cannot be restored.
+        """
+        step, notes = self._newest or self.newest_whole()
+        while True:
+            if step is None:
+                return Resumed(None, None, notes)
+            try:
+                state = self.restore(step, wanted(step))
+            except Damaged as error:
+                if jax.process_count() > 1:  # the others may have restored it
+                    raise
+                self._unreadable[step] = error.what
+                step, more = self.newest_whole()
+                notes = notes + more
+                continue
+            if not manifest.sealed(self._folder / str(step)):
+                notes.append(f"checkpoint {step} has no checksums, so its bytes were not checked")
+            return Resumed(step, state, notes)
+
+    def latest(self) -> int | None:
+        """The newest whole step, or None. Waits for the one that is being saved."""
+        self.wait()
+        return (self._newest or self.newest_whole()).step
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What `save` stored with a step; {} for a step of an earlier version. UserError if its manifest is damaged."""
+        return manifest.about(self._folder / str(step))
+
+    def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
+        """Copies the state and writes it in the background, with `about`, a small JSON object.
+
+        A step that is there already stays. Before, older steps than the newest `keep` are deleted: the newest counts
+        only when the next one is saved, or all is closed without an error.
+        UserError if the last save failed, or this one cannot begin.
+        """
+        if step == self.latest():
+            return
+        self._saving = step, json.loads(json.dumps(about or {}))
+        try:
+            gone = not self._folder.is_dir()
+            if is_writer() and not gone:
+                self._delete_old()
+            self._saver.save(
+                self._folder / str(step),
+                args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}),
+                custom_metadata=manifest.MARK,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+        if gone:
+            self.wait()
+            raise UserError(
+                f"the folder {str(self._folder)!r} was deleted during the run; checkpoint {step} was written there "
+                "again, and what else the run had written is lost"
+            )
+
+    def check(self) -> None:
+        """UserError if saving in the background has failed. Does not wait."""
+        try:
+            self._saver.check_for_errors()
+        except Exception as error:
+            if self._saving:
+                raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Until all is on disk. UserError as in `check`."""
+        try:
+            self._saver.wait_until_finished()
+        except Exception as error:
+            if self._saving:  # else it is more of a failure that was told
+                raise self._failed(error) from error
+        if self._saving:
+            self._newest, self._saving = Newest(self._saving[0], []), None
+
+    def reject(self, step: int) -> int | None:
+        """Sets aside a step that is whole and yet bad, so that no run goes on from it; the newest one left."""
+        self.wait()
+
+        def move() -> int | None:
+            self._set_aside(step)
+            return newest_by_size(self._folder)
+
+        self._newest = Newest(agree(move), [])
+        return self._newest.step
+
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a step's state has something of this name. Damaged."""
+        return name in dict(saved_tree(self._folder, step))
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step, laid out as `abstract` says. UserError if it is of another shape; Damaged."""
+        self.wait()
+        if self._newest is None or step != self._newest.step:
+            what = agree(lambda: manifest.damage(self._folder / str(step), step))
+            if what:
+                raise Damaged(step, what)
+        compare(step, shapes(saved_tree(self._folder, step)), shapes(abstract))
+        return restore_item(self._folder, step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Waits until all is on disk, and deletes older steps than the newest `keep`. UserError as in `check`."""
+        try:
+            self.wait()
+            if is_writer() and self._folder.is_dir():
+                self._delete_old()
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
+        for end in (self._saver.wait_until_finished, self._saver.close):
+            with contextlib.suppress(Exception):  # more of a failure that was told
+                end()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:  # that error is the one to tell
+            self.wait()
+        except UserError as second:
+            print(f"warning: {second}", file=sys.stderr)
+        self._shut()
+
+    def _seal(self) -> None:
+        """In the background, on process 0, when all files of the step are written, before its folder has its name."""
+        assert self._saving is not None
+        step, about = self._saving
+        (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        manifest.seal(folder, step, about)
+
+    def _failed(self, error: Exception) -> UserError:
+        """What to raise when a save failed; what it had written is deleted, since it may fill the disk."""
+        assert self._saving is not None
+        step, self._saving = self._saving[0], None
+        if is_writer():
+            _delete_left(self._folder, told=False)  # threads may still be writing into it
+        why = reason(error) if self._folder.is_dir() else "the folder was deleted"
+        newest = newest_by_size(self._folder)
+        self._newest = Newest(newest, [])
+        kept = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
+        return UserError(f"checkpoint {step} could not be written to {str(self._folder)!r}: {why}; {kept}")
+
+    def _set_aside(self, step: int) -> Path:
+        try:
+            return manifest.set_aside(self._folder / str(step), self._folder.parent / ASIDE)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {step} cannot be moved to {str(self._folder.parent / ASIDE)!r}: {reason(error)}; move it "
+                "there by hand"
+            ) from error
+
+    def _delete_old(self) -> None:
+        """All but the newest `keep` whole steps, and what a kill left half written. On process 0."""
+        _delete_left(self._folder)
+        steps = manifest.entries(self._folder).steps
+        whole = [step for step in steps if manifest.damage(self._folder / str(step), step, read=False) is None]
+        for step in steps:
+            if len(whole) > self._keep and step < whole[-self._keep]:
+                _delete(self._folder / str(step))
+
+
+def _check_writable(folder: Path) -> None:
+    """UserError where no folder with a file can be made and removed: better now than after hours."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as probe:
+            Path(probe, "file").write_text("x")
+    except OSError as error:
+        raise UserError(f"the folder {str(folder)!r} cannot be written to: {reason(error)}") from None
+
+
+def _delete(path: Path, *, told: bool = True) -> None:
+    try:
+        manifest.remove(path)
+    except OSError as error:
+        if told:
+            print(f"warning: {path} could not be deleted: {reason(error)}", file=sys.stderr)
+
+
+def _delete_left(folder: Path, *, told: bool = True) -> None:
+    """What a kill or a failed save left half written."""
+    if folder.is_dir():
+        for name in manifest.entries(folder).left:
+            _delete(folder / name, told=told)

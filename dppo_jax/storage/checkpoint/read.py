@@ -1,0 +1,242 @@
+"""Checkpoints on disk, read: the newest whole step, its state, the parameters alone.
+
+A step is whole where every file is as it was written (`manifest`). What orbax logs is dropped: its errors are raised
+here, each as one sentence.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dppo_jax.devices.hosts import is_writer
+from dppo_jax.errors import UserError, first_line
+from dppo_jax.models.decoder import LOG_SIGMA
+from dppo_jax.storage.checkpoint import manifest
+
+T = TypeVar("T")
+
+ITEM = "default"  # orbax's name of the one thing that a step holds
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read. `what`: the file, and what is wrong with it."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"checkpoint {step} is damaged ({what})")
+        self.what = what
+
+
+def abstract_state(state: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and places, for `restore`."""
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, state, shardings)
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
+
+
+def compare(step: int, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """UserError where a checkpoint's shapes are not those of the config."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            raise UserError(
+                f"checkpoint {step} of this run does not fit the config's model: {name} is {there} there and "
+                f"{here} here"
+            )
+
+
+def agree(find: Callable[[], T]) -> T:
+    """What process 0 finds, as JSON keeps it, on every process; its UserError too."""
+    if jax.process_count() == 1:
+        return find()
+    text = ""
+    if is_writer():
+        try:
+            text = json.dumps({"found": find()})
+        except UserError as error:
+            text = json.dumps({"refused": str(error)})
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))  # json.dumps writes ASCII
+    letters = np.frombuffer(text.encode().ljust(size), np.uint8)
+    answer = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(letters), np.uint8)))
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    return answer["found"]
+
+
+class Found(NamedTuple):
+    """The newest whole step, None without any; newer ones, and what is wrong with each; what else lies there."""
+
+    step: int | None
+    damaged: list[tuple[int, str]]
+    others: list[str]
+
+
+def find_newest(folder: Path, unreadable: dict[int, str]) -> Found:
+    """Reads every byte of the newest step, and of older ones until one is whole.
+
+    unreadable: what is wrong with steps that could not be restored. UserError if there are steps and none is whole.
+    """
+    found = manifest.entries(folder)
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(found.steps):
+        what = unreadable.get(step) or manifest.damage(folder / str(step), step) or _unlike_orbax(folder, step)
+        if what is None:
+            return Found(step, damaged, found.others)
+        damaged.append((step, what))
+    if damaged:
+        told = "; ".join(f"checkpoint {step} is damaged ({what})" for step, what in damaged)
+        raise UserError(
+            f"no checkpoint in {str(folder)!r} is whole: {told}. Put back a copy of one, or move the folder away to "
+            "start over at step 0"
+        )
+    return Found(None, damaged, found.others)
+
+
+def _unlike_orbax(folder: Path, step: int) -> str | None:
+    """Where no manifest tells: what orbax says that cannot read the step's tree."""
+    if manifest.sealed(folder / str(step)):
+        return None
+    try:
+        saved_tree(folder, step)
+    except Damaged as error:
+        return error.what
+    return None
+
+
+def newest_by_size(folder: Path) -> int | None:
+    """The newest step whose files are there with their sizes."""
+    try:
+        steps = manifest.entries(folder).steps
+    except UserError:
+        return None
+    return next((s for s in reversed(steps) if manifest.damage(folder / str(s), s, read=False) is None), None)
+
+
+def saved_tree(folder: Path, step: int) -> Any:
+    """The tree of what a step holds: shapes and dtypes. UserError; Damaged."""
+    try:
+        return ocp.StandardCheckpointHandler().metadata(epath.Path(folder / str(step) / ITEM))
+    except Exception as error:
+        raise _fault(folder, step, error) from error
+
+
+def restore_item(folder: Path, step: int, handler: Any, arguments: Any) -> Any:
+    """What a step holds. UserError; Damaged."""
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(folder / str(step) / ITEM, args=arguments)
+    except Exception as error:
+        raise _fault(folder, step, error) from error
+
+
+def _fault(folder: Path, step: int, error: Exception) -> UserError:
+    """Damaged, unless a manifest has shown that the bytes are right, or the devices are to blame."""
+    if manifest.sealed(folder / str(step)) or isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+        return UserError(f"checkpoint {step} could not be restored: {reason(error)}")
+    return Damaged(step, f"{folder.name}/{step}/{ITEM}: {reason(error)}")
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, if it is behind another library's error, else that error's first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))  # tensorstore's
+    return os.strerror(int(found[1] or found[2])) if found else first_line(error)
+
+
+def quiet() -> None:
+    """Keeps to itself what orbax logs, and what late callbacks of a failed save say."""
+    logging.getLogger("absl").addFilter(_not_orbax)
+    if sys.unraisablehook is not _unless_late:
+        _hooks[:] = [sys.unraisablehook]
+        sys.unraisablehook = _unless_late
+
+
+_hooks: list[Callable[[Any], Any]] = []
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+
+def _unless_late(found: Any) -> None:
+    """Tensorstore's threads call event loops that orbax closed when the first of several writes failed."""
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        _hooks[0](found)
+
+
+def _place(leaf: Any) -> ocp.RestoreArgs:
+    """Where a leaf goes, whatever devices it was saved from."""
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+
+
+def restore_params(directory: str | Path, abstract_params: Any) -> Any:
+    """The parameters alone of the newest whole checkpoint of a run, or of one step's folder WORKDIR/checkpoints/STEP.
+
+    A leaf of `abstract_params` that names a sharding is laid out so; others come as NumPy arrays. What else a run
+    trains beside its layers (the deviation of its noise) is left out. Nothing is moved or written; damaged steps that
+    are passed over are told on stderr. UserError if none is whole, or they are of other shapes.
+    """
+    quiet()
+    directory = Path(directory).absolute()
+    if manifest.is_step(directory.name) and directory.parent.name == "checkpoints":
+        folder, named = directory.parent, int(directory.name)
+    else:
+        folder, named = directory / "checkpoints", None
+    if not os.path.isdir(folder):
+        raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
+    unreadable: dict[int, str] = {}
+    while True:
+        step = _choose(folder, named, unreadable)
+        try:
+            return _restore_params(folder, step, abstract_params)
+        except Damaged as error:
+            if named is not None or jax.process_count() > 1:
+                raise
+            unreadable[step] = error.what
+
+
+def _choose(folder: Path, named: int | None, unreadable: dict[int, str]) -> int:
+    """The step to read: the one that is named, or the newest whole one. UserError."""
+
+    def find() -> int:
+        steps = manifest.entries(folder).steps
+        if not steps or (named is not None and named not in steps):
+            which = "" if named is None else f" {named}"
+            raise UserError(f"{folder} has no whole checkpoint{which}; steps: {steps}")
+        if named is not None:
+            if what := manifest.damage(folder / str(named), named):
+                raise Damaged(named, what)
+            return named
+        found = find_newest(folder, unreadable)
+        assert found.step is not None
+        for number, what in found.damaged:
+            print(f"checkpoint {number} is damaged ({what}); taking checkpoint {found.step}", file=sys.stderr)
+        return found.step
+
+    return agree(find)
+
+
+def _restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
+    wanted = {"params": abstract_params}
+    saved = dict(saved_tree(folder, step))["params"]
+    saved = {name: value for name, value in saved.items() if name != LOG_SIGMA or name in abstract_params}
+    compare(step, shapes(saved), shapes(abstract_params))
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(_place, wanted), partial_restore=True)
+    return restore_item(folder, step, ocp.PyTreeCheckpointHandler(), arguments)["params"]

@@ -1,0 +1,318 @@
+"""What a run leaves behind for its reader: TensorBoard events, config.json, a progress line, a closing table.
+
+Events go into DIR/tb: `tensorboard --logdir DIR` shows the run "tb", `tensorboard --logdir PARENT` shows "DIR/tb" for
+each folder, and every run is one row of the HParams tab. (TensorBoard finds no metrics for the row of a run named ".",
+as it would be with events in DIR itself.) The Custom Scalars tab shows the panels of the figures, grouped.
+
+Steps count from 0: step s is written when s + 1 training steps are done, and a run that resumes with s of them done
+writes step s next.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import string
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog as ReadSessionLog
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
+
+from dppo_jax.errors import UserError, WriteError, writing
+from dppo_jax.files import make_folder
+from dppo_jax.storage import panels
+from dppo_jax.storage.run_config import flatten
+
+Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
+
+TABLE_TAGS = (
+    "reward/mean",
+    "policy/entropy",
+    "response/length_mean",
+    "mismatch/abs_prob_diff_mean",
+    "trust_region/masked",
+)
+EVENTS = "tb"  # the folder of event files inside a run's folder
+
+
+class Transcript(NamedTuple):
+    """One sampled reply, as the reader of the Text tab sees it."""
+
+    prompt: str
+    reply: str
+    reward: float
+    answer: str
+
+
+class RunLog:
+    """Writes one run's log. A process with `is_writer=False` calls the same methods, and nothing happens.
+
+    hparams: the config, nested or flat; shown in the HParams tab under dotted names.
+    resume_step: the first step that this process writes; 0 for a new run. What an earlier process wrote at this step
+        or later is hidden from every reader, so this process must write it again.
+    total_steps: where the progress bar ends.
+    shows_progress: whether a bar is drawn, where stderr is a terminal.
+    plain_every: where stderr is no terminal, one line per so many steps; by default about twenty lines in all.
+
+    Events are written in the calling thread, and each call of `scalars` syncs all of them to disk before it returns:
+    a kill leaves no gap before the checkpoint that the run resumes from, and a full disk is an error, not a hang.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        hparams: Mapping[str, Any],
+        resume_step: int,
+        total_steps: int,
+        is_writer: bool = True,
+        shows_progress: bool = True,
+        plain_every: int | None = None,
+    ):
+        self.workdir = Path(workdir)
+        self._events: EventsWriter | None = None
+        self._bar: tqdm | None = None
+        self.is_writer = is_writer
+        self._resume_step, self._total = resume_step, total_steps
+        self._plain_every = max(1, total_steps // 20) if plain_every is None else plain_every
+        self._reported = (resume_step - 1, time.monotonic())  # the last step shown, and when
+        if not is_writer:
+            return
+        folder = self.workdir / EVENTS
+        make_folder(folder)
+        # Readers take files in the order of their names. A number of our own leads, since a clock may have been set
+        # back since the last start; r puts it after the names of runs that were begun without numbers.
+        with writing(folder):
+            self._events = EventsWriter(str(folder / f"events.r{_next_number(folder):06d}"))
+        # Readers drop what came before at this step or later. A new run needs it too: TensorBoard's own loader takes
+        # the first start in a run for its beginning, and drops nothing there.
+        self._write(Event(step=resume_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        # No experiment summary: TensorBoard would take its columns from the first run alone, and runs with other
+        # losses have other hyperparameters. Without one it takes the union over the runs, and every scalar as a metric.
+        _, session_start, self._session_end = summary.hparams(_sortable(hparams), {})
+        self._add(resume_step, session_start)
+        if resume_step == 0:
+            self._add(0, summary.custom_scalars(panels.layout()))
+        if shows_progress and sys.stderr.isatty():
+            layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+            self._bar = tqdm(
+                total=total_steps, initial=resume_step, desc="step", bar_format=layout, dynamic_ncols=True,
+                file=sys.stderr,
+            )  # fmt: skip
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with contextlib.suppress(*([WriteError] if kind else [])):  # what went wrong first is what is told
+            self.close(finished=kind is None)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes {tag: value}; a value is anything that float() takes."""
+        self._add(step, Summary(value=[Summary.Value(tag=t, simple_value=float(v)) for t, v in values.items()]))
+        if self._events is not None:
+            with writing(self.workdir):
+                self._events.flush()
+                os.stat(self.workdir / EVENTS)  # a folder that was removed takes what is written, and keeps nothing
+
+    def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
+        """Writes a histogram that was binned elsewhere: counts [n] over edges [n+1], increasing.
+
+        The outermost edges may be infinite: an open bin is drawn as wide as its neighbour. The stored sum and sum of
+        squares take every count at the middle of its bin. Counts that are all zero write nothing.
+        """
+        if self._events is None:
+            return
+        c, e = np.asarray(counts, np.float64), np.array(edges, np.float64)
+        if c.ndim != 1 or e.shape != (c.size + 1,) or not np.all(np.diff(e) > 0):
+            raise ValueError(f"histogram {tag!r}: counts [n] need n+1 increasing edges, not {c.shape} and {e.shape}")
+        if np.isneginf(e[0]):
+            e[0] = 2 * e[1] - e[2]
+        if np.isposinf(e[-1]):
+            e[-1] = 2 * e[-2] - e[-3]
+        if not c.any():
+            return
+        used = np.flatnonzero(c)
+        middle = (e[:-1] + e[1:]) / 2
+        low, high = float(e[used[0]]), float(e[used[-1] + 1])
+        total, first, second = float(c.sum()), float(c @ middle), float(c @ middle**2)
+        self._add(step, summary.histogram_raw(tag, low, high, total, first, second, e[1:].tolist(), c.tolist()))
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Writes Markdown for the Text tab, where it appears as `<tag>/text_summary`; see `transcript_table`."""
+        self._add(step, summary.text(tag, markdown.encode("utf-8", "replace").decode()))
+
+    def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows step, reward, masked fraction and seconds per step on stderr: a bar, or now and then a plain line."""
+        last_step, last_time = self._reported
+        last = step + 1 >= self._total
+        if not self.is_writer or not (self._bar is not None or last or (step + 1) % self._plain_every == 0):
+            return
+        now = time.monotonic()
+        self._reported = (step, now)
+        parts = [
+            f"{name} {float(metrics[tag]):.3f}"
+            for name, tag in (("reward", "reward/mean"), ("masked", "trust_region/masked"))
+            if tag in metrics
+        ]
+        parts.append(f"{(now - last_time) / max(1, step - last_step):.2f} s/step")
+        if self._bar is None:
+            print(f"step {step + 1}/{self._total}  " + "  ".join(parts), file=sys.stderr, flush=True)
+            return
+        self._bar.set_postfix_str("  ".join(parts), refresh=False)
+        self._bar.update(step + 1 - self._bar.n)
+        self._bar.refresh()
+
+    def note(self, sentence: str) -> None:
+        """Prints a line on stderr, above the bar where there is one."""
+        if self.is_writer:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def close(self, finished: bool = True) -> None:
+        """Closes file and bar; `finished` marks the run as a success in the HParams tab. A second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._events is not None:
+            events, end = self._events, Event(step=self._resume_step, wall_time=time.time(), summary=self._session_end)
+            self._events = None
+            with writing(self.workdir):
+                if finished:
+                    events.write_event(end)
+                events.close()
+
+    def _add(self, step: int, what: Summary) -> None:
+        if self._events is not None:
+            self._write(Event(step=int(step), wall_time=time.time(), summary=what))
+
+    def _write(self, event: Event) -> None:
+        assert self._events is not None
+        with writing(self.workdir):
+            self._events.write_event(event)
+
+
+def transcript_table(rows: Iterable[Transcript], limit: int = 2000) -> str:
+    """A Markdown table of replies, in which nothing that a model says can break out of its cell.
+
+    Characters that mean something to Markdown or HTML become entities; line ends show as breaks, other control
+    characters as escapes; of a text longer than `limit` characters the middle is left out.
+    """
+    lines = ["| prompt | reply | reward | answer |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [_cell(row.prompt, limit), _cell(row.reply, limit), f"{row.reward:g}", _cell(row.answer, limit)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str, limit: int) -> str:
+    if len(text) > limit:
+        left_out = len(text) - limit
+        text = f"{text[: limit // 2]} [... {left_out} characters left out ...] {text[len(text) - (limit + 1) // 2 :]}"
+    return "".join(map(_character, text))
+
+
+def _character(c: str) -> str:
+    if c == "\n":
+        return "<br>"
+    if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"):
+        c = c.encode("unicode_escape").decode()
+    return "".join(f"&#{ord(x)};" if x in string.punctuation else x for x in c)
+
+
+# --- hyperparameters ---
+
+
+def _sortable(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat hyperparameters that the HParams tab can show and sort: it takes no infinity, and no column of mixed types.
+
+    Infinity becomes the largest float64; NaN is left out, as TensorBoard leaves out None.
+    """
+    flat = {k: v for k, v in flatten(hparams).items() if v == v}
+    largest = sys.float_info.max
+    return {k: min(max(v, -largest), largest) if isinstance(v, float) else v for k, v in flat.items()}
+
+
+# --- reading back ---
+
+
+def event_files(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The event files of a run's folder, or of its tb folder, in the order they were begun."""
+    folder = Path(run_dir)
+    return sorted([*folder.glob(f"{EVENTS}/events*tfevents.*"), *folder.glob("events*tfevents.*")])
+
+
+def _next_number(folder: Path) -> int:
+    """Larger than that of every event file in the folder."""
+    found = (re.match(r"events\.r([0-9]+)\.", file.name) for file in event_files(folder))
+    return max((int(number[1]) + 1 for number in found if number), default=0)
+
+
+def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
+    """Every scalar of a run, each step once: the last value written wins, and what a resumed process hid is gone.
+
+    A record cut short by a kill ends its file, not the reading. Raises UserError where there is nothing to read.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"run folder {str(run_dir)!r} does not exist")
+    files = event_files(folder)
+    if not files:
+        inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and event_files(p))
+        hint = f"; its subfolders do: {', '.join(inside[:5])}" if inside else ""
+        raise UserError(f"run folder {str(run_dir)!r} holds no TensorBoard event file{hint}")
+    series: dict[str, dict[int, float]] = {}
+    for file in files:
+        for event in LegacyEventFileLoader(str(file)).Load():
+            if event.session_log.status == ReadSessionLog.START:
+                for points in series.values():
+                    for step in [s for s in points if s >= event.step]:
+                        del points[step]
+            for value in event.summary.value:
+                if value.WhichOneof("value") == "simple_value":
+                    series.setdefault(value.tag, {})[event.step] = value.simple_value
+    scalars = {}
+    for tag, points in series.items():
+        if points:
+            steps = np.array(sorted(points), np.int64)
+            scalars[tag] = (steps, np.array([points[s] for s in steps.tolist()], np.float64))
+    if not scalars:
+        raise UserError(f"the event files in {str(run_dir)!r} hold no scalars")
+    return scalars
+
+
+def first_and_last(scalars: Scalars, steps: int = 5) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean of each tag over its first and over its last `steps` values that are numbers."""
+    known = {tag: values[~np.isnan(values)] for tag, (_, values) in scalars.items()}
+    known = {tag: values for tag, values in known.items() if values.size}
+    first = {tag: float(values[:steps].mean()) for tag, values in known.items()}
+    return first, {tag: float(values[-steps:].mean()) for tag, values in known.items()}
+
+
+def final_table(first: Mapping[str, float], last: Mapping[str, float], where: str) -> str:
+    """What was learned, in a few lines, and where the logs are. A tag that was never written shows as "-"."""
+
+    def cell(values: Mapping[str, float], tag: str) -> str:
+        return f"{values[tag]:.4g}" if tag in values else "-"
+
+    rows = [("", "first 5 steps", "last 5 steps"), *((t, cell(first, t), cell(last, t)) for t in TABLE_TAGS)]
+    width = max(len(tag) for tag in TABLE_TAGS)
+    lines = [f"{name:<{width}}  {a:>13}  {b:>13}" for name, a, b in rows]
+    command = "tensorboard" if shutil.which("tensorboard") else f"{shlex.quote(sys.executable)} -m tensorboard.main"
+    return "\n".join([*lines, f"logs: {where}", f"see them: {command} --logdir {shlex.quote(where)}"])
+
+
+def summary_table(run_dir: str | os.PathLike[str]) -> str:
+    """`final_table` of a run's own logs, earlier processes included."""
+    return final_table(*first_and_last(read_scalars(run_dir)), str(run_dir))

@@ -1,0 +1,66 @@
+"""The survival map: mismatch × staleness × learning rate, and which losses live through it.
+
+    python -m experiments.questions.survival --config configs/studies/survival.py --workdir DIR [--mismatch m4 --lag 0]
+
+A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss,
+learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the cells
+under --workdir show.
+"""
+
+import sys
+from pathlib import Path
+
+from dppo_jax.errors import lookup, run_main
+from dppo_jax.losses import LOSSES
+from experiments.questions.survival.report import report
+from experiments.run import cli
+from experiments.study import Arm
+from experiments.sweep import Run, train
+
+DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
+MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
+LAGS = (0,)  # rollout.lag, in updates; a rollout batch takes 16
+RATES = (0.3, 0.6, 1.0)  # of optimizer.learning_rate; at 3, no loss survives even without mismatch
+SEEDS = 6
+
+
+def main() -> None:
+    config, arguments = cli.parse(
+        __doc__.split("\n")[0],
+        {
+            "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each cell; resumes"),
+            "--losses": dict(type=cli.by_commas(), default=DEFAULT_LOSSES, metavar="NAMES", help="by commas"),
+            "--mismatch": dict(
+                type=cli.by_commas(), default=MISMATCH, metavar="FORMATS", help="of activations[+weights]"
+            ),
+            "--lag": dict(type=cli.by_commas(int), default=LAGS, metavar="NUMBERS", help="of rollout.lag"),
+            "--rates": dict(type=cli.by_commas(cli.positive), default=RATES, metavar="NUMBERS", help="learning rates"),
+            "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the losses' thresholds (1)"),
+            "--seeds": dict(type=cli.SEEDS, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
+            "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
+        },
+    )
+    if arguments.report:
+        print(report(arguments.workdir, arguments.report), end="")
+        return
+    for loss in arguments.losses:
+        lookup(LOSSES, loss, "loss")
+        config = Arm(loss, arguments.scale).config(config)
+    runs = [
+        Run(loss, seed, rate)
+        for loss in arguments.losses
+        for rate in arguments.rates
+        for seed in range(config.seed, config.seed + arguments.seeds)
+    ]
+    for lag in arguments.lag:
+        for mismatch in arguments.mismatch:
+            own = config.copy_and_resolve_references()
+            activations, _, weights = mismatch.replace("none", "").partition("+")
+            own.rollout.activations, own.rollout.weights, own.rollout.lag = activations, weights, lag
+            workdir = arguments.workdir / f"{mismatch}_lag{lag}"
+            print(f"{workdir.name}: {len(runs)} runs", file=sys.stderr)
+            train(own, runs, workdir)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,81 @@
+"""What masks do before any update, where the rollout is rounded: how much they drop, and where the rest points.
+
+    python -m experiments.questions.survival.pull --config configs/studies/pull.py --out DIR [--config.a.b=v]
+
+Pull is sum c sign(mu - pi) / sum |c| over the tokens of some batches at equal parameters: 1 if every coefficient that
+is left moves its token's probability to where the rounded rollout has it, 0 if the mismatch and the gradient have
+nothing to do with one another.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dppo_jax.errors import run_main
+from dppo_jax.types import LossInputs
+from experiments.probe import Probe
+from experiments.run import cli
+from experiments.run.setup import Setup
+from experiments.sweep import Run, config_of
+
+LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
+
+
+def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any]:
+    """By loss: the share of tokens with A != 0 that it masks, and its pull, overall and among those outside a ratio of
+    Clip-Higher's bounds."""
+    losses = {name: jax.jit(Setup(config_of(config, Run(name, 0, 1.0))).loss) for name in names}
+    sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in names}
+    tokens, gap = 0, 0.0
+    with Probe(config) as probe:
+        params = probe.state().params
+        for step in range(batches):
+            batch, lengths, prompts = probe.draw(params, step)
+            logp = jnp.asarray(probe.see(params, params, batch, lengths, prompts).logp)
+            mask = np.asarray(batch.mask)
+            advantages = jnp.broadcast_to(batch.advantages[:, None], logp.shape)
+            inputs = LossInputs(
+                logp=logp,
+                behavior_logp=batch.behavior_logp,
+                advantages=advantages,
+                mask=batch.mask,
+                segments=jnp.broadcast_to(jnp.arange(1, len(mask) + 1)[:, None], mask.shape),
+                proximal_logp=logp,
+            )
+            moved = mask & (np.asarray(advantages) != 0)
+            towards = np.sign(np.asarray(batch.behavior_logp) - np.asarray(logp))
+            tokens += int(moved.sum())
+            gap += float(np.abs(np.exp(logp) - np.exp(batch.behavior_logp))[mask].sum()) / mask.sum()
+            for name, loss in losses.items():
+                found = loss(inputs)
+                coef, keep = np.asarray(found.coef), np.asarray(found.keep)
+                sums[name] += [(~keep & moved).sum(), (coef * towards)[moved].sum(), np.abs(coef)[moved].sum()]
+    by_loss = {
+        name: {"masked": round(float(dropped / tokens), 5), "pull": round(float(along / size), 4)}
+        for name, (dropped, along, size) in sums.items()
+    }
+    return {"tokens with A != 0": tokens, "abs_prob_diff_mean": gap / batches, "losses": by_loss}
+
+
+def main() -> None:
+    config, arguments = cli.parse(
+        __doc__.split("\n")[0],
+        {
+            "--out": dict(type=Path, required=True, metavar="DIR", help="writes pull.json there"),
+            "--losses": dict(type=cli.by_commas(), default=LOSSES, metavar="NAMES", help="by commas"),
+            "--batches": dict(type=cli.whole(1, 10_000), default=16, metavar="N", help="of the config's prompts (16)"),
+        },
+    )
+    found = measure(config, arguments.losses, arguments.batches)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "pull.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)
