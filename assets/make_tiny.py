@@ -121,7 +121,7 @@ def pretrain(config: ModelConfig, corpus: TrainBatch, updates: int, *, learning_
         tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
         hidden = forward(config, params, tokens, jnp.concatenate([batch.prompt_mask, batch.mask], axis=1), remat="full")
         before = hidden[:, batch.prompt_tokens.shape[1] - 1 : -1]
-        logp = token_head(before, head_weight(params), batch.tokens, pieces=1).logp
+        logp = token_head(before, head_weight(params), batch.tokens, vocab_chunks=1).logp
         return -jnp.sum(jnp.where(batch.mask, logp, 0.0)) / jnp.sum(batch.mask)
 
     @jax.jit

@@ -8,6 +8,7 @@ Sections and numbers of the paper are those of arXiv 2602.04879.
 from ml_collections import ConfigDict, config_dict
 
 from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.models.config import MATRICES
 
 INF = float("inf")
 DPPO_TV = ("dppo_binary_tv", "dppo_topk_tv", "dppo_exact_tv", "dppo_binary_tv_proximal", "dppo_topk_tv_proximal")
@@ -54,7 +55,7 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()  # adapters beside the policy's matrices, trained in their place (2106.09685)
     c.lora.rank = 0  # of an adapter; 0: none, all parameters are trained (32 in the paper's LoRA runs)
     c.lora.alpha = 64.0  # A B is multiplied by alpha / rank (the paper's; its learning rate is then 1e-5)
-    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices that have one; of every expert too
+    c.lora.targets = MATRICES  # the matrices that have one; of every expert too
 
     c.data = data_section()
 

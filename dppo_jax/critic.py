@@ -17,7 +17,7 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, param_axes
 from dppo_jax.packing import Plan
-from dppo_jax.train_step import TrainState, states_before, sum_of_pieces
+from dppo_jax.train_step import TrainState, states_before, sum_of_microbatches
 from dppo_jax.types import PackedBatch, TrainBatch
 
 Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]
@@ -69,10 +69,10 @@ def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) 
         ones = jnp.ones(batch.tokens.shape, jnp.float32)
 
         def one(number, found):
-            part = packing.piece(plan, number)
+            part = packing.microbatch(plan, number)
             return packing.unpack(batch, part, values(params, packing.pack(batch, ones, part)), found)
 
-        found = jax.lax.fori_loop(0, plan.count, one, jnp.zeros_like(ones))
+        found = jax.lax.fori_loop(0, plan.num_microbatches, one, jnp.zeros_like(ones))
         advantages = gae(last_token(rewards, batch.mask), found, batch.mask, discount=discount, lam=lam)
         estimates = Estimates(found, jnp.where(batch.mask, advantages + found, 0.0))
         if whiten:
@@ -115,15 +115,16 @@ def make_critic_update(
         return jnp.sum(jnp.where(packed.mask, packed.weights * error, 0.0)), jax.lax.stop_gradient(measured)
 
     def update(state: TrainState, batch: TrainBatch, estimates: Estimates, plan: Plan) -> tuple[TrainState, Metrics]:
-        weights = weigh(batch.mask[plan.rows], group=None if batch.group is None else batch.group[plan.rows])
+        group = None if batch.group is None else batch.group[plan.batch_rows]
+        weights = weigh(batch.mask[plan.batch_rows], group=group)
 
         def gradient(number):
-            part = packing.piece(plan, number)
+            part = packing.microbatch(plan, number)
             packed = packing.pack(batch, weights, part)
             old, returns = (packing.take(batch, part, x) for x in (estimates.values, estimates.returns))
             return jax.grad(objective, has_aux=True)(state.params, packed, old, returns)
 
-        grads, measured = sum_of_pieces(gradient, plan)
+        grads, measured = sum_of_microbatches(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1), measured
 

@@ -73,7 +73,7 @@ def evaluate(
         scores.append(found)
 
     for number, (prompts, held) in enumerate(stream.eval_batches(num_prompts, mine.held)):
-        rollout = generate(params, hosts.place(prompts, mesh, mine), jax.random.fold_in(key, number))
+        rollout = generate(params, hosts.to_global(prompts, mesh, mine), jax.random.fold_in(key, number))
         if waiting:  # the last batch was scored while the device drew this one
             finish()
         examples = [example for example in mine.of_owned(held) for _ in range(samples)]

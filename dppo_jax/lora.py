@@ -7,8 +7,6 @@ weights, W + (alpha / r) A B.
 
 from dppo_jax.models.decoder import ADAPTER, LOG_SIGMA, Params, add_adapter
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer that can have an adapter
-
 
 def split(params: Params) -> tuple[Params, Params]:
     """What LoRA trains of a tree of parameters (or of their axes, or shapes), and what it leaves alone."""

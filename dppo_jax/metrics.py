@@ -71,11 +71,11 @@ def trust_region_metrics(
     logp, behavior_logp = (jnp.where(mask, x, 0.0) for x in (inputs.logp, inputs.behavior_logp))
     diff = prob_diff(logp, behavior_logp)
     ratio = jnp.exp(log_ratio(logp, behavior_logp))
-    moved = mask & (advantage != 0)
-    dropped = moved & ~output.keep
+    has_advantage = mask & (advantage != 0)
+    masked = has_advantage & ~output.keep
 
     def fraction(which: Bool[Array, "B R"]) -> tuple[Array, Array]:
-        return mean(which.astype(jnp.float32), moved)
+        return mean(which.astype(jnp.float32), has_advantage)
 
     sums = {
         "loss/surrogate": (jnp.sum(jnp.where(mask, weights * output.coef, 0.0)), jnp.float32(0.0)),
@@ -83,9 +83,9 @@ def trust_region_metrics(
         "policy/abs_prob_diff_mean": mean(jnp.abs(diff), mask),
         "ratio/mean": mean(ratio, mask),
         "ratio/square": mean(ratio**2, mask),
-        "trust_region/masked": fraction(dropped),
-        "trust_region/masked_positive": fraction(dropped & (advantage > 0)),
-        "trust_region/masked_negative": fraction(dropped & (advantage < 0)),
+        "trust_region/masked": fraction(masked),
+        "trust_region/masked_positive": fraction(masked & (advantage > 0)),
+        "trust_region/masked_negative": fraction(masked & (advantage < 0)),
         "trust_region/bad_updates": fraction((advantage < 0) & (-diff >= 0.5)),
     }
     sums |= {f"loss/{name}": mean(value, where & mask) for name, (value, where) in output.metrics.items()}
@@ -117,8 +117,8 @@ def routing_metrics(routing: Routing) -> Metrics:
     )
 
 
-def region_metrics(
-    inputs: LossInputs, regions: Mapping[str, functools.partial], weights: Float32[Array, "B R"]
+def shadow_loss_metrics(
+    inputs: LossInputs, shadow_losses: Mapping[str, functools.partial], weights: Float32[Array, "B R"]
 ) -> Metrics:
     """What each trust region would have masked of these tokens, had it been the one that trains.
 
@@ -128,29 +128,29 @@ def region_metrics(
     """
     mask = inputs.mask
     advantage = jnp.where(mask, inputs.advantages, 0.0)
-    moved = mask & (advantage != 0)
+    has_advantage = mask & (advantage != 0)
     logs = jnp.where(mask, log_ratio(inputs.logp, inputs.behavior_logp), 0.0)
     sums, kept = {}, []
-    for name, region in regions.items():
-        keep = region(inputs).keep
-        dropped = moved & ~keep
-        cap = region.keywords.get("ratio_cap", jnp.inf)
-        size = jnp.where(moved, jnp.abs(weights * jnp.minimum(bounded_exp(logs), cap) * advantage), 0.0)
-        by_sign = {"": dropped, "_positive": dropped & (advantage > 0), "_negative": dropped & (advantage < 0)}
+    for name, shadow_loss in shadow_losses.items():
+        keep = shadow_loss(inputs).keep
+        masked = has_advantage & ~keep
+        cap = shadow_loss.keywords.get("ratio_cap", jnp.inf)
+        size = jnp.where(has_advantage, jnp.abs(weights * jnp.minimum(bounded_exp(logs), cap) * advantage), 0.0)
+        by_sign = {"": masked, "_positive": masked & (advantage > 0), "_negative": masked & (advantage < 0)}
         for suffix, which in by_sign.items():
-            sums[f"region/{name}/masked{suffix}"] = mean(which.astype(jnp.float32), moved)
-        sums[f"region/{name}/removed"] = jnp.sum(jnp.where(dropped, size, 0.0)), jnp.sum(size)
+            sums[f"region/{name}/masked{suffix}"] = mean(which.astype(jnp.float32), has_advantage)
+        sums[f"region/{name}/removed"] = jnp.sum(jnp.where(masked, size, 0.0)), jnp.sum(size)
         kept.append(keep)
     both = jnp.stack(kept).reshape(len(kept), -1)
-    same = (both[:, None] == both[None]) & moved.reshape(-1)
+    same = (both[:, None] == both[None]) & has_advantage.reshape(-1)
     return Metrics(sums, {}, {"region_agreement": jnp.sum(same, axis=-1, dtype=jnp.float32)})
 
 
 def token_counts(inputs: LossInputs, output: LossOutput, tokens: Int32[Array, "B R"], vocabulary: int) -> Metrics:
     """How often each token of the vocabulary stood there with A != 0, and how often it was masked, by the sign of A."""
-    moved = inputs.mask & (jnp.where(inputs.mask, inputs.advantages, 0.0) != 0)
-    dropped = moved & ~output.keep
-    which = [moved, dropped & (inputs.advantages > 0), dropped & (inputs.advantages < 0)]
+    has_advantage = inputs.mask & (jnp.where(inputs.mask, inputs.advantages, 0.0) != 0)
+    masked = has_advantage & ~output.keep
+    which = [has_advantage, masked & (inputs.advantages > 0), masked & (inputs.advantages < 0)]
 
     def count(where: Array) -> Array:
         return jnp.zeros(vocabulary, jnp.float32).at[tokens.ravel()].add(where.ravel().astype(jnp.float32))
@@ -174,12 +174,16 @@ def summary(metrics: Metrics) -> dict[str, float]:
     return means | {name: float(value) for name, value in (metrics.maxima | metrics.minima).items()}
 
 
-def mismatch(first: Metrics) -> dict[str, float]:
-    """Training against rollout at equal parameters: |pi - mu| over the first minibatch after a rollout."""
+def mismatch(first: Metrics, *, equal_params: bool = True) -> dict[str, float]:
+    """|pi - mu| over the first minibatch after a rollout: training against rollout at equal parameters.
+
+    Where these were not equal, since the rollout was drawn early or lags, it is `first_minibatch/`, not `mismatch/`.
+    """
     total, count = first.sums["policy/abs_prob_diff_mean"]
+    name = "mismatch" if equal_params else "first_minibatch"
     return {
-        "mismatch/abs_prob_diff_mean": float(total) / max(float(count), 1.0),
-        "mismatch/abs_prob_diff_max": float(first.maxima["policy/abs_prob_diff_max"]),
+        f"{name}/abs_prob_diff_mean": float(total) / max(float(count), 1.0),
+        f"{name}/abs_prob_diff_max": float(first.maxima["policy/abs_prob_diff_max"]),
     }
 
 

@@ -1,7 +1,7 @@
 """Packed training: samples one after another in rows of fixed length, so that hardly a trained position is padding.
 
 The host decides where each sample goes, from lengths alone (`plan`); the device moves the tokens there (`pack`). Every
-piece has the same shape and a minibatch is as many pieces as its tokens need, so one compiled update serves them all.
+microbatch has the same shape and a minibatch is as many of them as its tokens need, so one compiled update serves all.
 """
 
 import math
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float32, Int32, Shaped
 from dppo_jax.types import PackedBatch, TrainBatch
 
 
-class Layout(NamedTuple):
-    """The shape of one piece: `rows` (M) of `length` tokens (T), `responses` of which (Q) may be response tokens."""
+class PackShape(NamedTuple):
+    """The shape of a microbatch: `rows` (M) of `length` tokens (T), `responses` of which (Q) may be response tokens."""
 
     rows: int
     length: int
@@ -26,22 +26,22 @@ class Layout(NamedTuple):
 
 @struct.dataclass
 class Plan:
-    """Where the tokens of one minibatch of b samples go: I pieces, of which the first `count` hold any.
+    """Where the tokens of a minibatch of b samples go: I microbatches, the first `num_microbatches` of which hold any.
 
     A sample's tokens are numbered from 0, its prompt first.
     """
 
-    rows: Int32[Array, "b"]  # of the TrainBatch
-    sample: Int32[Array, "I M T"]  # 0 .. b-1; -1: no token
+    batch_rows: Int32[Array, "b"]  # of the TrainBatch
+    sample_of: Int32[Array, "I M T"]  # each token's: 0 .. b-1; -1: no token
     offset: Int32[Array, "I M T"]  # the token's number in its sample
-    columns: Int32[Array, "I M Q"]  # of the response tokens, in order; 0 beyond the last
-    used: Int32[Array, "I M"]  # response tokens in the row
-    count: Int32[Array, ""]
+    response_columns: Int32[Array, "I M Q"]  # where response tokens stand, in order; 0 beyond the last
+    responses_per_row: Int32[Array, "I M"]  # response tokens in the row
+    num_microbatches: Int32[Array, ""]  # that hold any token
 
 
-def layout(
+def pack_shape(
     *, prompt_length: int, max_new_tokens: int, rows: int, mean_prompt: float | None = None, multiple: int = 1
-) -> Layout:
+) -> PackShape:
     """Rows that hold any sample, their length a multiple of `multiple`.
 
     The token head works on `responses` columns of each row. With prompts of `mean_prompt` tokens (None: all of
@@ -50,10 +50,10 @@ def layout(
     length = math.ceil((prompt_length + max_new_tokens) / multiple) * multiple
     mean = prompt_length if mean_prompt is None else mean_prompt
     responses = min(math.ceil(length * max_new_tokens / (mean + max_new_tokens)), length - 1)
-    return Layout(rows, length, max(responses, max_new_tokens))
+    return PackShape(rows, length, max(responses, max_new_tokens))
 
 
-def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Layout) -> list[list[int]]:
+def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: PackShape) -> list[list[int]]:
     """The samples of every row: first fit, the longest first."""
     lengths = prompt_lengths + response_lengths
     tokens: np.ndarray = np.zeros(len(lengths), int)
@@ -74,7 +74,7 @@ def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Layo
 
 
 def plan(
-    rows: np.ndarray, prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Layout, *, packed: bool = True
+    rows: np.ndarray, prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: PackShape, *, packed: bool = True
 ) -> Plan:
     """The plan of the minibatch of these rows; lengths i[B] are those of the whole batch.
 
@@ -83,8 +83,8 @@ def plan(
     prompts, responses = np.asarray(prompt_lengths)[rows], np.asarray(response_lengths)[rows]
     prompts = np.where(responses > 0, prompts, 0)  # a sample without a response is not computed
     bins = assign(prompts, responses, shape) if packed else [[sample] for sample in range(len(rows))]
-    pieces = math.ceil(len(rows) / shape.rows)
-    sample: np.ndarray = np.full((pieces * shape.rows, shape.length), -1, np.int32)
+    microbatches = math.ceil(len(rows) / shape.rows)
+    sample: np.ndarray = np.full((microbatches * shape.rows, shape.length), -1, np.int32)
     offset: np.ndarray = np.zeros(sample.shape, np.int32)
     columns: np.ndarray = np.zeros((len(sample), shape.responses), np.int32)
     used: np.ndarray = np.zeros(len(sample), np.int32)
@@ -99,7 +99,7 @@ def plan(
             at = end
 
     def cut(x: np.ndarray) -> np.ndarray:
-        return x.reshape(pieces, shape.rows, *x.shape[1:])
+        return x.reshape(microbatches, shape.rows, *x.shape[1:])
 
     count = math.ceil(len(bins) / shape.rows)
     return Plan(np.asarray(rows, np.int32), cut(sample), cut(offset), cut(columns), cut(used), np.int32(count))
@@ -107,31 +107,38 @@ def plan(
 
 def occupancy(*plans: Plan) -> float:
     """Real tokens among the positions that these plans make the model compute."""
-    real = sum(int((plan.sample >= 0).sum()) for plan in plans)
-    return real / sum(int(plan.count) * math.prod(plan.sample.shape[1:]) for plan in plans)
+    real = sum(int((plan.sample_of >= 0).sum()) for plan in plans)
+    return real / sum(int(plan.num_microbatches) * math.prod(plan.sample_of.shape[1:]) for plan in plans)
 
 
-def piece(plan: Plan, number: Int32[Array, ""]) -> Plan:
-    """The plan with one piece of its arrays."""
+def microbatch(plan: Plan, number: Int32[Array, ""]) -> Plan:
+    """The plan with one microbatch of its arrays."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
-    return Plan(plan.rows, take(plan.sample), take(plan.offset), take(plan.columns), take(plan.used), plan.count)
+    return Plan(
+        plan.batch_rows,
+        take(plan.sample_of),
+        take(plan.offset),
+        take(plan.response_columns),
+        take(plan.responses_per_row),
+        plan.num_microbatches,
+    )
 
 
 def _sources(batch: TrainBatch, plan: Plan):
     """Of each response column [M, Q]: its row of the batch, its column among the responses, and whether it is one."""
-    at = jnp.take_along_axis(plan.sample, plan.columns, axis=1)
-    mask = jnp.arange(plan.columns.shape[1]) < plan.used[:, None]
-    row = jnp.asarray(plan.rows)[jnp.maximum(at, 0)]
+    at = jnp.take_along_axis(plan.sample_of, plan.response_columns, axis=1)
+    mask = jnp.arange(plan.response_columns.shape[1]) < plan.responses_per_row[:, None]
+    row = jnp.asarray(plan.batch_rows)[jnp.maximum(at, 0)]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
-    column = jnp.take_along_axis(plan.offset, plan.columns, axis=1) - prompt
+    column = jnp.take_along_axis(plan.offset, plan.response_columns, axis=1) - prompt
     return row, jnp.where(mask, column, 0), mask
 
 
 def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> PackedBatch:
-    """One piece of a minibatch; `plan` comes from `piece`, `weights` are those of the minibatch's samples."""
-    real = plan.sample >= 0
-    sample = jnp.maximum(plan.sample, 0)
-    row = jnp.asarray(plan.rows)[sample]
+    """One microbatch; `plan` comes from `microbatch`, `weights` are those of the minibatch's samples."""
+    real = plan.sample_of >= 0
+    sample = jnp.maximum(plan.sample_of, 0)
+    row = jnp.asarray(plan.batch_rows)[sample]
     width = batch.prompt_tokens.shape[1]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
     # Prompts end in column P - 1, responses start in column P.
@@ -149,14 +156,14 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         taken = x[source, column]
         return jnp.where(mask.reshape(mask.shape + (1,) * (taken.ndim - 2)), taken, 0)
 
-    at = jnp.take_along_axis(sample, plan.columns, axis=1)
+    at = jnp.take_along_axis(sample, plan.response_columns, axis=1)
     advantages = batch.advantages
     per_token = advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], batch.tokens.shape)
     return PackedBatch(
         tokens=tokens,
-        segments=jnp.where(real, plan.sample + 1, 0),
+        segments=jnp.where(real, plan.sample_of + 1, 0),
         positions=plan.offset,
-        columns=plan.columns,
+        columns=plan.response_columns,
         targets=take(batch.tokens),
         mask=mask,
         weights=jnp.where(mask, weights[at, column], 0.0),
@@ -178,6 +185,6 @@ def take(batch: TrainBatch, plan: Plan, values: Shaped[Array, "B R"]) -> Shaped[
 
 
 def unpack(batch: TrainBatch, plan: Plan, values: Array, into: Array) -> Array:
-    """`into` [B, R, ...] with the values [M, Q, ...] of one piece at their rows and columns."""
+    """`into` [B, R, ...] with the values [M, Q, ...] of one microbatch at their rows and columns."""
     row, column, mask = _sources(batch, plan)
     return into.at[jnp.where(mask, row, len(into)), column].set(values, mode="drop")

@@ -15,8 +15,7 @@ from jaxtyping import Array
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.models.decoder import Params
-
-Rounding = Callable[[Array], Array]
+from dppo_jax.types import Rounding
 
 FLOATS = {"bfloat16": (8, 7), "float16": (5, 10)}  # bits of exponent and mantissa
 SCALED = {"int8": jnp.int8, "int4": jnp.int4, "float8": jnp.float8_e4m3fn}

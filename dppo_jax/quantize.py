@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float, Shaped
 
+from dppo_jax.models.config import MATRICES
+
 FORMATS = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 # The largest magnitude becomes the format's. qwix's own 127.5 for int8 lies between two roundings, and which of them it
 # takes would differ from one compiled program to the next.
 CALIBRATION = {"int8": f"absmax,{127.5 / 127}", "float8": "absmax"}
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 SCALE = "_scale"  # after a weight's name
 
 

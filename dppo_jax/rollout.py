@@ -26,7 +26,17 @@ from dppo_jax.models import cache as kv_cache
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.cache import Cache
 from dppo_jax.models.config import ModelConfig
-from dppo_jax.models.decoder import Params, Routed, bind, head_weight, in_dtype, param_axes, scores, slides, unstack
+from dppo_jax.models.decoder import (
+    Params,
+    Routed,
+    as_module,
+    head_weight,
+    in_dtype,
+    param_axes,
+    scores,
+    slides,
+    unstack,
+)
 from dppo_jax.models.rotary import positions
 from dppo_jax.types import PromptBatch, RolloutBatch
 
@@ -75,11 +85,11 @@ class Rollout:
 
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
-    `tracked` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
+    `topk` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
     `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
     `record_experts` of a mixture, so that training can go through the same ones.
-    `weights` and `activations` round what they are given to a narrower format (dppo_jax.precision).
+    `weights` and `round_inputs` round what they are given to a narrower format (dppo_jax.precision).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
 
@@ -91,22 +101,22 @@ class Rollout:
     eos_ids: tuple[int, ...]
     pad_id: int
     dtype: Any = jnp.float32
-    tracked: int = 0
+    topk: int = 0
     top_p: float = 1.0
     slots: int | None = None
     shards: int = 1
     attention: str = "xla"
     unrolled: bool = True
     weights: Callable[[Params], Params] | None = None
-    activations: Callable[[Array], Array] | None = None
+    round_inputs: Callable[[Array], Array] | None = None
     head_float32: bool = False
     record_experts: bool = False
 
     __name__ = "rollout"  # as jit calls it, in profiles and in the list of what was compiled
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tracked <= self.config.vocab_size:
-            raise ValueError(f"tracked = {self.tracked} tokens of a vocabulary of {self.config.vocab_size}")
+        if not 0 <= self.topk <= self.config.vocab_size:
+            raise ValueError(f"topk = {self.topk} tokens of a vocabulary of {self.config.vocab_size}")
         if self.record_experts and not self.config.num_experts:
             raise ValueError(f"record_experts: a {self.config.model_type} has no experts")
 
@@ -173,7 +183,7 @@ class Rollout:
         return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
 
     def _track(self, z: Array, lse: Array) -> tuple[Array, Array]:
-        top, ids = jax.lax.top_k(z, self.tracked)
+        top, ids = jax.lax.top_k(z, self.topk)
         return ids.astype(jnp.int32), top - lse[:, None]
 
     def _is_end(self, token: Array) -> Array:
@@ -222,9 +232,9 @@ class Rollout:
             mixed = self_attention(q, k, v, segments, implementation=self.attention, sliding=sliding, **settings)
             return mixed, cache, kv_cache.of_prompt(k, v, one_layer=self.unrolled)
 
-        stacked = bind(self.config, {k: v for k, v in published.items() if k != "head_float32"})
+        stacked = as_module(self.config, {k: v for k, v in published.items() if k != "head_float32"})
         hidden, _, filled, routed = stacked(
-            prompts.tokens, positions(prompts.mask), attend, None, narrow=self.activations
+            prompts.tokens, positions(prompts.mask), attend, None, round_inputs=self.round_inputs
         )
         if self.unrolled:
             filled = list(zip(*filled, strict=True))
@@ -315,7 +325,7 @@ class Rollout:
         )
 
     def _step(self, published: Params, layers: Params, waiting: _Waiting, state: _Slots) -> _Slots:
-        decoder = bind(self.config, layers, stacked=not self.unrolled)
+        decoder = as_module(self.config, layers, stacked=not self.unrolled)
         batch, longest = len(waiting.limit), self.max_new_tokens
         live = state.row < batch
         column = state.prompt_mask.shape[1] + state.drawn - 1
@@ -341,7 +351,7 @@ class Rollout:
 
         position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
         hidden, cache, _, routed = decoder(
-            state.token[:, None], position[:, None], attend, state.cache, narrow=self.activations
+            state.token[:, None], position[:, None], attend, state.cache, round_inputs=self.round_inputs
         )
         z, row = self._distribution(published, hidden[:, 0]), self._within(state.row, batch)
         index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
@@ -381,8 +391,8 @@ class Rollout:
             behavior_logp=state.out.logp,
             truncated=end >= limit,
             group=jnp.repeat(prompts.group, self.group_size),
-            topk_ids=state.out.topk_ids if self.tracked else None,
-            topk_logp=state.out.topk_logp if self.tracked else None,
+            topk_ids=state.out.topk_ids if self.topk else None,
+            topk_logp=state.out.topk_logp if self.topk else None,
             prompt_experts=prompt_experts,
             experts=state.experts,
         )

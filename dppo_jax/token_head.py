@@ -44,7 +44,7 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
     return jax.nn.logsumexp(z, axis=-1)
 
 
-def piece_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
+def vocab_chunk_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
     """In how many pieces the vocabulary passes through the head, for `tokens` positions and the share of the vocabulary
     of one device.
 
@@ -66,15 +66,15 @@ def token_head(
     temperature: float = 1.0,
     softcap: float | None = None,
     ids: Int32[Array, "B R K"] | None = None,
-    pieces: int | None = None,
+    vocab_chunks: int | None = None,
 ) -> HeadOutput:
     """logp of `targets`, entropy in nats and, if `ids` are given, their logp; differentiable in `hidden` and `weight`.
 
-    `pieces`: the vocabulary passes through in so many parts; None: `piece_count` of these shapes.
+    `vocab_chunks`: the vocabulary passes through in so many parts; None: `vocab_chunk_count` of these shapes.
     """
-    if pieces is None:
-        pieces = piece_count(math.prod(targets.shape), len(weight))
-    static = (float(temperature), None if softcap is None else float(softcap), min(pieces, len(weight)))
+    if vocab_chunks is None:
+        vocab_chunks = vocab_chunk_count(math.prod(targets.shape), len(weight))
+    static = (float(temperature), None if softcap is None else float(softcap), min(vocab_chunks, len(weight)))
     logp, entropy, ids_logp = _head(static, hidden, weight, targets, ids)
     return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp)
 
@@ -88,7 +88,7 @@ def exact_divergence(
     temperature: float = 1.0,
     behavior_temperature: float = 1.0,
     softcap: float | None = None,
-    pieces: int | None = None,
+    vocab_chunks: int | None = None,
 ) -> ExactDivergence:
     """TV and KL(mu || pi), in nats, over the whole vocabulary, from the hidden states of both policies; no gradient.
 
@@ -96,15 +96,15 @@ def exact_divergence(
     """
     inputs = jax.lax.stop_gradient((hidden, weight, behavior_hidden, behavior_weight))
     hidden, weight, behavior_hidden, behavior_weight = inputs
-    if pieces is None:
-        pieces = piece_count(math.prod(hidden.shape[:-1]), len(weight))
-    pieces = min(pieces, len(weight))
+    if vocab_chunks is None:
+        vocab_chunks = vocab_chunk_count(math.prod(hidden.shape[:-1]), len(weight))
+    vocab_chunks = min(vocab_chunks, len(weight))
     sides = [(temperature, hidden, weight), (behavior_temperature, behavior_hidden, behavior_weight)]
-    cuts = [_cut(w, pieces) for _, _, w in sides]
+    cuts = [_cut(w, vocab_chunks) for _, _, w in sides]
 
     def both(number):
         return [
-            _piece_logits((float(t), softcap, pieces), h, cut, number, len(weight))
+            _piece_logits((float(t), softcap, vocab_chunks), h, cut, number, len(weight))
             for (t, h, _), cut in zip(sides, cuts, strict=True)
         ]
 
@@ -114,7 +114,7 @@ def exact_divergence(
         ]
 
     start = jnp.full(hidden.shape[:-1], -jnp.inf, jnp.float32)
-    lse, behavior_lse = jax.lax.fori_loop(0, pieces, normalise, [start, start])
+    lse, behavior_lse = jax.lax.fori_loop(0, vocab_chunks, normalise, [start, start])
 
     def add(number, sums):
         z, behavior_z = both(number)
@@ -125,7 +125,7 @@ def exact_divergence(
         return sums[0] + jnp.sum(gap, axis=-1), sums[1] + jnp.sum(mu * (behavior_logp - logp), axis=-1)
 
     zeros = jnp.zeros(hidden.shape[:-1], jnp.float32)
-    gap, kl = jax.lax.fori_loop(0, pieces, add, (zeros, zeros))
+    gap, kl = jax.lax.fori_loop(0, vocab_chunks, add, (zeros, zeros))
     return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0))
 
 
@@ -133,27 +133,27 @@ def exact_divergence(
 # every piece.
 
 
-def _cut(weight: Array, pieces: int) -> Array:
+def _cut(weight: Array, vocab_chunks: int) -> Array:
     """[V, E] -> [V / pieces, pieces, E], zeros at the end where it does not divide."""
-    padded = jnp.pad(weight, [(0, -len(weight) % pieces), (0, 0)])
-    return constrain(padded.reshape(-1, pieces, weight.shape[1]), "vocab", None, None)
+    padded = jnp.pad(weight, [(0, -len(weight) % vocab_chunks), (0, 0)])
+    return constrain(padded.reshape(-1, vocab_chunks, weight.shape[1]), "vocab", None, None)
 
 
 def _piece_logits(static, hidden: Array, cut: Array, number: Array | int, vocabulary: int) -> Array:
-    temperature, softcap, pieces = static
+    temperature, softcap, vocab_chunks = static
     part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False)
     z = logits(hidden, part, temperature=temperature, softcap=softcap)
-    if len(part) * pieces > vocabulary:
-        z = jnp.where(jnp.arange(len(part)) * pieces + number < vocabulary, z, -jnp.inf)
+    if len(part) * vocab_chunks > vocabulary:
+        z = jnp.where(jnp.arange(len(part)) * vocab_chunks + number < vocabulary, z, -jnp.inf)
     return constrain(z, "batch", None, "vocab")
 
 
-def _pick(z: Array, token: Array, number: Array | int, pieces: int) -> Array:
+def _pick(z: Array, token: Array, number: Array | int, vocab_chunks: int) -> Array:
     """z of the tokens [B, R, K] that are in this piece, 0 for the others."""
-    if pieces == 1:
+    if vocab_chunks == 1:
         return jnp.take_along_axis(z, token, axis=-1)
-    found = jnp.take_along_axis(z, token // pieces, axis=-1)
-    return jnp.where(token % pieces == number, found, 0.0)
+    found = jnp.take_along_axis(z, token // vocab_chunks, axis=-1)
+    return jnp.where(token % vocab_chunks == number, found, 0.0)
 
 
 def _head_of(static, hidden, weight, targets, ids):
@@ -162,21 +162,21 @@ def _head_of(static, hidden, weight, targets, ids):
 
 def _values(static, hidden, weight, targets, ids):
     """((logp, entropy, ids_logp), lse, the logits if there is one piece)"""
-    pieces, vocabulary = static[2], len(weight)
+    vocab_chunks, vocabulary = static[2], len(weight)
     tokens = targets[..., None] if ids is None else jnp.concatenate([targets[..., None], ids], axis=-1)
-    cut = _cut(weight, pieces)
+    cut = _cut(weight, vocab_chunks)
 
     def one(number, state):
         z = _piece_logits(static, hidden, cut, number, vocabulary)
-        return z, _merge(state, z, _pick(z, tokens, number, pieces))
+        return z, _merge(state, z, _pick(z, tokens, number, vocab_chunks))
 
     # With m the largest logit so far: m, sum exp(z - m), sum exp(z - m) (z - m), and the logits asked for.
     zero = jnp.zeros(targets.shape, jnp.float32)
     state = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(tokens.shape, jnp.float32))
-    if pieces == 1:
+    if vocab_chunks == 1:
         kept, state = one(0, state)
     else:
-        kept, state = None, jax.lax.fori_loop(0, pieces, lambda number, state: one(number, state)[1], state)
+        kept, state = None, jax.lax.fori_loop(0, vocab_chunks, lambda number, state: one(number, state)[1], state)
     largest, total, moment, found = state
     lse = largest + jnp.log(total)
     logp = found - lse[..., None]
@@ -204,13 +204,13 @@ def _head_forward(static, hidden, weight, targets, ids):
 
 
 def _head_backward(static, residuals, cotangents):
-    temperature, softcap, pieces = static
+    temperature, softcap, vocab_chunks = static
     hidden, weight, targets, ids, lse, entropy, kept = residuals
     # A loss through logp alone, as every policy loss is, pays nothing for the other two.
     d_logp, d_entropy, d_ids = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     d_logp = jnp.zeros(lse.shape, jnp.float32) if d_logp is None else d_logp
     total = (d_logp if d_ids is None else d_logp + jnp.sum(d_ids, axis=-1))[..., None]
-    cut = _cut(weight, pieces)
+    cut = _cut(weight, vocab_chunks)
 
     def one(number, z):
         z = _piece_logits(static, hidden, cut, number, len(weight)) if z is None else z
@@ -219,12 +219,12 @@ def _head_backward(static, residuals, cotangents):
         if d_entropy is not None:
             log_p = jnp.maximum(log_p, LOWEST)
             through = total + d_entropy[..., None] * (log_p + entropy[..., None])
-        here = jnp.arange(z.shape[-1]) * pieces + number == targets[..., None]
+        here = jnp.arange(z.shape[-1]) * vocab_chunks + number == targets[..., None]
         d_z = jnp.where(here, d_logp[..., None], 0.0) - jnp.exp(log_p) * through
         if d_ids is not None:
             row, column = jnp.indices(targets.shape)
-            share = jnp.where(ids % pieces == number, d_ids, 0.0)
-            d_z = d_z.at[row[..., None], column[..., None], ids // pieces].add(share)
+            share = jnp.where(ids % vocab_chunks == number, d_ids, 0.0)
+            d_z = d_z.at[row[..., None], column[..., None], ids // vocab_chunks].add(share)
         d_z = d_z / temperature
         if softcap is not None:
             d_z = d_z * (1 - jnp.square(jnp.where(jnp.isfinite(z), z, 0.0) * temperature / softcap))
@@ -238,7 +238,7 @@ def _head_backward(static, residuals, cotangents):
             d_part = jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
         return constrain(d_hidden, "batch", None, None), d_part
 
-    if pieces == 1:
+    if vocab_chunks == 1:
         d_hidden, d_weight = one(0, kept)
     else:
 
@@ -248,7 +248,7 @@ def _head_backward(static, residuals, cotangents):
             return carry[0] + d_hidden, constrain(d_weight, "vocab", None, "embed")
 
         zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(cut.shape, weight.dtype)
-        d_hidden, d_weight = jax.lax.fori_loop(0, pieces, add, zeros)
+        d_hidden, d_weight = jax.lax.fori_loop(0, vocab_chunks, add, zeros)
         d_weight = d_weight.reshape(-1, weight.shape[1])[: len(weight)]
     none = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (targets, ids)]
     return d_hidden.astype(hidden.dtype), d_weight.astype(weight.dtype), *none

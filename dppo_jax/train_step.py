@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing, sampling
-from dppo_jax.devices.sharding import constrain, named, rows
+from dppo_jax.devices.sharding import batch_sharding, constrain, named_shardings
 from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.lora import joined
 from dppo_jax.losses.core import BoundLoss, policy_objective
@@ -61,7 +61,7 @@ class TrainState:
 
 
 @struct.dataclass
-class Behavior:
+class BehaviorHead:
     """The behavior policy on packed samples: what the head makes its distributions of."""
 
     hidden: Float[Array, "M Q E"]  # before each response token
@@ -70,8 +70,8 @@ class Behavior:
 
 NOISE = 2  # a purpose of randomness, beside those of the entry points
 
-Score = Callable[..., HeadOutput]  # (params, packed, behavior=None, noise_key=None)
-Oracle = Callable[[Params, PackedBatch], Behavior]
+PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior=None, noise_key=None)
+BehaviorForward = Callable[[Params, PackedBatch], BehaviorHead]
 Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and the behavior parameters with an oracle
 
 
@@ -86,41 +86,41 @@ def states_before(
     return jnp.take_along_axis(hidden, jnp.maximum(packed.columns - 1, 0)[..., None], axis=1), routed
 
 
-def make_oracle(
+def make_behavior_forward(
     config: ModelConfig,
     *,
     dtype: Any,
     attention: str = "xla",
     weights: Callable[[Params], Params] | None = None,
-    activations: Callable[[Array], Array] | None = None,
+    round_inputs: Callable[[Array], Array] | None = None,
     head_float32: bool = False,
-) -> Oracle:
+) -> BehaviorForward:
     """A pure function (behavior parameters, packed) -> Behavior: a teacher-forced pass in the rollout's precision.
 
     Arguments as those of `Rollout`; no gradient flows.
     """
 
-    def oracle(params: Params, packed: PackedBatch) -> Behavior:
+    def behavior_forward(params: Params, packed: PackedBatch) -> BehaviorHead:
         params = params if weights is None else weights(params)
-        states, _ = states_before(config, params, packed, dtype=dtype, attention=attention, narrow=activations)
+        states, _ = states_before(config, params, packed, dtype=dtype, attention=attention, round_inputs=round_inputs)
         kind = jnp.float32 if head_float32 else dtype
         states, weight = states.astype(kind), head_weight(params).astype(kind)
-        return jax.lax.stop_gradient(Behavior(states, weight))
+        return jax.lax.stop_gradient(BehaviorHead(states, weight))
 
-    return oracle
+    return behavior_forward
 
 
-def make_score(
+def make_policy_logprobs(
     config: ModelConfig,
     *,
     temperature: float,
     dtype: Any,
     remat: str,
-    pieces: int | None = None,
+    vocab_chunks: int | None = None,
     attention: str = "xla",
     behavior_temperature: float | None = None,
     head_float32: bool = False,
-) -> Score:
+) -> PolicyLogprobs:
     """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
@@ -131,7 +131,7 @@ def make_score(
     def score(
         params: Params,
         packed: PackedBatch,
-        behavior: Behavior | None = None,
+        behavior: BehaviorHead | None = None,
         noise_key: Key[Array, ""] | None = None,
     ) -> HeadOutput:
         states, routed = states_before(
@@ -145,7 +145,7 @@ def make_score(
             temperature=temperature,
             softcap=config.logit_softcap,
             ids=packed.topk_ids,
-            pieces=pieces,
+            vocab_chunks=vocab_chunks,
         )
         if routed is not None:
             head = dataclasses.replace(head, routing=routing(routed, packed.segments > 0, config.num_experts))
@@ -159,7 +159,7 @@ def make_score(
             temperature=temperature,
             behavior_temperature=temperature if behavior_temperature is None else behavior_temperature,
             softcap=config.logit_softcap,
-            pieces=pieces,
+            vocab_chunks=vocab_chunks,
         )
         return dataclasses.replace(head, exact=exact)
 
@@ -178,7 +178,7 @@ def routing(routed: Routed, mask: Bool[Array, "M T"], experts: int) -> Routing:
     )
 
 
-def make_recompute(score: Score, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
+def make_recompute(score: PolicyLogprobs, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
     """A pure function (params, batch, plan of all its rows) -> the batch with another policy's logp.
 
     `policy` "proximal": the training pass at the rollout's parameters, tracked tokens too. "reference": at fixed ones.
@@ -186,16 +186,16 @@ def make_recompute(score: Score, policy: str) -> Callable[[Params, TrainBatch, P
     fields = {"proximal": ("proximal_logp", "topk_proximal_logp"), "reference": ("reference_logp",)}[policy]
 
     def recompute(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
-        ones = jnp.ones((len(plan.rows), batch.tokens.shape[1]), jnp.float32)
+        ones = jnp.ones((len(plan.batch_rows), batch.tokens.shape[1]), jnp.float32)
         shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else len(fields)]
 
         def one(number, found):
-            part = packing.piece(plan, number)
+            part = packing.microbatch(plan, number)
             head = score(params, packing.pack(batch, ones, part))
             values = (head.logp, head.ids_logp)[: len(found)]
             return tuple(packing.unpack(batch, part, x, into) for x, into in zip(values, found, strict=True))
 
-        found = jax.lax.fori_loop(0, plan.count, one, tuple(jnp.zeros_like(x) for x in shapes))
+        found = jax.lax.fori_loop(0, plan.num_microbatches, one, tuple(jnp.zeros_like(x) for x in shapes))
         return dataclasses.replace(batch, **dict(zip(fields, found, strict=False)))
 
     return recompute
@@ -244,27 +244,27 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
 
 
 def make_update(
-    score: Score,
+    score: PolicyLogprobs,
     loss: BoundLoss,
     weigh: Callable[..., Array],
     optimizer: optax.GradientTransformation,
     *,
-    oracle: Oracle | None = None,
-    regions: Mapping[str, functools.partial] = MappingProxyType({}),
+    behavior_forward: BehaviorForward | None = None,
+    shadow_losses: Mapping[str, functools.partial] = MappingProxyType({}),
     count_tokens: int = 0,
     noise_seed: int | None = None,
 ) -> Update:
     """A pure function (state, batch, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
-    Aggregation weights are those of the whole minibatch; the gradients of its pieces are added. How it is cut and
-    packed changes memory and time, and nothing else. With an `oracle` it takes a fourth argument, the behavior
-    parameters, and losses see exact divergences. `regions` are losses whose masks are measured beside the one that
-    trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a `noise_seed` the
-    policy is perturbed, by noise that depends on it, on the number of the update and on that of the piece.
+    Aggregation weights are those of the whole minibatch; the gradients of its microbatches are added. How it is cut
+    and packed changes memory and time, and nothing else. With a `behavior_forward` it takes a fourth argument, the
+    behavior parameters, and losses see exact divergences. The masks of `shadow_losses` are measured beside that of the
+    loss that trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a
+    `noise_seed` the policy is perturbed, by noise that depends on it, on the update's number and the microbatch's.
     """
 
     def objective(
-        params: Params, frozen: Params, packed: PackedBatch, behavior: Behavior | None, noise_key: Array | None
+        params: Params, frozen: Params, packed: PackedBatch, behavior: BehaviorHead | None, noise_key: Array | None
     ) -> tuple[Array, Metrics]:
         extras = {"behavior": behavior, "noise_key": noise_key}
         extras = {name: value for name, value in extras.items() if value is not None}
@@ -274,8 +274,8 @@ def make_update(
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
         if head.routing is not None:
             measured |= metrics_lib.routing_metrics(head.routing)
-        if regions:
-            measured |= metrics_lib.region_metrics(inputs, regions, packed.weights)
+        if shadow_losses:
+            measured |= metrics_lib.shadow_loss_metrics(inputs, shadow_losses, packed.weights)
         if count_tokens:
             measured |= metrics_lib.token_counts(inputs, output, packed.targets, count_tokens)
         return policy_objective(output.coef, packed.weights, head.logp, packed.mask), jax.lax.stop_gradient(measured)
@@ -283,18 +283,21 @@ def make_update(
     def update(
         state: TrainState, batch: TrainBatch, plan: Plan, behavior_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        weights = weigh(batch.mask[plan.rows], group=None if batch.group is None else batch.group[plan.rows])
+        group = None if batch.group is None else batch.group[plan.batch_rows]
+        weights = weigh(batch.mask[plan.batch_rows], group=group)
 
         def gradient(number):
-            packed = packing.pack(batch, weights, packing.piece(plan, number))
+            packed = packing.pack(batch, weights, packing.microbatch(plan, number))
             packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
-            behavior = None if oracle is None else oracle(joined(state.frozen, behavior_params), packed)
+            behavior = None
+            if behavior_forward is not None:
+                behavior = behavior_forward(joined(state.frozen, behavior_params), packed)
             noise_key = None
             if noise_seed is not None:
                 noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
             return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior, noise_key)
 
-        grads, measured = sum_of_pieces(gradient, plan)
+        grads, measured = sum_of_microbatches(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         one = jnp.float32(1.0)
         sums = measured.sums | {
@@ -309,9 +312,9 @@ def make_update(
     return update
 
 
-def sum_of_pieces(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
+def sum_of_microbatches(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
     """Gradients and metrics of every piece of a plan, added up."""
-    if plan.sample.shape[0] == 1:
+    if plan.sample_of.shape[0] == 1:
         return gradient(0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
 
@@ -319,7 +322,7 @@ def sum_of_pieces(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan)
         grads, measured = gradient(number)
         return jax.tree.map(jnp.add, total[0], grads), metrics_lib.merge(total[1], measured)
 
-    return jax.lax.fori_loop(0, plan.count, accumulate, zeros)
+    return jax.lax.fori_loop(0, plan.num_microbatches, accumulate, zeros)
 
 
 def state_shardings(
@@ -329,7 +332,7 @@ def state_shardings(
 
     `axes` are the logical axis names of the `abstract` parameters, `frozen` those of parameters that are not trained.
     """
-    params = named(mesh, axes)
+    params = named_shardings(mesh, axes)
     everywhere = NamedSharding(mesh, P())
     opt_state = optax.tree_map_params(
         optimizer,
@@ -338,7 +341,8 @@ def state_shardings(
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(params=params, opt_state=opt_state, updates=everywhere, frozen=named(mesh, frozen or {}))
+    untrained = named_shardings(mesh, frozen or {})
+    return TrainState(params=params, opt_state=opt_state, updates=everywhere, frozen=untrained)
 
 
 def init_state(
@@ -372,8 +376,8 @@ def jit_finite() -> Callable[[Any], Array]:
     return jax.jit(finite)
 
 
-def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, oracle: bool = False) -> Update:
+def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, needs_exact: bool = False) -> Update:
     """The update compiled for the mesh, with its state donated; with an oracle, for its fourth argument too."""
     everywhere = NamedSharding(mesh, P())
-    places = (shardings, rows(mesh), everywhere, *([shardings.params] if oracle else []))
+    places = (shardings, batch_sharding(mesh), everywhere, *([shardings.params] if needs_exact else []))
     return jax.jit(update, in_shardings=places, out_shardings=(shardings, everywhere), donate_argnums=0)

@@ -8,8 +8,12 @@ A training pass sees M packed rows of T tokens, several samples (a prompt and it
 row's columns as response tokens.
 """
 
+from collections.abc import Callable
+
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Integer
+
+Rounding = Callable[[Array], Array]  # to what a narrower format can hold, given back in the array's own dtype
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ import jax
 from dppo_jax import lora
 from dppo_jax.devices import peers
 from dppo_jax.devices.hosts import is_writer
-from dppo_jax.devices.sharding import named
+from dppo_jax.devices.sharding import named_shardings
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_params
@@ -32,12 +32,13 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         same_config_everywhere(config)
         setup = load_setup(config, stack, directory=checkpoint if is_hf else None)
-        shardings = named(setup.mesh, param_axes(setup.model))
+        shardings = named_shardings(setup.mesh, param_axes(setup.model))
         if is_hf:
             params = jax.device_put(load_params(checkpoint)[1], shardings)
         elif config.lora.rank:
             whole = setup.trained_model
-            places, shapes = (lora.split(x)[0] for x in (named(setup.mesh, param_axes(whole)), abstract_params(whole)))
+            axes = named_shardings(setup.mesh, param_axes(whole))
+            places, shapes = (lora.split(x)[0] for x in (axes, abstract_params(whole)))
             adapters = restore_params(checkpoint, abstract_state(shapes, places))
             params = lora.joined(jax.device_put(load_params(setup.directory)[1], shardings), adapters)
         else:

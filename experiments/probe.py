@@ -17,7 +17,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.evaluate import all_failed
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
-from dppo_jax.packing import Layout
+from dppo_jax.packing import PackShape
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
@@ -78,7 +78,7 @@ class Probe:
         batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
         return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)
 
-    def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, layout: Layout | None = None):
+    def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, layout: PackShape | None = None):
         """Where the rows of a minibatch go."""
         layout = self.setup.pack_shape if layout is None else layout
         return packing.plan(index, prompts, lengths, layout, packed=self.config.train.pack)
@@ -90,7 +90,7 @@ class Probe:
         batch: TrainBatch,
         lengths: np.ndarray,
         prompts: np.ndarray,
-        layout: Layout | None = None,
+        layout: PackShape | None = None,
     ) -> Seen:
         """The policy at `params` on a batch that `behavior` drew, and its exact distance from there."""
         layout = self.setup.pack_shape if layout is None else layout
@@ -98,7 +98,7 @@ class Probe:
         return Seen(*jax.device_get(self._see(layout)(params, behavior, batch, plan)))
 
     @functools.cache  # noqa: B019  one probe a process
-    def _see(self, layout: Layout):
+    def _see(self, layout: PackShape):
         score = self.setup.policy_logprobs_of(layout)
         oracle = self.setup.behavior_forward_of(layout)
 
@@ -108,7 +108,7 @@ class Probe:
             shapes = (zero, tracked, zero, zero)
 
             def one(number, found):
-                part = packing.piece(plan, number)
+                part = packing.microbatch(plan, number)
                 packed = packing.pack(batch, zero, part)
                 head = score(params, packed, behavior=oracle(behavior, packed))
                 values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
@@ -117,7 +117,7 @@ class Probe:
                     for x, into in zip(values, found, strict=True)
                 )
 
-            return jax.lax.fori_loop(0, plan.count, one, shapes)
+            return jax.lax.fori_loop(0, plan.num_microbatches, one, shapes)
 
         return jax.jit(see)
 

@@ -26,7 +26,8 @@ from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
 
 LAST = 10  # steps at a run's end whose mean reward is its outcome
-TAGS = ("reward/mean", "mismatch/abs_prob_diff_mean", "policy/abs_prob_diff_mean", "trust_region/masked")
+FIRST = "mismatch/abs_prob_diff_mean"  # over a rollout's first minibatch; another tag where parameters were not equal
+TAGS = ("reward/mean", FIRST, "policy/abs_prob_diff_mean", "trust_region/masked")
 SMOOTH = 5
 THRESHOLDS = ("delta", "eps")  # hyperparameters that begin so are scaled by Arm.scale
 
@@ -75,6 +76,13 @@ def outcome(run: Scalars) -> float:
     return float(np.mean(run["reward/mean"][1][-LAST:]))
 
 
+def by_step(run: Scalars, tag: str) -> np.ndarray:
+    """Its values; of FIRST, those too of steps whose rollout was drawn by older parameters."""
+    tags = (tag, tag.replace("mismatch/", "first_minibatch/"))
+    found = {step: value for name in tags if name in run for step, value in zip(*run[name], strict=True)}
+    return np.array([found[step] for step in sorted(found)])
+
+
 def mean_and_interval(values: Sequence[float]) -> list[float]:
     """[mean, low, high], 95% bootstrap over seeds."""
     low, high = bootstrap_interval(np.asarray(values))
@@ -94,7 +102,7 @@ def summary(runs: dict[str, list[Scalars]]) -> dict[str, Any]:
             "minus the first": mean_and_interval(np.subtract(ends, first).tolist()),
             "whole run": mean_and_interval([float(np.mean(run["reward/mean"][1])) for run in own]),
             "collapsed": sum(end < start for end in ends),
-            **{tag: mean_and_interval([float(np.mean(run[tag][1])) for run in own]) for tag in TAGS[1:]},
+            **{tag: mean_and_interval([float(np.mean(by_step(run, tag))) for run in own]) for tag in TAGS[1:]},
         }
     return {"start": round(start, 4), "seeds": len(first), "steps": len(own[0]["reward/mean"][1]), "arms": arms}
 

@@ -43,7 +43,7 @@ def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluat
         batch = learner.advantages(batch, replies)
         plans, metrics = list(learner.minibatches(step, replies)), []
         for plan in plans:
-            metrics.append(learner.update(batch, plan, samples.params))
+            metrics.append(learner.update(batch, plan, samples.drawing.params))
             sampler.publish(learner.params)
         record.step(step, samples, plans, metrics, scores)
         record.save_if_due(step + 1, sampler, learner)

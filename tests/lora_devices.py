@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import packing
-from dppo_jax.devices.sharding import make_mesh, rows
+from dppo_jax.devices.sharding import batch_sharding, make_mesh
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
 from experiments.run.setup import ROLLOUT, Setup, Text
@@ -36,9 +36,9 @@ def run(sizes, devices):
         generate = setup.on_mesh(setup.rollout())
         update = jit_update(setup.update, setup.shardings, mesh)
         rollout = generate(state.policy, prompts, step_key(0, 0, ROLLOUT))
-        batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
+        batch = jax.jit(assemble, out_shardings=batch_sharding(mesh))(prompts, rollout)
         advantages = np.random.default_rng(2).normal(size=batch.tokens.shape[0]).astype(np.float32)
-        batch = batch.replace(advantages=jax.device_put(jnp.asarray(advantages), rows(mesh)))
+        batch = batch.replace(advantages=jax.device_put(jnp.asarray(advantages), batch_sharding(mesh)))
         lengths = np.asarray(rollout.response_mask).sum(axis=1)
         for index in setup.minibatches(0):
             state, _ = update(state, batch, packing.plan(index, widths, lengths, setup.pack_shape))

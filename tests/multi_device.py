@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import packing
-from dppo_jax.devices.sharding import make_mesh, rows
+from dppo_jax.devices.sharding import batch_sharding, make_mesh
 from dppo_jax.metrics import summary
 from dppo_jax.models import ModelConfig, moe
 from dppo_jax.models.decoder import abstract_params, param_axes
@@ -97,9 +97,9 @@ def run(sizes, devices, folder, case: Case):
         key = step_key(0, 0, ROLLOUT)
         rollout = generate(state.params, prompts, key)
         scanned = setup.on_mesh(dataclasses.replace(policy, unrolled=False))(state.params, prompts, key)
-        batch = jax.jit(assemble, out_shardings=rows(mesh))(prompts, rollout)
+        batch = jax.jit(assemble, out_shardings=batch_sharding(mesh))(prompts, rollout)
         rewards = np.random.default_rng(2).integers(0, 2, size=batch.tokens.shape[0]).astype(np.float32)
-        advantages = jax.jit(setup.advantages, out_shardings=rows(mesh))
+        advantages = jax.jit(setup.advantages, out_shardings=batch_sharding(mesh))
         batch = batch.replace(advantages=advantages(jnp.asarray(rewards), rollout.group))
         lengths = np.asarray(rollout.response_mask).sum(axis=1)
         plans = [packing.plan(index, prompt_lengths, lengths, setup.pack_shape) for index in setup.minibatches(0)]
@@ -125,7 +125,7 @@ def run(sizes, devices, folder, case: Case):
             "start": start,
             "pieces": pieces,
             "row_pieces": [parts(rollout.tokens), parts(batch.behavior_logp), parts(batch.advantages)],
-            "train_pieces": [[int(plan.count), len(plan.sample)] for plan in plans],
+            "train_pieces": [[int(plan.num_microbatches), len(plan.sample_of)] for plan in plans],
             "compiled": [generate._cache_size(), update._cache_size()],
         }
 

@@ -35,7 +35,7 @@ def batch() -> TrainBatch:
 
 @functools.cache
 def plan() -> packing.Plan:
-    layout = packing.layout(prompt_length=5, max_new_tokens=6, rows=1, mean_prompt=4.0, multiple=1)
+    layout = packing.pack_shape(prompt_length=5, max_new_tokens=6, rows=1, mean_prompt=4.0, multiple=1)
     return packing.plan(np.arange(4), PROMPTS, RESPONSES, layout)
 
 

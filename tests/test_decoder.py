@@ -14,7 +14,7 @@ from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import (
     abstract_params,
-    bind,
+    as_module,
     forward,
     head_weight,
     init_params,
@@ -64,7 +64,7 @@ def test_stacked_layers_equal_unrolled_ones(family):
 
         listed = unstack(params)
         assert list(listed["layers"]) == list(range(config.num_layers))
-        decoder = bind(config, listed, stacked=False)
+        decoder = as_module(config, listed, stacked=False)
         return decoder(tokens, positions(mask), attend, list(range(config.num_layers)))[:2]
 
     hidden, caches = unrolled(params, TOKENS, LEFT_PADDED)

@@ -10,11 +10,11 @@ import pytest
 
 from dppo_jax import packing
 from dppo_jax.divergences import binary_kl, binary_tv
-from dppo_jax.losses import LOSSES, bind
+from dppo_jax.losses import LOSSES, bind_loss
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.token_head import exact_divergence, token_head
-from dppo_jax.train_step import init_state, make_oracle, make_score, make_update
+from dppo_jax.train_step import init_state, make_behavior_forward, make_policy_logprobs, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import token_mean
 
@@ -49,7 +49,7 @@ def test_against_float64(distance, softcap, pieces):
     hidden, weight, behavior_hidden, behavior_weight = policies(distance)
     found = exact_divergence(
         hidden, weight, behavior_hidden, behavior_weight,
-        temperature=0.8, behavior_temperature=1.1, softcap=softcap, pieces=pieces,
+        temperature=0.8, behavior_temperature=1.1, softcap=softcap, vocab_chunks=pieces,
     )  # fmt: skip
     pi, mu = log_softmax(hidden, weight, 0.8, softcap), log_softmax(behavior_hidden, behavior_weight, 1.1, softcap)
     tv = 0.5 * np.abs(np.exp(pi) - np.exp(mu)).sum(-1)
@@ -60,7 +60,7 @@ def test_against_float64(distance, softcap, pieces):
 
 def test_nothing_lies_between_a_policy_and_itself():
     hidden, weight, *_ = policies(0.0)
-    found = exact_divergence(hidden, weight, hidden, weight, pieces=5)
+    found = exact_divergence(hidden, weight, hidden, weight, vocab_chunks=5)
     assert (found.tv == 0).all() and (found.kl == 0).all()
 
 
@@ -91,7 +91,7 @@ WIDE = ModelConfig(
 def test_memory_of_a_train_step_with_the_oracle():
     """V = 151,936, 2,048 response tokens a piece: temporaries at most 1.3 x those without, by the compiler's count."""
     rows, prompt, response = 4, 16, 512
-    layout = packing.layout(
+    layout = packing.pack_shape(
         prompt_length=prompt, max_new_tokens=response, rows=rows, mean_prompt=None, multiple=1
     )
     plan = packing.plan(np.arange(rows), np.full(rows, prompt), np.full(rows, response), layout)
@@ -104,7 +104,7 @@ def test_memory_of_a_train_step_with_the_oracle():
         behavior_logp=shape((rows, response), jnp.float32),
         advantages=shape((rows,), jnp.float32),
     )
-    score = make_score(WIDE, temperature=1.0, dtype=jnp.float32, remat="dots")
+    score = make_policy_logprobs(WIDE, temperature=1.0, dtype=jnp.float32, remat="dots")
     optimizer = optax.adamw(1e-6)
     params = abstract_params(WIDE)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
@@ -112,9 +112,9 @@ def test_memory_of_a_train_step_with_the_oracle():
     temporary = {}
     for name in ("dppo_binary_tv", "dppo_exact_tv"):
         exact = name == "dppo_exact_tv"
-        oracle = make_oracle(WIDE, dtype=jnp.float32) if exact else None
+        oracle = make_behavior_forward(WIDE, dtype=jnp.float32) if exact else None
         weigh = functools.partial(token_mean, constant=1.0)
-        update = make_update(score, bind(name, numbers), weigh, optimizer, oracle=oracle)
+        update = make_update(score, bind_loss(name, numbers), weigh, optimizer, behavior_forward=oracle)
         lowered = jax.jit(update, donate_argnums=0).lower(state, batch, plan, *([params] if exact else []))
         temporary[name] = lowered.compile().memory_analysis().temp_size_in_bytes
     logits = 4 * rows * response * WIDE.vocab_size

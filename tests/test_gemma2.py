@@ -12,11 +12,11 @@ from dppo_jax.critic import critic_axes, init_critic, make_values
 from dppo_jax.models.attention import KERNELS, per_device, splash_kernel
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import forward, head_weight, init_params
-from dppo_jax.packing import Layout, pack, piece, plan
+from dppo_jax.packing import PackShape, pack, piece, plan
 from dppo_jax.precision import weights
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_recompute, make_score
+from dppo_jax.train_step import assemble, make_policy_logprobs, make_recompute
 from dppo_jax.types import PromptBatch
 from tests.fixtures import COMPILER_OPTIONS
 
@@ -54,7 +54,7 @@ def drawn(slots: int = 5):
 def packed(length: int = 64):
     prompts, found = drawn()
     lengths = np.asarray(found.response_mask.sum(1))
-    layout = Layout(rows=8, length=length, responses=48)
+    layout = PackShape(rows=8, length=length, responses=48)
     return assemble(prompts, found), plan(np.arange(N * G), np.repeat(LENGTHS, G), lengths, layout, packed=True)
 
 
@@ -62,7 +62,8 @@ def gap(attention: str = "xla", length: int = 64, **changes) -> float:
     """The largest |log pi - log mu| of a response's token: training, packed, against the rollout."""
     batch, where = packed(length)
     config = dataclasses.replace(GEMMA, **changes)
-    score = make_score(config, temperature=1.0, dtype=jnp.float32, remat="none", pieces=1, attention=attention)
+    numbers = dict(temperature=1.0, dtype=jnp.float32, remat="none", vocab_chunks=1)
+    score = make_policy_logprobs(config, attention=attention, **numbers)
     logp = jit(make_recompute(score, "proximal"))(params(), batch, where).proximal_logp
     return float(np.abs(logp - drawn()[1].behavior_logp)[np.asarray(batch.mask)].max())
 

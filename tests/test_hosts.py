@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dppo_jax.devices import hosts, peers
-from dppo_jax.devices.sharding import make_mesh, named, rows, to_host
+from dppo_jax.devices.sharding import batch_sharding, make_mesh, named_shardings, to_host
 from dppo_jax.errors import UserError
 from dppo_jax.models import load_params
 from dppo_jax.models.decoder import param_axes
@@ -76,7 +76,7 @@ def place(params, mesh):
     def one(x, sharding):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, params, named(mesh, param_axes(TINY)))
+    return jax.tree.map(one, params, named_shardings(mesh, param_axes(TINY)))
 
 
 def rollouts(sizes, devices) -> tuple[list[RolloutBatch], int]:
@@ -88,8 +88,8 @@ def rollouts(sizes, devices) -> tuple[list[RolloutBatch], int]:
         checks.check_mesh(config, mesh, TINY)
         setup = Setup(config, TINY, mesh, Text(tokenizer=None, eos_ids=(EOS,), pad_id=PAD))
         generate = setup.on_mesh(setup.rollout())
-        params, asked = place(random_params(), mesh), hosts.share(rows(mesh), config.rollout.prompts)
-        prompts = hosts.place(jax.tree.map(lambda x: x[asked.held], prompt_batch(config)), mesh, asked)
+        params, asked = place(random_params(), mesh), hosts.share(batch_sharding(mesh), config.rollout.prompts)
+        prompts = hosts.to_global(jax.tree.map(lambda x: x[asked.held], prompt_batch(config)), mesh, asked)
         steps = [generate(params, prompts, step_key(0, step, ROLLOUT)) for step in range(2)]
         return [to_host(out) for out in steps], generate._cache_size()
 
@@ -195,11 +195,11 @@ def test_every_row_has_one_owner_among_its_holders(folder, mesh):
 
 def test_one_process_owns_every_row_and_copies_none():
     mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    mine = hosts.share(rows(mesh), 6)
+    mine = hosts.share(batch_sharding(mesh), 6)
     numbers = np.arange(6)
     assert mine.held.tolist() == mine.owned.tolist() == numbers.tolist()
     assert mine.grouped(2).owned.tolist() == list(range(12)) and mine.grouped(2).size == 12
-    assert hosts.place(numbers, mesh, mine) is numbers and hosts.gather(numbers, mine) is numbers
+    assert hosts.to_global(numbers, mesh, mine) is numbers and hosts.gather(numbers, mine) is numbers
 
 
 # --- whole runs, by the command line ---

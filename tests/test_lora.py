@@ -21,7 +21,7 @@ from configs import quickstart
 from dppo_jax import lora
 from dppo_jax.errors import UserError
 from dppo_jax.models import load_policy
-from dppo_jax.models.config import Lora
+from dppo_jax.models.config import MATRICES, Lora
 from dppo_jax.models.decoder import forward, init_params, param_axes
 from dppo_jax.models.hf import load_params, save_hf
 from dppo_jax.models.peft import load_adapters, save_adapters
@@ -42,7 +42,7 @@ FAMILIES = {
     "qwen2, biased": dataclasses.replace(TINY, model_type="qwen2", qk_norm=False, qkv_bias=True),
     "qwen3_moe": MOE,
 }
-EVERY = Lora(rank=3, alpha=6.0, targets=lora.TARGETS)
+EVERY = Lora(rank=3, alpha=6.0, targets=MATRICES)
 SETTINGS = dict(lora__rank=3, lora__alpha=6.0)
 
 
@@ -66,7 +66,7 @@ def states(config, params, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [lora.TARGETS, ("v", "down")])
+@pytest.mark.parametrize("targets", [MATRICES, ("v", "down")])
 def test_merged_weights_compute_what_the_adapters_do(family, targets):
     chosen = dataclasses.replace(EVERY, targets=targets)
     plain, whole, params = adapted(family, chosen)
@@ -106,7 +106,7 @@ def test_adapters_begin_as_nothing_and_shard_as_their_weights(family):
     jax.tree.map(np.testing.assert_array_equal, frozen, init_params(plain, jax.random.key(0)))
     np.testing.assert_array_equal(states(whole, params), states(plain, frozen))
     axes = param_axes(whole)["layers"]
-    for name in lora.TARGETS:
+    for name in MATRICES:
         *several, inner, outer = axes[name]
         assert axes[name + "_lora_a"] == (*several, inner, "rank")
         assert axes[name + "_lora_b"] == (*several, "rank", outer)
@@ -135,7 +135,7 @@ def test_peft_files_have_its_names_and_shapes_and_are_read_back(family, tmp_path
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert fields["peft_type"] == "LORA" and fields["base_model_name_or_path"] == "some/model"
     assert fields["r"] == 3 and fields["lora_alpha"] == 6
-    projections = {f"{name}_proj" for name in lora.TARGETS}
+    projections = {f"{name}_proj" for name in MATRICES}
     assert set(fields["target_modules"]) == projections
     found, adapters = load_adapters(tmp_path, FAMILIES[family])
     assert found == EVERY
@@ -283,7 +283,7 @@ def test_a_mixture_is_trained_and_exported(folder, tmp_path):
     run(run_config(broken, rollout__router_replay=True, **SETTINGS), tmp_path / "run")
     base, found = (load_params(path)[1]["layers"] for path in (broken / "model", tmp_path / "run" / "policy"))
     moved = {name for name in base if (base[name] != found[name]).any()}
-    assert moved == set(lora.TARGETS)  # the router among those that stay
+    assert moved == set(MATRICES)  # the router among those that stay
     assert (read_scalars(tmp_path / "run")["mismatch/abs_prob_diff_max"][1] < 1e-4).all()
 
 

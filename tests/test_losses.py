@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, LossInputs, LossOutput, TopKPair, bind, policy_objective, required_fields
+from dppo_jax.losses import LOSSES, LossInputs, LossOutput, TopKPair, bind_loss, policy_objective, required_fields
 
 GOLDEN = Path(__file__).parent / "golden" / "losses" / "losses.npz"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
@@ -321,7 +321,7 @@ def test_the_objective_has_minus_weight_times_coef_as_gradient(run):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bind_and_required_fields(name):
-    loss = bind(name, SETTINGS[name][0])
+    loss = bind_loss(name, SETTINGS[name][0])
     assert required_fields(loss) == NEEDS[name]
     inputs = only(inputs_of(arrays("k3")), NEEDS[name])
     np.testing.assert_array_equal(loss(inputs).coef, LOSSES[name](inputs, **SETTINGS[name][0]).coef)
@@ -333,7 +333,7 @@ def test_bind_and_required_fields(name):
             loss(inputs.replace(topk=inputs.topk.replace(proximal_logp=None)))
     for key in SETTINGS[name][0]:
         with pytest.raises(UserError, match=key):
-            bind(name, {k: v for k, v in SETTINGS[name][0].items() if k != key})
+            bind_loss(name, {k: v for k, v in SETTINGS[name][0].items() if k != key})
 
 
 @pytest.mark.parametrize("name, hyperparameters, names", [
@@ -346,7 +346,7 @@ def test_bind_and_required_fields(name):
 ])
 def test_bind_refuses_in_one_sentence(name, hyperparameters, names):
     with pytest.raises(UserError) as caught:
-        bind(name, hyperparameters)
+        bind_loss(name, hyperparameters)
     message = str(caught.value)
     assert all(n in message for n in names) and "\n" not in message
 
@@ -370,7 +370,7 @@ def test_a_loss_of_ones_own_is_one_function_and_one_entry(monkeypatch):
         return LossOutput(coef=coef, keep=keep, metrics={"tv_floor/rare": ((mu < floor).astype(jnp.float32), keep)})
 
     monkeypatch.setitem(LOSSES, "tv_floor", tv_floor)
-    loss = bind("tv_floor", {"floor": 0.05, "ratio_cap": 3.0})
+    loss = bind_loss("tv_floor", {"floor": 0.05, "ratio_cap": 3.0})
     assert required_fields(loss) == frozenset()
     z = arrays("k3")
     out, value, grad = jax.jit(partial(value_and_grad, loss))(only(inputs_of(z), frozenset()), np.ones(z["mask"].shape))
@@ -378,4 +378,4 @@ def test_a_loss_of_ones_own_is_one_function_and_one_entry(monkeypatch):
     np.testing.assert_allclose(grad, -out.coef)  # policy_objective holds the gradient that the function forgot to stop
     assert np.isfinite(value) and 0 < out.keep.sum() < z["mask"].sum()
     with pytest.raises(UserError, match="floor"):
-        bind("tv_floor", {"flor": 0.05, "ratio_cap": 3.0})
+        bind_loss("tv_floor", {"flor": 0.05, "ratio_cap": 3.0})

@@ -12,7 +12,7 @@ import pytest
 
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, ExactDivergence, LossInputs, bind, required_fields, with_reference_kl
+from dppo_jax.losses import LOSSES, ExactDivergence, LossInputs, bind_loss, required_fields, with_reference_kl
 from dppo_jax.losses.core import MissingField
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.weights import WEIGHTS
@@ -262,7 +262,7 @@ def test_no_gradient_flows_through_a_coefficient(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_field_is_named_in_one_sentence(name):
-    loss = bind(name, SETTINGS[name][0])
+    loss = bind_loss(name, SETTINGS[name][0])
     assert required_fields(loss) == needs(name)
     inputs = inputs_of(arrays("packed"))
     for field in needs(name):
@@ -271,13 +271,13 @@ def test_a_missing_field_is_named_in_one_sentence(name):
         assert caught.value.field == field and isinstance(caught.value, UserError)
     for key in SETTINGS[name][0]:
         with pytest.raises(UserError, match=key):
-            bind(name, {k: v for k, v in SETTINGS[name][0].items() if k != key})
+            bind_loss(name, {k: v for k, v in SETTINGS[name][0].items() if k != key})
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "gspo", "icepop", "dppo_exact_kl"])
 def test_a_reference_penalty_needs_the_reference_policy_and_what_its_loss_needs(name):
     loss = with_reference_kl(
-        bind(name, {**SETTINGS, **{k: [h] for k, h in BASES.items()}}[name][0]), coef=0.1, estimator="k3"
+        bind_loss(name, {**SETTINGS, **{k: [h] for k, h in BASES.items()}}[name][0]), coef=0.1, estimator="k3"
     )
     assert required_fields(loss) == needs(name) | {"reference_logp"}
     with pytest.raises(MissingField, match=r"LossInputs\.reference_logp") as caught:
@@ -287,5 +287,5 @@ def test_a_reference_penalty_needs_the_reference_policy_and_what_its_loss_needs(
 
 def test_an_unknown_estimator_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="k4") as caught:
-        with_reference_kl(bind("ppo_clip", BASES["ppo_clip"]), coef=0.1, estimator="k4")
+        with_reference_kl(bind_loss("ppo_clip", BASES["ppo_clip"]), coef=0.1, estimator="k4")
     assert "k3" in str(caught.value) and "\n" not in str(caught.value)

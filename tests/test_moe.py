@@ -11,10 +11,10 @@ from dppo_jax.models import moe
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import forward, forward_routed, head_weight, init_params
 from dppo_jax.models.moe import mixture, route
-from dppo_jax.packing import Layout, plan
+from dppo_jax.packing import PackShape, plan
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_recompute, make_score
+from dppo_jax.train_step import assemble, make_policy_logprobs, make_recompute
 from dppo_jax.types import PromptBatch
 
 MOE = ModelConfig(
@@ -81,8 +81,8 @@ def gap(dtype, record: bool) -> np.ndarray:
     prompts, found = drawn(dtype, record)
     batch = assemble(prompts, found)
     lengths, widths = np.asarray(found.response_mask.sum(1)), np.repeat(prompts.mask.sum(1), 4)
-    where = plan(np.arange(32), widths, lengths, Layout(rows=8, length=34, responses=20), packed=True)
-    score = make_score(MOE, temperature=1.0, dtype=jnp.float32, remat="none", pieces=1)
+    where = plan(np.arange(32), widths, lengths, PackShape(rows=8, length=34, responses=20), packed=True)
+    score = make_policy_logprobs(MOE, temperature=1.0, dtype=jnp.float32, remat="none", vocab_chunks=1)
     logp = jax.jit(make_recompute(score, "proximal"))(params(), batch, where).proximal_logp
     return np.abs(np.exp(logp) - np.exp(found.behavior_logp))[np.asarray(batch.mask)]
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dppo_jax import packing
-from dppo_jax.losses import bind
+from dppo_jax.losses import bind_loss
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
-from dppo_jax.packing import Layout
-from dppo_jax.train_step import init_state, make_recompute, make_score, make_update
+from dppo_jax.packing import PackShape
+from dppo_jax.train_step import init_state, make_policy_logprobs, make_recompute, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.benchmark.workloads import WORKLOADS, lengths
@@ -32,7 +32,7 @@ P, R, K = 5, 6, 3
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.floats(0, 1), st.sampled_from([1, 64, 128]))
 def test_a_layout_holds_any_sample(prompt, response, rows, share, multiple):
     """Its rows are no longer than they must be; response columns suffice for one whole response."""
-    shape = packing.layout(
+    shape = packing.pack_shape(
         prompt_length=prompt,
         max_new_tokens=response,
         rows=rows,
@@ -47,11 +47,11 @@ def test_a_layout_holds_any_sample(prompt, response, rows, share, multiple):
 def test_layouts_by_hand():
     """Response columns: the row's length, shared as a mean prompt and the longest response would share it."""
     layout = functools.partial(packing.layout, prompt_length=16, max_new_tokens=64, rows=8)
-    assert layout() == Layout(8, 80, 64)
-    assert layout(mean_prompt=16) == Layout(8, 80, 64)
-    assert layout(mean_prompt=8) == Layout(8, 80, 72)  # 80 * 64 / 72 = 71.1
-    assert layout(multiple=64) == Layout(8, 128, 103)  # 128 * 64 / 80 = 102.4
-    assert layout(mean_prompt=0.5) == Layout(8, 80, 79)  # 79.4, but every sample has a prompt of one token at least
+    assert layout() == PackShape(8, 80, 64)
+    assert layout(mean_prompt=16) == PackShape(8, 80, 64)
+    assert layout(mean_prompt=8) == PackShape(8, 80, 72)  # 80 * 64 / 72 = 71.1
+    assert layout(multiple=64) == PackShape(8, 128, 103)  # 128 * 64 / 80 = 102.4
+    assert layout(mean_prompt=0.5) == PackShape(8, 80, 79)  # 79.4, but every sample has a prompt of one token at least
 
 
 # --- plans ---
@@ -68,7 +68,7 @@ def cases(draw):
         for longest in (longest_prompt, longest_response)
     )
     rows = np.array(draw(st.permutations(range(count)))[: draw(st.integers(1, count))])
-    shape = packing.layout(
+    shape = packing.pack_shape(
         prompt_length=longest_prompt,
         max_new_tokens=longest_response,
         rows=draw(st.integers(1, 5)),
@@ -81,14 +81,15 @@ def cases(draw):
 def check_plan(plan, rows, prompts, responses, shape):
     """Against the lengths of the minibatch's samples alone."""
     prompts, responses = prompts[rows], responses[rows]
-    np.testing.assert_array_equal(plan.rows, rows)
+    np.testing.assert_array_equal(plan.batch_rows, rows)
     pieces = math.ceil(len(rows) / shape.rows)
-    assert plan.sample.shape == plan.offset.shape == (pieces, shape.rows, shape.length)
-    assert plan.columns.shape == (pieces, shape.rows, shape.responses) and plan.used.shape == (pieces, shape.rows)
+    assert plan.sample_of.shape == plan.offset.shape == (pieces, shape.rows, shape.length)
+    assert plan.response_columns.shape == (pieces, shape.rows, shape.responses)
+    assert plan.responses_per_row.shape == (pieces, shape.rows)
     assert {x.dtype for x in jax.tree.leaves(plan)} == {np.dtype("int32")}
 
-    sample, offset = plan.sample.reshape(-1, shape.length), plan.offset.reshape(-1, shape.length)
-    columns, used = plan.columns.reshape(-1, shape.responses), plan.used.reshape(-1)
+    sample, offset = plan.sample_of.reshape(-1, shape.length), plan.offset.reshape(-1, shape.length)
+    columns, used = plan.response_columns.reshape(-1, shape.responses), plan.responses_per_row.reshape(-1)
     seen: list[int] = []
     for row in range(len(sample)):
         # Contiguous: in a row, each sample is one run, its tokens numbered in order; -1 only behind the last.
@@ -107,8 +108,8 @@ def check_plan(plan, rows, prompts, responses, shape):
         np.testing.assert_array_equal(columns[row], np.pad(response_columns, (0, shape.responses - used[row])))
     assert sorted(seen) == list(range(len(rows))), "every sample once, whole, in one row"
 
-    filled = (plan.sample >= 0).any(axis=(1, 2))
-    np.testing.assert_array_equal(filled, np.arange(pieces) < plan.count)
+    filled = (plan.sample_of >= 0).any(axis=(1, 2))
+    np.testing.assert_array_equal(filled, np.arange(pieces) < plan.num_microbatches)
 
 
 @given(cases())
@@ -121,9 +122,9 @@ def test_without_packing_every_sample_has_a_row_of_its_own(case):
     rows, _, _, shape = case
     plan = packing.plan(*case, packed=False)
     check_plan(plan, *case)
-    first = plan.sample.reshape(-1, shape.length)[:, 0]
+    first = plan.sample_of.reshape(-1, shape.length)[:, 0]
     np.testing.assert_array_equal(first, np.pad(np.arange(len(rows)), (0, len(first) - len(rows)), constant_values=-1))
-    assert plan.count == len(plan.sample)
+    assert plan.num_microbatches == len(plan.sample_of)
 
 
 @given(cases())
@@ -142,23 +143,23 @@ def test_packing_needs_no_more_pieces_and_shares_rows_that_it_can_share(case):
 def test_a_plan_by_hand():
     """Five samples in rows of eight tokens, five of them response tokens: 8 | 4 + 3 | 4 + 2; 4 + 4 would have six."""
     prompts, responses = np.array([1, 1, 3, 1, 1]), np.array([1, 3, 5, 3, 2])
-    plan = packing.plan(np.arange(5), prompts, responses, Layout(2, 8, 5))
-    assert plan.sample.tolist() == [
+    plan = packing.plan(np.arange(5), prompts, responses, PackShape(2, 8, 5))
+    assert plan.sample_of.tolist() == [
         [[2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 4, 4, 4, -1]],
         [[3, 3, 3, 3, 0, 0, -1, -1], [-1] * 8],
         [[-1] * 8, [-1] * 8],
     ]
     assert plan.offset[0, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
-    assert plan.columns[:2].tolist() == [[[3, 4, 5, 6, 7], [1, 2, 3, 5, 6]], [[1, 2, 3, 5, 0], [0] * 5]]
-    assert plan.used.tolist() == [[5, 5], [4, 0], [0, 0]]
-    assert plan.count == 2
+    assert plan.response_columns[:2].tolist() == [[[3, 4, 5, 6, 7], [1, 2, 3, 5, 6]], [[1, 2, 3, 5, 0], [0] * 5]]
+    assert plan.responses_per_row.tolist() == [[5, 5], [4, 0], [0, 0]]
+    assert plan.num_microbatches == 2
 
 
 def test_occupancy_by_hand():
     """Of the pieces in use; several plans count by their tokens."""
-    plan = packing.plan(np.arange(5), np.array([1, 1, 3, 1, 1]), np.array([1, 3, 5, 3, 2]), Layout(2, 8, 5))
+    plan = packing.plan(np.arange(5), np.array([1, 1, 3, 1, 1]), np.array([1, 3, 5, 3, 2]), PackShape(2, 8, 5))
     assert packing.occupancy(plan) == (8 + 7 + 6) / (2 * 2 * 8)
-    full = packing.plan(np.arange(2), np.array([3, 3]), np.array([5, 5]), Layout(2, 8, 5))
+    full = packing.plan(np.arange(2), np.array([3, 3]), np.array([5, 5]), PackShape(2, 8, 5))
     assert packing.occupancy(full) == 1
     assert packing.occupancy(plan, full) == (21 + 16) / (32 + 16)
 
@@ -166,7 +167,7 @@ def test_occupancy_by_hand():
 def test_the_long_tail_fills_nine_tenths():
     """Workload L of the benchmark, in four minibatches of 128 rows; one sample a row fills less than a third."""
     work = WORKLOADS["L"]
-    shape = packing.layout(prompt_length=16, max_new_tokens=256, rows=8, mean_prompt=16)
+    shape = packing.pack_shape(prompt_length=16, max_new_tokens=256, rows=8, mean_prompt=16)
     prompts, responses = np.full(work.rows, work.prompt_length), lengths(work)
     assert (work.rows, work.prompt_length, responses.max()) == (512, 16, 256)
     parts = np.arange(work.rows).reshape(4, 128)
@@ -178,15 +179,15 @@ def test_the_long_tail_fills_nine_tenths():
 def test_a_sample_that_is_too_long_is_refused(prompt, response):
     """Too many tokens, and too many response tokens."""
     with pytest.raises(ValueError, match=f"a sample of {prompt + response} tokens does not fit into Layout"):
-        packing.plan(np.arange(2), np.array([1, prompt]), np.array([1, response]), Layout(2, 8, 5))
+        packing.plan(np.arange(2), np.array([1, prompt]), np.array([1, response]), PackShape(2, 8, 5))
 
 
 # --- on the device ---
 
 B = 12
 PACKED, SEPARATE = True, False
-SCORE = make_score(TINY, temperature=0.7, dtype=jnp.float32, remat="dots", pieces=2)
-SHAPE = packing.layout(prompt_length=P, max_new_tokens=R, rows=3, mean_prompt=3)
+SCORE = make_policy_logprobs(TINY, temperature=0.7, dtype=jnp.float32, remat="dots", vocab_chunks=2)
+SHAPE = packing.pack_shape(prompt_length=P, max_new_tokens=R, rows=3, mean_prompt=3)
 SOME = np.array([7, 2, 9, 0, 11, 4])
 
 
@@ -216,7 +217,7 @@ def plan(rows, packed):
     return packing.plan(rows, batch().prompt_mask.sum(axis=1), batch().mask.sum(axis=1), SHAPE, packed=packed)
 
 
-PIECE = jax.jit(lambda plan, number: packing.piece(plan, number))
+PIECE = jax.jit(lambda plan, number: packing.microbatch(plan, number))
 PACK = jax.jit(packing.pack)
 UNPACK = jax.jit(packing.unpack)
 
@@ -317,7 +318,7 @@ OPTIMIZER = make_optimizer(
     lambda _: jnp.float32(0.01), b1=0.9, b2=0.99, eps=1e-4, weight_decay=0.0, clip_norm=float("inf")
 )
 # A loss that uses every field of the batch.
-LOSS = bind("dppo_topk_kl_proximal", dict(delta_low=1e-2, delta_high=1e-2, ratio_cap=2.0))
+LOSS = bind_loss("dppo_topk_kl_proximal", dict(delta_low=1e-2, delta_high=1e-2, ratio_cap=2.0))
 WEIGH = functools.partial(WEIGHTS["seq_mean_token_mean"], constant=1.0)
 UPDATE = jax.jit(make_update(SCORE, LOSS, WEIGH, OPTIMIZER), compiler_options=COMPILER_OPTIONS)
 

@@ -11,12 +11,12 @@ import pytest
 from configs import quickstart
 from dppo_jax import packing, quantize
 from dppo_jax.errors import UserError
-from dppo_jax.models.config import Quantization
+from dppo_jax.models.config import MATRICES, Quantization
 from dppo_jax.models.decoder import in_dtype, init_params, unstack
 from dppo_jax.rollout import Rollout
 from dppo_jax.storage.run_log import read_scalars
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_oracle, make_recompute
+from dppo_jax.train_step import assemble, make_behavior_forward, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
 from experiments.run.setup import Setup
@@ -49,7 +49,7 @@ def test_values_and_scales_are_those_of_each_output_channel(name):
     assert found["layers"]["down"].dtype == quantize.FORMATS[name]
     step = 0.5 if name == "int8" else 16  # half the distance between neighbours, at most
     assert np.abs(values - w / scales).max() <= step * (1 + 1e-5)
-    unchanged = set(found["layers"]) - {m + s for m in quantize.MATRICES for s in ("", quantize.SCALE)}
+    unchanged = set(found["layers"]) - {m + s for m in MATRICES for s in ("", quantize.SCALE)}
     assert "router" in unchanged
     for matrix in unchanged:
         assert found["layers"][matrix] is params["layers"][matrix]
@@ -61,7 +61,7 @@ def test_values_and_scales_are_those_of_each_output_channel(name):
 def test_products(name, precise):
     draw = np.random.default_rng(0).normal
     w, x = draw(size=(24, 40)).astype(np.float32), draw(size=(2, 3, 24)).astype(np.float32)
-    found = quantize.quantized({"layers": dict.fromkeys(quantize.MATRICES, jnp.asarray(w))}, name)["layers"]
+    found = quantize.quantized({"layers": dict.fromkeys(MATRICES, jnp.asarray(w))}, name)["layers"]
     values, scales = found["q"], found["q_scale"]
     held = np.asarray(values.astype(jnp.float32), np.float64) * np.asarray(scales, np.float64)
     product = jax.jit(quantize.product, static_argnames=("name", "activations"))
@@ -94,7 +94,7 @@ def teacher_forced(family: str, name: str, activations: bool, dtype) -> np.ndarr
     tokens = np.random.default_rng(1).integers(1, config.vocab_size, (6, 7)).astype(np.int32)
     mask = np.arange(7) >= np.array([0, 2, 5, 0, 1, 3])[:, None]
     prompts = PromptBatch(tokens, mask, np.arange(6, dtype=np.int32))
-    oracle = make_oracle(model, dtype=dtype, weights=weights)
+    oracle = make_behavior_forward(model, dtype=dtype, weights=weights)
 
     def score(params, packed):
         seen = oracle(params, packed)
@@ -105,7 +105,7 @@ def teacher_forced(family: str, name: str, activations: bool, dtype) -> np.ndarr
         batch = assemble(prompts, found)
         lengths, widths = np.asarray(found.response_mask.sum(1)), np.repeat(prompts.mask.sum(1), 4)
         where = packing.plan(
-            np.arange(24), widths, lengths, packing.Layout(rows=6, length=34, responses=20), packed=True
+            np.arange(24), widths, lengths, packing.PackShape(rows=6, length=34, responses=20), packed=True
         )
         again = jax.jit(make_recompute(score, "proximal"))(params, batch, where).proximal_logp
     return np.abs(again - found.behavior_logp)[np.asarray(batch.mask)]

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, from_mask, hyperparameters
+from dppo_jax.losses import LOSSES, from_keep, hyperparameters
 from experiments.run import checks
 from experiments.run.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
 from experiments.run.setup import Setup
@@ -84,7 +84,7 @@ def own_loss(monkeypatch):
     """A loss of a config file: its hyperparameters have names of its own, and some of ours."""
 
     def mine(inputs, *, floor, delta):
-        return from_mask(inputs, inputs.logp - inputs.behavior_logp > min(floor, delta), ratio_cap=5.0)
+        return from_keep(inputs, inputs.logp - inputs.behavior_logp > min(floor, delta), ratio_cap=5.0)
 
     monkeypatch.setitem(LOSSES, "mine", mine)
     config = base.get_config()

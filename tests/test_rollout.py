@@ -11,7 +11,7 @@ import pytest
 from dppo_jax import packing
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.rollout import Rollout
-from dppo_jax.train_step import assemble, make_score
+from dppo_jax.train_step import assemble, make_policy_logprobs
 from dppo_jax.types import PromptBatch
 from tests.fixtures import COMPILER_OPTIONS, EOS, PAD, TINY, random_params
 from tests.rollouts import (
@@ -51,13 +51,13 @@ def scenario(temperature: float, name: str):
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_behavior_logp_equals_teacher_forced_logp(temperature, name):
-    """Of the sampled tokens, and of the K tracked ones; scaling by the wrong temperature would be far off."""
+    """Of the sampled tokens, and of the K topk ones; scaling by the wrong temperature would be far off."""
     _, pad_id, out = scenario(temperature, name)
     mask = out.response_mask
     log_p = log_probabilities(out, temperature, temperature)
     np.testing.assert_allclose(out.behavior_logp[mask], at_tokens(log_p, out.tokens)[mask], rtol=0, atol=TOLERANCE)
-    tracked = np.take_along_axis(log_p, out.topk_ids, axis=-1)
-    np.testing.assert_allclose(out.topk_logp[mask], tracked[mask], rtol=0, atol=TOLERANCE)
+    topk = np.take_along_axis(log_p, out.topk_ids, axis=-1)
+    np.testing.assert_allclose(out.topk_logp[mask], topk[mask], rtol=0, atol=TOLERANCE)
     assert np.abs(out.behavior_logp[mask]).mean() > 0.1, "there is something to compare"
     if name == "pad is drawn":
         assert ((out.tokens == pad_id) & mask).sum() >= 5, "the pad token was sampled"
@@ -65,17 +65,18 @@ def test_behavior_logp_equals_teacher_forced_logp(temperature, name):
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_training_scores_a_rollout_as_the_rollout_did(temperature):
-    """One sample a row: what the update computes of the tokens and of the tracked ones, and the entropy beside them."""
+    """One sample a row: what the update computes of the tokens and of the topk ones, and the entropy beside them."""
     _, _, out = scenario(temperature, "pad is drawn")
     batch = jax.tree.map(jnp.asarray, assemble(prompts(), out))
     lengths = np.asarray(batch.prompt_mask.sum(axis=1)), np.asarray(batch.mask.sum(axis=1))
-    shape = packing.layout(prompt_length=P, max_new_tokens=R, rows=N * G)
+    shape = packing.pack_shape(prompt_length=P, max_new_tokens=R, rows=N * G)
     plan = packing.plan(np.arange(N * G), *lengths, shape, packed=False)
-    score = make_score(policy(FAMILY[temperature])[0], temperature=temperature, dtype=jnp.float32, remat="none")
+    config = policy(FAMILY[temperature])[0]
+    score = make_policy_logprobs(config, temperature=temperature, dtype=jnp.float32, remat="none")
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def scored(params, batch, plan):
-        piece = packing.piece(plan, 0)
+        piece = packing.microbatch(plan, 0)
         head = score(params, packing.pack(batch, jnp.ones((N * G, R)), piece))
         values = {"logp": head.logp, "topk_logp": head.ids_logp, "entropy": head.entropy}
         into = {name: jnp.zeros((N * G, R, *x.shape[2:])) for name, x in values.items()}
@@ -163,7 +164,7 @@ def test_greedy_takes_the_likeliest_token():
 def test_nucleus_logp_is_of_the_truncated_distribution():
     """Sampled tokens lie in the nucleus, and their logp is renormalised over it; the rest of the K is impossible."""
     top_p = 0.7
-    out = rollout(1.0, top_p=top_p, tracked=V)
+    out = rollout(1.0, top_p=top_p, topk=V)
     p = np.exp(log_probabilities(out, 1.0))
     order = np.argsort(-p, axis=-1)
     before = np.cumsum(np.take_along_axis(p, order, axis=-1), axis=-1) - np.take_along_axis(p, order, axis=-1)
@@ -226,15 +227,15 @@ def test_bfloat16_rollout_differs_a_little_from_float32_training():
 
 def test_top_k_is_left_out_unless_asked_for():
     config, params = policy("llama")
-    for tracked in (0, V):
+    for topk in (0, V):
         generate = Rollout(
-            config, group_size=2, max_new_tokens=3, temperature=1.0, eos_ids=(2,), pad_id=0, tracked=tracked
+            config, group_size=2, max_new_tokens=3, temperature=1.0, eos_ids=(2,), pad_id=0, topk=topk
         )
         out = jax.eval_shape(generate, params, prompts(), jax.random.key(0))
-        assert (out.topk_ids is None) == (out.topk_logp is None) == (tracked == 0)
-        assert tracked == 0 or out.topk_ids.shape == out.topk_logp.shape == (2 * N, 3, V)
+        assert (out.topk_ids is None) == (out.topk_logp is None) == (topk == 0)
+        assert topk == 0 or out.topk_ids.shape == out.topk_logp.shape == (2 * N, 3, V)
     with pytest.raises(ValueError, match="97 tokens of a vocabulary of 96"):
-        Rollout(config, group_size=1, max_new_tokens=1, temperature=1.0, eos_ids=(), pad_id=0, tracked=V + 1)
+        Rollout(config, group_size=1, max_new_tokens=1, temperature=1.0, eos_ids=(), pad_id=0, topk=V + 1)
 
 
 def test_the_cache_is_carried_in_place():
@@ -252,7 +253,7 @@ def test_scanned_layers_draw_what_unrolled_ones_draw(slots):
     """One cache of all layers against one of each: prompts of many lengths, slots filled anew."""
     config, params = TINY, random_params()
     unrolled = Rollout(
-        config, group_size=G, max_new_tokens=9, temperature=1.0, eos_ids=(EOS,), pad_id=PAD, tracked=2, slots=slots
+        config, group_size=G, max_new_tokens=9, temperature=1.0, eos_ids=(EOS,), pad_id=PAD, topk=2, slots=slots
     )
     numbers = np.random.default_rng(0)
     prompts = PromptBatch(

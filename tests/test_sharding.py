@@ -17,12 +17,12 @@ from dppo_jax.devices.sharding import (
     MESH_AXES,
     ROLLOUT,
     TRAINING,
+    batch_sharding,
     batch_shards,
     check_divisible,
     constrain,
     make_mesh,
-    named,
-    rows,
+    named_shardings,
     spec,
     using,
 )
@@ -71,10 +71,10 @@ def test_spec_refuses_to_use_a_mesh_axis_twice():
 
 def test_named_and_rows_place_by_the_table():
     mesh = fake_mesh(2, 2, 2)
-    placed = named(mesh, {"a": ("vocab", "embed"), "b": {"c": ("norm",)}})
+    placed = named_shardings(mesh, {"a": ("vocab", "embed"), "b": {"c": ("norm",)}})
     cut = NamedSharding(mesh, P("tensor", "fsdp"))
     assert placed == {"a": cut, "b": {"c": NamedSharding(mesh, P(None))}}
-    assert rows(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
+    assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
     assert batch_shards(mesh) == 4
 
 

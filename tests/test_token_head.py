@@ -12,7 +12,7 @@ from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 from dppo_jax.models.decoder import head_weight
-from dppo_jax.token_head import logits, piece_count, token_head
+from dppo_jax.token_head import logits, token_head, vocab_chunk_count
 from dppo_jax.types import HeadOutput
 
 B, R, E, V, K = 2, 7, 6, 19, 4
@@ -67,10 +67,10 @@ def named(output: HeadOutput) -> dict:
 CASES = {
     "plain": dict(),
     "cold": dict(temperature=0.5),
-    "hot, four pieces": dict(temperature=1.7, pieces=4),
-    "soft-cap, six pieces, which do not divide": dict(softcap=3.0, pieces=6),
-    "soft-cap, cold": dict(softcap=5.0, temperature=0.5, pieces=2),
-    "soft-cap, hot, a token a piece": dict(softcap=4.0, temperature=1.7, pieces=V),
+    "hot, four pieces": dict(temperature=1.7, vocab_chunks=4),
+    "soft-cap, six pieces, which do not divide": dict(softcap=3.0, vocab_chunks=6),
+    "soft-cap, cold": dict(softcap=5.0, temperature=0.5, vocab_chunks=2),
+    "soft-cap, hot, a token a piece": dict(softcap=4.0, temperature=1.7, vocab_chunks=V),
     "no ids": dict(temperature=1.7, ids=None),
 }
 
@@ -78,7 +78,7 @@ CASES = {
 @functools.cache
 def expected(case: str):
     """Values and both gradients of a case."""
-    setting = {"ids": IDS} | {k: v for k, v in CASES[case].items() if k != "pieces"}
+    setting = {"ids": IDS} | {k: v for k, v in CASES[case].items() if k != "vocab_chunks"}
     f = functools.partial(reference, targets=TARGETS, **setting)
     gradients = (
         numeric_gradient(lambda h: objective(f(h, WEIGHT)), HIDDEN),
@@ -110,18 +110,19 @@ def test_values_and_gradients_equal_float64(case, run):
 
 
 @functools.cache
-def both_ways(pieces: int):
+def both_ways(vocab_chunks: int):
     def loss(hidden, weight):
-        found = named(token_head(hidden, weight, TARGETS, ids=IDS, pieces=pieces))
+        found = named(token_head(hidden, weight, TARGETS, ids=IDS, vocab_chunks=vocab_chunks))
         return objective(found), found
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(HIDDEN, WEIGHT)
 
 
-@pytest.mark.parametrize("pieces", [2, 6, V, 512])
-def test_pieces_change_nothing(pieces):
+@pytest.mark.parametrize("vocab_chunks", [2, 6, V, 512])
+def test_pieces_change_nothing(vocab_chunks):
     """Two and six, which do not divide the vocabulary; a token a piece; more pieces than tokens."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=3e-6), both_ways(pieces), both_ways(1))
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=3e-6)
+    jax.tree.map(close, both_ways(vocab_chunks), both_ways(1))
 
 
 def test_shapes_are_those_of_the_annotations():
@@ -139,7 +140,7 @@ def test_tied_embeddings_get_both_gradients():
 
     def loss(params):
         table = params["embed"]
-        output = token_head(table[tokens], head_weight(params), TARGETS, ids=IDS, pieces=4)
+        output = token_head(table[tokens], head_weight(params), TARGETS, ids=IDS, vocab_chunks=4)
         return objective(named(output))
 
     tied = {"embed": jnp.asarray(WEIGHT)}
@@ -159,7 +160,7 @@ def test_bfloat16_activations_accumulate_in_float32():
     exact = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float64)
 
     def loss(hidden, weight):
-        output = token_head(hidden, weight, targets, pieces=64)
+        output = token_head(hidden, weight, targets, vocab_chunks=64)
         return jnp.sum(output.logp) + jnp.sum(output.entropy), output
 
     (_, output), (d_hidden, d_weight) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, weight)
@@ -214,8 +215,8 @@ def largest_buffer(program) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def total(hidden, weight, targets, ids, pieces=None):
-    return sum(x.sum() for x in named(token_head(hidden, weight, targets, ids=ids, pieces=pieces)).values())
+def total(hidden, weight, targets, ids, vocab_chunks=None):
+    return sum(x.sum() for x in named(token_head(hidden, weight, targets, ids=ids, vocab_chunks=vocab_chunks)).values())
 
 
 def values(hidden, weight, targets, ids):
@@ -248,19 +249,19 @@ def test_memory_does_not_grow_with_the_number_of_positions():
     memory = 8 * 2**30
     sizes = []
     for length in (LENGTH, 4 * LENGTH):
-        pieces = piece_count(ROWS * length, VOCABULARY, memory)
-        gradients = jax.grad(functools.partial(total, pieces=pieces), argnums=(0, 1))
+        vocab_chunks = vocab_chunk_count(ROWS * length, VOCABULARY, memory)
+        gradients = jax.grad(functools.partial(total, vocab_chunks=vocab_chunks), argnums=(0, 1))
         sizes.append(compiled(gradients, length, jnp.float32, True).memory_analysis().temp_size_in_bytes)
     assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_the_number_of_pieces_follows_from_the_memory():
-    assert piece_count(1024, 4096) == 1  # 16 MiB
-    assert piece_count(2048, VOCABULARY) == 64  # the first of 48 to 96 that divides it
-    assert piece_count(2048, 151_969) == 48  # a prime
-    assert piece_count(2048, VOCABULARY, 80 * 2**30) == 1
-    assert piece_count(65_536, VOCABULARY, 80 * 2**30) == 32  # 40 GB against 1.25 GiB
-    assert piece_count(10**9, 5) == 5
+    assert vocab_chunk_count(1024, 4096) == 1  # 16 MiB
+    assert vocab_chunk_count(2048, VOCABULARY) == 64  # the first of 48 to 96 that divides it
+    assert vocab_chunk_count(2048, 151_969) == 48  # a prime
+    assert vocab_chunk_count(2048, VOCABULARY, 80 * 2**30) == 1
+    assert vocab_chunk_count(65_536, VOCABULARY, 80 * 2**30) == 32  # 40 GB against 1.25 GiB
+    assert vocab_chunk_count(10**9, 5) == 5
 
 
 def test_the_memory_analysis_sees_logits_where_there_are_some():

@@ -141,8 +141,10 @@ def test_each_rollout_comes_from_the_policy_before_the_last_updates(still, ahead
     """The first two from the initial policy; the updates in between show in the mismatch of the second."""
     assert text(ahead, 0) == text(still, 0) and text(ahead, 1) == text(still, 1)
     assert text(ahead, 2) != text(still, 2)
-    mismatch = read_scalars(ahead.folder)["mismatch/abs_prob_diff_mean"][1]
-    assert mismatch[0] < 1e-6 and (mismatch[1:] > 1e-4).all()
+    scalars = read_scalars(ahead.folder)
+    assert scalars["mismatch/abs_prob_diff_mean"][0].tolist() == [0]  # the one rollout at equal parameters
+    assert scalars["mismatch/abs_prob_diff_mean"][1][0] < 1e-6
+    assert (scalars["first_minibatch/abs_prob_diff_mean"][1] > 1e-4).all()
     assert (read_scalars(still.folder)["mismatch/abs_prob_diff_mean"][1] < 1e-6).all()
 
 
@@ -188,8 +190,9 @@ def test_a_resumed_run_may_draw_its_rollouts_in_time_again(ahead, start, tmp_pat
     scalars, want = read_scalars(resumed.folder), read_scalars(ahead.folder)
     assert samples(resumed, 2) == samples(ahead, 2)
     assert scalars["grad_norm"][1][:3].tolist() == want["grad_norm"][1][:3].tolist()
-    assert scalars["mismatch/abs_prob_diff_mean"][1][2] > 1e-4
-    assert scalars["mismatch/abs_prob_diff_mean"][1][3] < 1e-6
+    assert scalars["first_minibatch/abs_prob_diff_mean"][1][-1] > 1e-4  # of step 2
+    assert scalars["mismatch/abs_prob_diff_mean"][0].tolist() == [0, 3]
+    assert scalars["mismatch/abs_prob_diff_mean"][1][-1] < 1e-6
     assert text(resumed, 3) != text(ahead, 3)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dppo_jax import packing
-from dppo_jax.losses import LossInputs, bind
+from dppo_jax.losses import LossInputs, bind_loss
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
-from dppo_jax.train_step import assemble, init_state, loss_inputs, make_score, make_update
+from dppo_jax.train_step import assemble, init_state, loss_inputs, make_policy_logprobs, make_update
 from dppo_jax.types import HeadOutput, PackedBatch, PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
 from tests.fixtures import COMPILER_OPTIONS, TINY, random_params
@@ -113,7 +113,7 @@ def expected_gradient(name, params, batch, rows=ALL):
 
 
 OPTIMIZER = make_optimizer(lambda update: jnp.asarray(RATES)[update], **ADAMW)
-SCORE = make_score(TINY, temperature=TEMPERATURE, dtype=jnp.float32, remat="none", pieces=3)
+SCORE = make_policy_logprobs(TINY, temperature=TEMPERATURE, dtype=jnp.float32, remat="none", vocab_chunks=3)
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def compiled():
     def update(state, batch, plan, which):
         table = [functools.partial(WEIGHTS[name], constant=CONSTANT) for name in NAMES]
         weigh = lambda mask, group: jax.lax.switch(which, table, mask)  # noqa: E731
-        return make_update(SCORE, bind("dppo_binary_tv", LOSS), weigh, OPTIMIZER)(state, batch, plan)
+        return make_update(SCORE, bind_loss("dppo_binary_tv", LOSS), weigh, OPTIMIZER)(state, batch, plan)
 
     return jax.jit(update, compiler_options=COMPILER_OPTIONS)
 
@@ -134,7 +134,7 @@ def fresh():
 
 
 def plan(batch, cut, rows=ALL):
-    shape = packing.layout(prompt_length=P, max_new_tokens=R, rows=cut[0], mean_prompt=2)
+    shape = packing.pack_shape(prompt_length=P, max_new_tokens=R, rows=cut[0], mean_prompt=2)
     lengths = batch.prompt_mask.sum(axis=1), batch.mask.sum(axis=1)
     return packing.plan(np.array(rows), *lengths, shape, packed=cut[1])
 
@@ -291,7 +291,7 @@ def test_nan_outside_the_mask_reaches_no_gradient(packed):
             logp, at = of_tokens(log_p, packed.targets), jnp.take_along_axis(log_p, packed.topk_ids, axis=-1)
             return HeadOutput(*(hide(x, packed.mask, outside) for x in (logp, -logp, at)))
 
-        loss = bind("dppo_topk_kl_proximal", LOSS)
+        loss = bind_loss("dppo_topk_kl_proximal", LOSS)
         weigh = functools.partial(WEIGHTS["token_mean"], constant=1.0)
         return make_update(score, loss, weigh, OPTIMIZER)(state, batch, plan)
 

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from dppo_jax.devices import hosts
-from dppo_jax.devices.sharding import make_mesh, rows, to_host
+from dppo_jax.devices.sharding import batch_sharding, make_mesh, to_host
 
 
 def rows_of(mesh: jax.sharding.Mesh, count: int) -> dict:
     """What this process holds and owns of `count` rows, and what becomes of them."""
-    mine = hosts.share(rows(mesh), count)
+    mine = hosts.share(batch_sharding(mesh), count)
     numbers: np.ndarray = np.arange(count, dtype=np.int32)
-    placed = hosts.place(numbers[mine.held], mesh, mine)
+    placed = hosts.to_global(numbers[mine.held], mesh, mine)
     back = hosts.owned(placed, mine)
     return {
         "held": mine.held.tolist(),

@@ -9,14 +9,14 @@ are there before any update, and what is left of their gradient points at the no
 import jax.numpy as jnp
 
 from configs.studies import survival
-from dppo_jax.losses import LOSSES, from_mask, safe
+from dppo_jax.losses import LOSSES, from_keep, zero_outside_mask
 
 
 def clip_unsigned(inputs, *, eps_low, eps_high, ratio_cap):
     """Kept iff 1 - eps_low <= r <= 1 + eps_high, whatever the sign of A."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(jnp.clip(inputs.logp - inputs.behavior_logp, -20.0, 20.0))
-    return from_mask(inputs, (ratio >= 1 - eps_low) & (ratio <= 1 + eps_high), ratio_cap=ratio_cap)
+    return from_keep(inputs, (ratio >= 1 - eps_low) & (ratio <= 1 + eps_high), ratio_cap=ratio_cap)
 
 
 LOSSES["clip_unsigned"] = clip_unsigned

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
-from dppo_jax.devices.sharding import rows
+from dppo_jax.devices.sharding import batch_sharding
 from dppo_jax.errors import UserError
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Share(NamedTuple):
 def share_over(mesh: Mesh | None, count: int) -> Share:
     """This process's share of the rows of a batch over the mesh; all of them where there is none."""
     everything: np.ndarray = np.arange(count)
-    return Share(count, everything, everything) if mesh is None else share(rows(mesh), count)
+    return Share(count, everything, everything) if mesh is None else share(batch_sharding(mesh), count)
 
 
 @functools.lru_cache
@@ -67,7 +67,7 @@ def first_holders(sharding: Sharding, count: int) -> np.ndarray:
     return owners
 
 
-def place(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
+def to_global(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
     """Global arrays, their rows over the mesh, from what each process has: NumPy arrays of the rows it holds."""
     if jax.process_count() == 1:
         return tree
@@ -79,7 +79,7 @@ def place(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
             at = np.searchsorted(mine.held, first)
             return x[at : at + end - first]
 
-        return jax.make_array_from_callback((mine.size, *x.shape[1:]), rows(mesh), piece)
+        return jax.make_array_from_callback((mine.size, *x.shape[1:]), batch_sharding(mesh), piece)
 
     return jax.tree.map(one, tree)
 

@@ -101,14 +101,14 @@ def spec(*axes: str | None, rules: Rules | None = None) -> P:
     return P(*(part[0] if len(part) == 1 else part or None for part in mapped))
 
 
-def parts(mesh: Mesh | jax.sharding.AbstractMesh, *mesh_axes: str) -> int:
+def num_shards(mesh: Mesh | jax.sharding.AbstractMesh, *mesh_axes: str) -> int:
     """Into how many pieces these mesh axes cut."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
 def dividing(mesh: jax.sharding.AbstractMesh, x: Array, *axes: str | None) -> tuple[str | None, ...]:
     """The logical names without those that do not divide their dimension of x."""
-    fits = lambda size, axis: axis is not None and size % parts(mesh, *mesh_axes(axis)) == 0  # noqa: E731
+    fits = lambda size, axis: axis is not None and size % num_shards(mesh, *mesh_axes(axis)) == 0  # noqa: E731
     return tuple(axis if fits(size, axis) else None for size, axis in zip(x.shape, axes, strict=True))
 
 
@@ -126,13 +126,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def cuts_evenly(size: int, name: str) -> bool:
     """Whether the mesh in force cuts a dimension of this size and logical name into equal pieces."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or size % parts(mesh, *mesh_axes(name)) == 0
+    return mesh.empty or size % num_shards(mesh, *mesh_axes(name)) == 0
 
 
 def is_cut(name: str) -> bool:
     """Whether the mesh in force cuts this logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and parts(mesh, *mesh_axes(name)) > 1
+    return not mesh.empty and num_shards(mesh, *mesh_axes(name)) > 1
 
 
 def summed_product(left: Array, right: Array, across: str | None, *, dtype: Any = None) -> Array:
@@ -162,7 +162,7 @@ def summed_product(left: Array, right: Array, across: str | None, *, dtype: Any 
     return share(left, right)
 
 
-def named(mesh: Mesh, axes_tree, rules: Rules = TRAINING):
+def named_shardings(mesh: Mesh, axes_tree, rules: Rules = TRAINING):
     """NamedShardings for a tree whose leaves are tuples of logical names."""
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes, rules=rules)), axes_tree, is_leaf=is_axes)
@@ -177,10 +177,10 @@ def reshard(tree, axes_tree):
 
 def batch_shards(mesh: Mesh) -> int:
     """How many pieces the batch dimension is cut into."""
-    return parts(mesh, *TRAINING["batch"])
+    return num_shards(mesh, *TRAINING["batch"])
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array [B, ...] by rows."""
     return NamedSharding(mesh, spec("batch"))
 
@@ -207,7 +207,7 @@ def check_divisible(mesh: Mesh, rows_by_name: Mapping[str, int], shapes, axes_tr
 
     def check(path, shape, axes):
         for size, axis in zip(shape.shape, axes, strict=True):
-            count = parts(mesh, *TRAINING[axis])
+            count = num_shards(mesh, *TRAINING[axis])
             if size % count:
                 where = "/".join(str(getattr(key, "key", key)) for key in path)
                 raise UserError(

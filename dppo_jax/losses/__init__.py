@@ -29,13 +29,13 @@ from dppo_jax.losses.core import (
     Loss,
     MissingField,
     Sequences,
-    from_mask,
+    from_keep,
     log_ratio,
     output,
     policy_objective,
     require,
-    safe,
     two_sided,
+    zero_outside_mask,
 )
 from dppo_jax.losses.reference import ESTIMATORS, with_reference_kl
 from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
@@ -48,14 +48,14 @@ __all__ = [
     "LossOutput",
     "Sequences",
     "TopKPair",
-    "bind",
-    "from_mask",
+    "bind_loss",
+    "from_keep",
     "log_ratio",
     "output",
     "policy_objective",
     "prob_diff",
     "require",
-    "safe",
+    "zero_outside_mask",
     "two_sided",
     "with_reference_kl",
 ]
@@ -110,7 +110,7 @@ def hyperparameters(loss: Loss) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
 
 
-def bind(name: str, given: Mapping[str, float]) -> functools.partial:
+def bind_loss(name: str, given: Mapping[str, float]) -> functools.partial:
     """The loss called `name` with its hyperparameters fixed. UserError for an unknown name, and for a hyperparameter
     that is unknown or missing."""
     loss = lookup(LOSSES, name, "loss")
@@ -135,7 +135,7 @@ OPTIONAL = ("proximal_logp", "reference_logp", "topk", "exact")  # fields that c
 def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
     """Which of some fields of LossInputs a bound loss needs, found by tracing it without each."""
     value, flag = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    tracked = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+    topk = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
     full = LossInputs(
         logp=value,
         behavior_logp=value,
@@ -144,7 +144,7 @@ def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozens
         segments=jax.ShapeDtypeStruct((1, 1), jnp.int32),
         proximal_logp=value,
         reference_logp=value,
-        topk=TopKPair(logp=tracked, behavior_logp=tracked, has_sampled=flag, proximal_logp=tracked),
+        topk=TopKPair(logp=topk, behavior_logp=topk, has_sampled=flag, proximal_logp=topk),
         exact=ExactDivergence(tv=value, kl=value),
     )
 
@@ -157,3 +157,13 @@ def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozens
 
     jax.eval_shape(loss, full)
     return frozenset(field for field in among if needs(field))
+
+
+RENAMED = {"from_mask": "from_keep", "safe": "zero_outside_mask", "bind": "bind_loss"}
+
+
+def __getattr__(name: str) -> None:
+    """Says what has another name now."""
+    if name in RENAMED:
+        raise ImportError(f"dppo_jax.losses.{name} is called {RENAMED[name]} now")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

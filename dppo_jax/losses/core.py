@@ -34,7 +34,7 @@ def require(inputs: LossInputs, field: str) -> Array:
     return value  # type: ignore[return-value]
 
 
-def safe(inputs: LossInputs) -> LossInputs:
+def zero_outside_mask(inputs: LossInputs) -> LossInputs:
     """The inputs with 0 for every value outside the mask, so that a NaN there reaches no arithmetic."""
     mask = inputs.mask
 
@@ -65,7 +65,7 @@ def output(
     return LossOutput(coef=jax.lax.stop_gradient(coef), keep=inside, metrics={} if metrics is None else metrics)
 
 
-def from_mask(inputs: LossInputs, keep: Array, *, ratio_cap: float, metrics: dict | None = None) -> LossOutput:
+def from_keep(inputs: LossInputs, keep: Array, *, ratio_cap: float, metrics: dict | None = None) -> LossOutput:
     """c = keep * min(r, ratio_cap) * A inside the mask, 0 outside."""
     ratio = bounded_exp(log_ratio(inputs.logp, inputs.behavior_logp))
     return output(inputs, jnp.minimum(ratio, ratio_cap), keep, metrics=metrics)

@@ -5,15 +5,14 @@ With any other loss they would correct twice: there the weight pi/mu holds the m
 
 import jax.numpy as jnp
 
-from dppo_jax.losses.core import Sequences, bounded_exp, log_ratio, output, require, safe
+from dppo_jax.losses.core import Sequences, bounded_exp, log_ratio, output, require, zero_outside_mask
 from dppo_jax.losses.ratio import clipped
 from dppo_jax.types import LossInputs, LossOutput
 
 
 def _corrected(inputs: LossInputs, eps_low: float, eps_high: float, correct) -> LossOutput:
     """c = M q w A with (w, keep) = correct(log rho, inputs)."""
-    require(inputs, "proximal_logp")
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     proximal = require(inputs, "proximal_logp")
     logs, mismatch = log_ratio(inputs.logp, proximal), log_ratio(proximal, inputs.behavior_logp)
     weight, keep = correct(mismatch, inputs)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dppo_jax.divergences import binary_kl, prob_diff, topk_kl, topk_tv
-from dppo_jax.losses.core import bounded_exp, from_mask, log_ratio, output, require, safe, two_sided
-from dppo_jax.types import LossInputs, LossOutput, TopKPair
+from dppo_jax.losses.core import bounded_exp, from_keep, log_ratio, output, require, two_sided, zero_outside_mask
+from dppo_jax.types import LossInputs, LossOutput
 
 
 def _anchor(inputs: LossInputs, proximal: bool) -> Array:
@@ -20,11 +20,11 @@ def dppo_binary_tv(
     `proximal`: the proximal policy takes mu's place in the mask, not in the weight (section 5.2).
     """
     _anchor(inputs, proximal)
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     diff = prob_diff(inputs.logp, _anchor(inputs, proximal))
     keep = two_sided(inputs.advantages, diff > delta_high, -diff > delta_low)
     metrics = {"divergence": (jnp.abs(diff), inputs.mask)}
-    return from_mask(inputs, keep, ratio_cap=ratio_cap, metrics=metrics)
+    return from_keep(inputs, keep, ratio_cap=ratio_cap, metrics=metrics)
 
 
 def _divergence_mask(
@@ -34,7 +34,7 @@ def _divergence_mask(
     away_up, away_down = inputs.logp > anchor, inputs.logp < anchor
     high, low = away_up & (divergence > delta_high), away_down & (divergence > delta_low)
     keep = two_sided(inputs.advantages, high, low)
-    return from_mask(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (divergence, inputs.mask)})
+    return from_keep(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (divergence, inputs.mask)})
 
 
 def dppo_binary_kl(
@@ -42,20 +42,17 @@ def dppo_binary_kl(
 ) -> LossOutput:
     """Masked when moving away and KL(Bern mu || Bern pi) > delta, in nats (2602.04879, section 4)."""
     _anchor(inputs, proximal)
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     anchor = _anchor(inputs, proximal)
     return _divergence_mask(inputs, anchor, binary_kl(inputs.logp, anchor), delta_low, delta_high, ratio_cap)
 
 
 def _dppo_topk(estimate, inputs: LossInputs, delta_low, delta_high, ratio_cap, proximal: bool) -> LossOutput:
-    _anchor(inputs, proximal)
-    require(inputs, "topk")
-    if proximal:
-        require(inputs, "topk.proximal_logp")
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     anchor = _anchor(inputs, proximal)
-    topk: TopKPair = inputs.topk  # type: ignore[assignment]
-    divergence = estimate(inputs.logp, anchor, topk, topk.proximal_logp if proximal else topk.behavior_logp)
+    topk = require(inputs, "topk")
+    topk_anchor = require(inputs, "topk.proximal_logp" if proximal else "topk.behavior_logp")
+    divergence = estimate(inputs.logp, anchor, topk, topk_anchor)
     return _divergence_mask(inputs, anchor, divergence, delta_low, delta_high, ratio_cap)
 
 
@@ -80,18 +77,17 @@ def dppo_exact(
 
     `kind`: "tv" or "kl", in nats. The exact divergence is that from the rollout's parameters in its own precision.
     """
-    require(inputs, "exact")
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     divergence = require(inputs, f"exact.{kind}")
     return _divergence_mask(inputs, inputs.behavior_logp, divergence, delta_low, delta_high, ratio_cap)
 
 
 def minimal_mask(inputs: LossInputs, *, delta_low: float, ratio_cap: float) -> LossOutput:
     """Masked when A<0 and mu-pi >= delta_low, and nothing else (2602.04879, section 5.3). Equal is masked here."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     diff = prob_diff(inputs.logp, inputs.behavior_logp)
     keep = ~((inputs.advantages < 0) & (-diff >= delta_low))
-    return from_mask(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (jnp.abs(diff), inputs.mask)})
+    return from_keep(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (jnp.abs(diff), inputs.mask)})
 
 
 def binary_tv_unsigned(inputs: LossInputs, *, delta_low: float, delta_high: float, ratio_cap: float) -> LossOutput:
@@ -99,19 +95,19 @@ def binary_tv_unsigned(inputs: LossInputs, *, delta_low: float, delta_high: floa
 
     The same rule is the default loss of the prime-rl library, under the name of IPO, with 0.3.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     diff = prob_diff(inputs.logp, inputs.behavior_logp)
     keep = (diff <= delta_high) & (-diff <= delta_low)
-    return from_mask(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (jnp.abs(diff), inputs.mask)})
+    return from_keep(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (jnp.abs(diff), inputs.mask)})
 
 
 def kpop(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
     """Kept iff KL(Bern mu || Bern pi) <= delta and KL(Bern pi || Bern mu) <= delta, in nats, whatever the sign of A."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     forward, reverse = binary_kl(inputs.logp, inputs.behavior_logp), binary_kl(inputs.behavior_logp, inputs.logp)
     divergence = jnp.maximum(forward, reverse)
     metrics = {"divergence": (divergence, inputs.mask)}
-    return from_mask(inputs, divergence <= delta, ratio_cap=ratio_cap, metrics=metrics)
+    return from_keep(inputs, divergence <= delta, ratio_cap=ratio_cap, metrics=metrics)
 
 
 def drpo(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
@@ -119,7 +115,7 @@ def drpo(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
 
     DRPO, 2606.09821, table 1.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.minimum(bounded_exp(log_ratio(inputs.logp, inputs.behavior_logp)), ratio_cap)
     diff = prob_diff(inputs.logp, inputs.behavior_logp)
     return output(

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dppo_jax.losses.core import bounded_exp, from_mask, log_ratio, output, require, safe, two_sided
+from dppo_jax.losses.core import bounded_exp, from_keep, log_ratio, output, require, two_sided, zero_outside_mask
 from dppo_jax.types import LossInputs, LossOutput
 
 
 def reinforce(inputs: LossInputs) -> LossOutput:
     """c = A: the score-function gradient of data taken as on-policy (Williams, 1992)."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     return output(inputs, jnp.ones_like(inputs.logp))
 
 
@@ -19,8 +19,8 @@ def truncated_is(inputs: LossInputs, *, ratio_cap: float) -> LossOutput:
 
     CISPO: MiniMax-M1, 2506.13585, equations 4 and 5; ScaleRL, 2510.13786, section 3.
     """
-    inputs = safe(inputs)
-    return from_mask(inputs, jnp.ones_like(inputs.mask), ratio_cap=ratio_cap)
+    inputs = zero_outside_mask(inputs)
+    return from_keep(inputs, jnp.ones_like(inputs.mask), ratio_cap=ratio_cap)
 
 
 def clipped(ratio: Array, advantages: Array, eps_low: float, eps_high: float) -> Array:
@@ -34,33 +34,31 @@ def ratio_clip(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap
     PPO (1707.06347, equation 7) and GRPO with equal eps; Clip-Higher (DAPO, 2503.14476, equation 10) with eps_high
     larger. The anchor is the rollout's own log-probability ("bypass": no pass of the trainer at the old parameters).
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))
-    return from_mask(inputs, clipped(ratio, inputs.advantages, eps_low, eps_high), ratio_cap=ratio_cap)
+    return from_keep(inputs, clipped(ratio, inputs.advantages, eps_low, eps_high), ratio_cap=ratio_cap)
 
 
 def dual_clip(
     inputs: LossInputs, *, eps_low: float, eps_high: float, dual_cap: float, ratio_cap: float
 ) -> LossOutput:
     """`ratio_clip`, also masked when A<0 and r > dual_cap (1912.09729, equation 5)."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))
     keep = clipped(ratio, inputs.advantages, eps_low, eps_high) & ~((inputs.advantages < 0) & (ratio > dual_cap))
-    return from_mask(inputs, keep, ratio_cap=ratio_cap)
+    return from_keep(inputs, keep, ratio_cap=ratio_cap)
 
 
 def minirl(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
     """`ratio_clip` with the ratio to the proximal policy in the mask; the weight stays pi/mu (section 5)."""
-    require(inputs, "proximal_logp")
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(log_ratio(inputs.logp, require(inputs, "proximal_logp")))
-    return from_mask(inputs, clipped(ratio, inputs.advantages, eps_low, eps_high), ratio_cap=ratio_cap)
+    return from_keep(inputs, clipped(ratio, inputs.advantages, eps_low, eps_high), ratio_cap=ratio_cap)
 
 
 def ratio_clip_recomputed(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
     """`ratio_clip` with q = pi/pi' in mask and weight: c = M min(q, C) A. The mismatch pi'/mu is left uncorrected."""
-    require(inputs, "proximal_logp")
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, require(inputs, "proximal_logp"))
     keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
     return output(inputs, jnp.minimum(bounded_exp(logs), ratio_cap), keep)
@@ -70,12 +68,12 @@ def relaxed_clip(
     inputs: LossInputs, *, eps_low: float, eps_high: float, alpha: float, ratio_cap: float, low: bool, high: bool
 ) -> LossOutput:
     """`ratio_clip` with its lower (`low`) or upper (`high`) bound lifted where mu < alpha (2602.04879, section 6)."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))
     rare = jnp.exp(inputs.behavior_logp) < alpha
     above = (ratio > 1 + eps_high) & ~(rare & high)
     below = (ratio < 1 - eps_low) & ~(rare & low)
-    return from_mask(inputs, two_sided(inputs.advantages, above, below), ratio_cap=ratio_cap)
+    return from_keep(inputs, two_sided(inputs.advantages, above, below), ratio_cap=ratio_cap)
 
 
 def sapo(inputs: LossInputs, *, tau_low: float, tau_high: float) -> LossOutput:
@@ -83,7 +81,7 @@ def sapo(inputs: LossInputs, *, tau_low: float, tau_high: float) -> LossOutput:
 
     SAPO, 2511.20347.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
     tau = jnp.where(inputs.advantages > 0, tau_high, tau_low)
     gate = jax.nn.sigmoid(tau * (jnp.exp(logs) - 1))
@@ -96,7 +94,7 @@ def kimi_k25(inputs: LossInputs, *, eps_low: float, eps_high: float, tau: float)
 
     The second term, of the penalty tau log(r)^2, acts on masked tokens too. Kimi K2.5 technical report (2026).
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
     ratio = jnp.exp(logs)
     keep = (ratio <= 1 + eps_high) & (ratio >= 1 - eps_low)

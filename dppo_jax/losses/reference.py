@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dppo_jax.errors import lookup
-from dppo_jax.losses.core import BoundLoss, bounded_exp, log_ratio, require, safe
+from dppo_jax.losses.core import BoundLoss, bounded_exp, log_ratio, require, zero_outside_mask
 from dppo_jax.types import LossInputs, LossOutput
 
 # Minus the derivative by log pi of each estimate of KL(pi || reference), from log(pi/reference): k1 = log(pi/ref) in
@@ -30,8 +30,7 @@ def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> functo
 
 
 def _penalised(inputs: LossInputs, *, loss: BoundLoss, coef: float, slope: Callable[[Array], Array]) -> LossOutput:
-    require(inputs, "reference_logp")
-    plain, clean = loss(inputs), safe(inputs)
+    plain, clean = loss(inputs), zero_outside_mask(inputs)
     logs = log_ratio(clean.logp, require(clean, "reference_logp"))
     extra = jnp.where(inputs.mask, coef * slope(logs), 0.0)
     metrics = plain.metrics | {"reference_kl": (bounded_exp(-logs) - 1 + logs, inputs.mask)}

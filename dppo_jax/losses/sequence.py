@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from dppo_jax.divergences import prob_diff
-from dppo_jax.losses.core import Sequences, bounded_exp, from_mask, log_ratio, output, safe
+from dppo_jax.losses.core import Sequences, bounded_exp, from_keep, log_ratio, output, zero_outside_mask
 from dppo_jax.losses.ratio import clipped
 from dppo_jax.types import LossInputs, LossOutput
 
@@ -13,7 +13,7 @@ def gspo(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: floa
 
     GSPO, 2507.18071, equations 5 to 7.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = Sequences(inputs).mean(log_ratio(inputs.logp, inputs.behavior_logp))
     keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
     return output(inputs, jnp.minimum(bounded_exp(logs), ratio_cap), keep)
@@ -26,11 +26,11 @@ def deepseek_v32(
 
     DeepSeek-V3.2's off-policy sequence masking, 2512.02556, section 3.1; the report gives no threshold.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
     drift = -Sequences(inputs).mean(logs)
     keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
-    return from_mask(inputs, keep & ~((inputs.advantages < 0) & (drift > delta_low)), ratio_cap=ratio_cap)
+    return from_keep(inputs, keep & ~((inputs.advantages < 0) & (drift > delta_low)), ratio_cap=ratio_cap)
 
 
 def trm_max(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
@@ -38,26 +38,26 @@ def trm_max(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput
 
     Trust-region masking by the largest divergence, 2512.23075; log(r)^2 / 2 estimates KL(mu || pi) from one sample.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
-    return from_mask(inputs, Sequences(inputs).max(logs**2 / 2) <= delta, ratio_cap=ratio_cap)
+    return from_keep(inputs, Sequences(inputs).max(logs**2 / 2) <= delta, ratio_cap=ratio_cap)
 
 
 def trm_mean(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
     """The whole response masked when its mean r - 1 - log r > delta: trust-region masking by the mean, 2512.23075."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
     divergence = Sequences(inputs).mean(jnp.expm1(logs) - logs)
-    return from_mask(inputs, divergence <= delta, ratio_cap=ratio_cap)
+    return from_keep(inputs, divergence <= delta, ratio_cap=ratio_cap)
 
 
 def vaco(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
     """Masked when the response's mean |r-1| / 2 > delta and A (r-1) > 0: of a response that has drifted, the tokens
     whose update would take it further. VACO, 2603.01365, algorithm 1, with a response as the batch of its TV."""
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     gap = jnp.expm1(log_ratio(inputs.logp, inputs.behavior_logp))
     drifted = Sequences(inputs).mean(jnp.abs(gap) / 2) > delta
-    return from_mask(inputs, ~(drifted & (inputs.advantages * gap > 0)), ratio_cap=ratio_cap)
+    return from_keep(inputs, ~(drifted & (inputs.advantages * gap > 0)), ratio_cap=ratio_cap)
 
 
 def cppo(inputs: LossInputs, *, delta: float, delta_budget: float, w_min: float, ratio_cap: float) -> LossOutput:
@@ -67,7 +67,7 @@ def cppo(inputs: LossInputs, *, delta: float, delta_budget: float, w_min: float,
     [delta_budget, 2 delta_budget]: masked when A (r-1) > 0 and
     Z_t > min(delta, delta + b sum_{s<t} w_s - sum_{s<t} Z_s). CPPO, 2606.10968, equations 8 to 11.
     """
-    inputs = safe(inputs)
+    inputs = zero_outside_mask(inputs)
     sequences = Sequences(inputs)
     diff = prob_diff(inputs.logp, inputs.behavior_logp)
     divergence = jnp.abs(diff)
@@ -78,4 +78,4 @@ def cppo(inputs: LossInputs, *, delta: float, delta_budget: float, w_min: float,
     beyond = spent > jnp.minimum(delta, allowed)
     away = inputs.advantages * jnp.sign(inputs.logp - inputs.behavior_logp) > 0
     metrics = {"divergence": (divergence, inputs.mask)}
-    return from_mask(inputs, ~(away & beyond), ratio_cap=ratio_cap, metrics=metrics)
+    return from_keep(inputs, ~(away & beyond), ratio_cap=ratio_cap, metrics=metrics)

@@ -9,13 +9,12 @@ from jaxtyping import Array, Float32, Int32
 
 from dppo_jax import token_head
 from dppo_jax.errors import UserError
-from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.config import DTYPES, ModelConfig
 from dppo_jax.models.decoder import Params, forward, head_weight
 from dppo_jax.models.hf import load_params, save_hf
 
 __all__ = ["DTYPES", "ModelConfig", "Policy", "load_policy", "save_hf"]
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 @dataclass(frozen=True)

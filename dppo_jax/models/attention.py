@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int32
 
-from dppo_jax.devices.sharding import mesh_axes, parts, spec
+from dppo_jax.devices.sharding import mesh_axes, num_shards, spec
 from dppo_jax.errors import UserError, lookup
 
 # kernel(q, k, v, segments, scale=, softcap=, window=) -> mixed values
@@ -139,14 +139,14 @@ def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel,
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, segments)
-    pieces = parts(mesh, *mesh_axes("heads"))
+    shards = num_shards(mesh, *mesh_axes("heads"))
     heads, kv_heads = q.shape[2], k.shape[2]
-    if heads % pieces:
+    if heads % shards:
         raise UserError(
-            f"attention cannot share {heads} heads among mesh.{mesh_axes('heads')[0]} = {pieces} devices; "
-            f"the nearest size that fits is {math.gcd(heads, pieces)}"
+            f"attention cannot share {heads} heads among mesh.{mesh_axes('heads')[0]} = {shards} devices; "
+            f"the nearest size that fits is {math.gcd(heads, shards)}"
         )
-    repeats = math.lcm(kv_heads, pieces) // kv_heads
+    repeats = math.lcm(kv_heads, shards) // kv_heads
     if repeats > 1:
         k, v = (jnp.repeat(a, repeats, axis=2) for a in (k, v))
     by_head, by_row = spec("batch", None, "heads", None), spec("batch", None)

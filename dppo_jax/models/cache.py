@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from dppo_jax.devices.sharding import constrain, mesh_axes, parts, spec
+from dppo_jax.devices.sharding import constrain, mesh_axes, num_shards, spec
 
 Cache = tuple[tuple[Array, Array], ...]  # blocks of (keys, values)
 
@@ -170,7 +170,7 @@ def step_of_all(
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         # Where the mesh cuts the heads into more pieces than there are key heads, every device has all of them.
-        share = key.shape[1] % parts(mesh, *mesh_axes("kv_heads")) == 0
+        share = key.shape[1] % num_shards(mesh, *mesh_axes("kv_heads")) == 0
         heads, kv_heads = ("heads", "kv_heads") if share else (None, None)
         blocks = jax.tree.map(lambda _: spec(None, "batch", kv_heads, None, None), cache)
         own = spec("batch", kv_heads, None)

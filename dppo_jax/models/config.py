@@ -12,8 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from dppo_jax.errors import UserError
 from dppo_jax.files import shown
+
+# What a model computes in, and what its weights may be stored in.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+# The matrices of a layer: what adapters stand beside, and what is quantised. Of a mixture, of every expert.
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",

@@ -17,15 +17,15 @@ from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 from dppo_jax import quantize
 from dppo_jax.devices.sharding import constrain, cuts_evenly, is_cut, summed_product
 from dppo_jax.models.attention import self_attention
-from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.config import MATRICES, ModelConfig
 from dppo_jax.models.embedding import embed
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
+from dppo_jax.types import Rounding
 
 Params = dict[str, Any]
 # attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
-Rounding = Callable[[Array], Array]
 
 ADAPTER = ("_lora_a", "_lora_b")  # after a weight's name: those of its adapter
 LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
@@ -195,7 +195,7 @@ class Layer(nnx.Module):
             for name in c.lora.targets:
                 adapt(self, name, c.lora.rank, rngs)
         if c.quantization:
-            for name in quantize.MATRICES:
+            for name in MATRICES:
                 w = getattr(self, name)
                 axes = (*w.get_metadata()["axes"][:-2], "norm", w.get_metadata()["axes"][-1])
                 scales = jnp.ones((*w.shape[:-2], 1, w.shape[-1]))
@@ -209,12 +209,12 @@ class Layer(nnx.Module):
         attend: Attend,
         cache: Any,
         number: Any,
-        narrow: Rounding | None,
+        round_inputs: Rounding | None,
         experts: Integer[Array, "B T k"] | None,
     ):
         """(x, cache, what `attend` keeps, routed): through the experts chosen, or given; None without a mixture."""
-        c, narrow = self.config, (lambda x: x) if narrow is None else narrow
-        h = constrain(narrow(self._norm("attn_norm", x)), "batch", "length", "residual")
+        c, round_inputs = self.config, (lambda x: x) if round_inputs is None else round_inputs
+        h = constrain(round_inputs(self._norm("attn_norm", x)), "batch", "length", "residual")
         q = self._product("q", h, c.num_heads)
         k, v = (self._product(name, h, c.num_kv_heads) for name in ("k", "v"))
         if c.qkv_bias:
@@ -226,13 +226,13 @@ class Layer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         mixed, cache, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
-        mixed = narrow(mixed.reshape(*x.shape[:2], -1)).reshape(*x.shape[:2], c.num_heads, -1)
+        mixed = round_inputs(mixed.reshape(*x.shape[:2], -1)).reshape(*x.shape[:2], c.num_heads, -1)
         mixed = constrain(mixed, "batch", "length", "heads", None)
         mixed = constrain(self._product("o", mixed), "batch", "stream", "residual")
         mixed = mixed + self.o_bias[...] if c.o_bias else mixed
         x = x + (self._norm("attn_post_norm", mixed) if c.gemma else mixed)
-        h = narrow(self._norm("mlp_norm", x))
-        h, routed = self._mixture(h, narrow, experts) if c.num_experts else (self._mlp(h, narrow), None)
+        h = round_inputs(self._norm("mlp_norm", x))
+        h, routed = self._mixture(h, round_inputs, experts) if c.num_experts else (self._mlp(h, round_inputs), None)
         h = constrain(h, "batch", "stream", "residual")
         h = self._norm("mlp_post_norm", h) if c.gemma else h
         return x + h, cache, kept, routed
@@ -268,18 +268,18 @@ class Layer(nnx.Module):
         a, b = (getattr(self, name + suffix)[...] for suffix in ADAPTER)
         return add_adapter(w, a, b, lora.scale)
 
-    def _mlp(self, h: Array, narrow: Rounding) -> Array:
+    def _mlp(self, h: Array, round_inputs: Rounding) -> Array:
         activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # by tanh
         h = constrain(h, "batch", "length", "residual")
-        h = narrow(activation(self._product("gate", h)) * self._product("up", h))
+        h = round_inputs(activation(self._product("gate", h)) * self._product("up", h))
         return self._product("down", constrain(h, "batch", "length", "mlp"))
 
-    def _mixture(self, h: Array, narrow: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
+    def _mixture(self, h: Array, round_inputs: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
         c = self.config
         given = None if experts is None else experts.astype(jnp.int32)
         weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
         own = tuple(self._whole(name, h.dtype) for name in ("gate", "up", "down"))
-        return mixture(h, weights, chosen, own, narrow), Routed(chosen, entropy)
+        return mixture(h, weights, chosen, own, round_inputs), Routed(chosen, entropy)
 
 
 class Decoder(nnx.Module):
@@ -304,7 +304,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         cache: Any,
         remat: str = "none",
-        narrow: Rounding | None = None,
+        round_inputs: Rounding | None = None,
         noise: Noise | None = None,
         experts: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Any, Any, Routed | None]:
@@ -312,8 +312,8 @@ class Decoder(nnx.Module):
 
         Stacked layers hand one cache, of all layers, from each to the next; of a list, each has its own.
         Given `experts`, every token goes through those (a replay of the rollout's; stacked layers only).
-        `narrow` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state that
-        enters each layer (stacked layers only).
+        `round_inputs` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state
+        that enters each layer (stacked layers only).
         """
         x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
         if self.config.gemma:
@@ -324,7 +324,7 @@ class Decoder(nnx.Module):
             def block(layer, carried, number, noise, experts):
                 x, cache = carried
                 x = x if noise is None else noise.added(x)
-                x, cache, *found = layer(x, cos, sin, attend, cache, number, narrow, experts)
+                x, cache, *found = layer(x, cos, sin, attend, cache, number, round_inputs, experts)
                 return (x, cache), tuple(found)
 
             if remat != "none":
@@ -335,13 +335,13 @@ class Decoder(nnx.Module):
         else:
             caches, found = [], []
             for number, (layer, own) in enumerate(zip(self.layers, cache, strict=True)):
-                x, own, *rest = layer(x, cos, sin, attend, own, number, narrow, None)
+                x, own, *rest = layer(x, cos, sin, attend, own, number, round_inputs, None)
                 caches.append(own)
                 found.append(tuple(rest))
             cache, (kept, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *found)
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
         x = constrain(x, "batch", "length", "residual")
-        return x if narrow is None else narrow(x), cache, kept, routed
+        return x if round_inputs is None else round_inputs(x), cache, kept, routed
 
 
 @functools.cache
@@ -351,7 +351,7 @@ def _abstract(config: ModelConfig, stacked: bool):
     return graph, params
 
 
-def bind(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: Any = None) -> Decoder:
+def as_module(config: ModelConfig, params: Params, *, stacked: bool = True, dtype: Any = None) -> Decoder:
     """The module that holds these parameters, cast to `dtype` if one is given; call it inside jit, once."""
     params = {key: value for key, value in params.items() if key != LOG_SIGMA}
     if dtype is not None:
@@ -428,7 +428,7 @@ def forward_routed(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attention: str = "xla",
-    narrow: Rounding | None = None,
+    round_inputs: Rounding | None = None,
     noise_key: Key[Array, ""] | None = None,
     experts: Integer[Array, "B T Lk"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Routed | None]:
@@ -453,6 +453,6 @@ def forward_routed(
         noise = Noise(jnp.exp(params[LOG_SIGMA]), jax.random.key_data(keys))
     if experts is not None:
         experts = jnp.moveaxis(experts.reshape(*tokens.shape, config.num_layers, -1), 2, 0)
-    model = bind(config, params, dtype=dtype)
-    hidden, _, _, routed = model(tokens, position, attend, None, remat, narrow, noise, experts)
+    model = as_module(config, params, dtype=dtype)
+    hidden, _, _, routed = model(tokens, position, attend, None, remat, round_inputs, noise, experts)
     return hidden, routed

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -29,7 +28,6 @@ from dppo_jax.models.decoder import Params, abstract_params
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 READABLE = {"F32", "BF16", "F16"}
 POINTER = b"version https://git-lfs"  # what stands in a file that was not fetched
 
@@ -146,7 +144,7 @@ def save_hf(
     Raises:
       UserError: an unknown dtype, a config that its architecture cannot say, or params that do not fit the config.
     """
-    stored = lookup(DTYPES, dtype, "dtype")
+    stored = np.dtype(lookup(DTYPES, dtype, "dtype"))
     origin = None if source is None else folder(source)
     before = {} if origin is None else _config_fields(origin)
     tokens = companions.token_fields(tokenizer, before, [int(token) for token in eos_ids])

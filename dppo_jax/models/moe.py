@@ -18,8 +18,8 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Bool, Float, Int32
 
 from dppo_jax.devices.sharding import constrain, dividing, mesh_axes, spec
+from dppo_jax.types import Rounding
 
-Rounding = Callable[[Array], Array]
 Weights = tuple[Array, ...]  # gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]
 
 FIRST, MORE = 1.2, 0.3  # of an equal share of the load: what a device works through at once, and then, if it has more
@@ -49,19 +49,19 @@ def mixture(
     weights: Float[Array, "B T k"],
     chosen: Int32[Array, "B T k"],
     experts: Weights,
-    narrow: Rounding,
+    round_inputs: Rounding,
 ) -> Float[Array, "B T E"]:
     """sum_j weights_j down_j(silu(gate_j h) * up_j h) over each token's experts."""
     mesh, weights = jax.sharding.get_abstract_mesh(), weights.astype(h.dtype)
     if mesh.empty:
-        return _local(h, weights, chosen, experts, narrow=narrow, gather=(), same=())
+        return _local(h, weights, chosen, experts, round_inputs=round_inputs, gather=(), same=())
     holders = mesh_axes("holder")
     by_token = dividing(mesh, h, "batch", "stream", None)
     differ = {axis for name in by_token if name for axis in mesh_axes(name)}  # mesh axes along which the tokens do
     share = jax.shard_map(
         functools.partial(
             _local,
-            narrow=narrow,
+            round_inputs=round_inputs,
             gather=tuple(axis for axis in holders if axis in differ),
             same=tuple(axis for axis in holders if axis not in differ),
         ),
@@ -80,7 +80,7 @@ def mixture(
 
 
 def _local(
-    h: Array, weights: Array, chosen: Array, experts: Weights, *, narrow: Rounding, gather: tuple, same: tuple
+    h: Array, weights: Array, chosen: Array, experts: Weights, *, round_inputs: Rounding, gather: tuple, same: tuple
 ) -> Array:
     """One device's part. Tokens are gathered over the mesh axes `gather`, and are the same over `same`."""
     shape, k = h.shape, chosen.shape[-1]
@@ -99,7 +99,7 @@ def _local(
     here = (chosen >= first) & (chosen < first + count)
     chosen = jnp.where(here, chosen - first, count)
     shares = jax.lax.axis_size(holders) if holders else 1
-    out = _grouped(tokens, weights, chosen, experts, narrow, shares)
+    out = _grouped(tokens, weights, chosen, experts, round_inputs, shares)
     out = _by_row(jax.lax.psum_scatter(out, gather, tiled=True)) if gather else out
     return (jax.lax.psum(out, same) if same else out).reshape(shape)
 
@@ -109,14 +109,16 @@ def _by_row(x: Array) -> Array:
     return with_layout_constraint(x, Layout((0, 1)))
 
 
-def _grouped(tokens: Array, weights: Array, chosen: Array, experts: Weights, narrow: Rounding, shares: int) -> Array:
+def _grouped(
+    tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding, shares: int
+) -> Array:
     """f[n, E]: of each token [n, E], the sum over those of its `chosen` [n, k] experts that are here; X: elsewhere.
 
     With 1 / `shares` of the load expected here, the pairs of token and expert are worked through in a large piece and
     as many small ones as there turn out to be.
     """
     if len(tokens) <= FEW:
-        return _dense(tokens, weights, chosen, experts, narrow)
+        return _dense(tokens, weights, chosen, experts, round_inputs)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     starts = jnp.sum(flat[:, None] < jnp.arange(len(experts[0]) + 1), axis=0, dtype=jnp.int32)
@@ -125,24 +127,24 @@ def _grouped(tokens: Array, weights: Array, chosen: Array, experts: Weights, nar
     else:
         first, more = (math.ceil(part * len(flat) / shares / TILE) * TILE for part in (FIRST, MORE))
         sizes = (min(first, len(flat)), more)
-    return _of_pairs((narrow, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts)
+    return _of_pairs((round_inputs, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts)
 
 
-def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, narrow: Rounding) -> Array:
+def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding) -> Array:
     """`_grouped` by every expert of every token, those not chosen with weight 0: nothing is sorted or moved."""
     *into, down = experts
     share = jnp.sum(jnp.where(chosen[..., None] == jnp.arange(len(down)), weights[..., None], 0), axis=1)  # [n, X]
-    hidden = _hidden(narrow, *(jnp.einsum("ne,xef->xnf", tokens, w) for w in into))
+    hidden = _hidden(round_inputs, *(jnp.einsum("ne,xef->xnf", tokens, w) for w in into))
     return jnp.einsum("xne,nx->ne", jnp.einsum("xnf,xfe->xne", hidden, down), share)
 
 
-def _hidden(narrow: Rounding, *products: Array) -> Array:
+def _hidden(round_inputs: Rounding, *products: Array) -> Array:
     """What goes into `down`, of the products with gate and up, or with both side by side."""
     gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
-    return narrow(jax.nn.silu(gate) * up)
+    return round_inputs(jax.nn.silu(gate) * up)
 
 
-class _Piece(NamedTuple):
+class _ExpertChunk(NamedTuple):
     """Some of the pairs, those of one expert after those of another; that of token i and its choice j is i k + j."""
 
     pair: Int32[Array, "p"]
@@ -163,21 +165,21 @@ class _Piece(NamedTuple):
         return total.at[jnp.where(self.there[:, 0], self.token, len(total))].add(rows, mode="drop")
 
 
-def _over_pieces(sizes: tuple[int, int], k: int, order: Array, starts: Array, work: Callable, carry: Any) -> Any:
+def _over_chunks(sizes: tuple[int, int], k: int, order: Array, starts: Array, work: Callable, carry: Any) -> Any:
     """carry = work(carry, piece) for a first piece and, while there are pairs left, further ones."""
 
-    def piece(begin, size: int) -> _Piece:
+    def chunk(begin, size: int) -> _ExpertChunk:
         bounds = jnp.clip(starts - begin, 0, size)
         pair = jax.lax.dynamic_slice_in_dim(order, begin, size)
         there = jnp.arange(size) < bounds[-1]
-        return _Piece(pair, pair // k, there[:, None], bounds[1:] - bounds[:-1])
+        return _ExpertChunk(pair, pair // k, there[:, None], bounds[1:] - bounds[:-1])
 
     first, more = sizes
-    carry = work(carry, piece(0, first))
+    carry = work(carry, chunk(0, first))
     if not more:
         return carry
     turns = (starts[-1] - first + more - 1) // more
-    return jax.lax.fori_loop(0, turns, lambda turn, carry: work(carry, piece(first + turn * more, more)), carry)
+    return jax.lax.fori_loop(0, turns, lambda turn, carry: work(carry, chunk(first + turn * more, more)), carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,24 +195,24 @@ def _of_pairs(
 
     Its backward pass keeps none of the pairs' rows: it takes them anew.
     """
-    narrow, sizes = static
+    round_inputs, sizes = static
     *into, down = experts
 
-    def work(out, piece):
-        rows = piece.taken(tokens)
-        hidden = _weighted(narrow, piece, _weight(weights, piece), *(_times(rows, w, piece.sizes) for w in into))
-        return piece.add(out, _times(hidden, down, piece.sizes))
+    def work(out, chunk):
+        rows = chunk.taken(tokens)
+        hidden = _weighted(round_inputs, chunk, _weight(weights, chunk), *(_times(rows, w, chunk.sizes) for w in into))
+        return chunk.add(out, _times(hidden, down, chunk.sizes))
 
-    return _over_pieces(sizes, weights.shape[1], order, starts, work, jnp.zeros_like(tokens))
-
-
-def _weight(weights: Array, piece: _Piece) -> Array:
-    return weights.reshape(-1)[piece.pair, None]
+    return _over_chunks(sizes, weights.shape[1], order, starts, work, jnp.zeros_like(tokens))
 
 
-def _weighted(narrow: Rounding, piece: _Piece, weight: Array, *products: Array) -> Array:
+def _weight(weights: Array, chunk: _ExpertChunk) -> Array:
+    return weights.reshape(-1)[chunk.pair, None]
+
+
+def _weighted(round_inputs: Rounding, chunk: _ExpertChunk, weight: Array, *products: Array) -> Array:
     """The hidden values times their pair's weight, as good as the outputs times it, and narrower."""
-    return piece.only(_hidden(narrow, *products) * weight)
+    return chunk.only(_hidden(round_inputs, *products) * weight)
 
 
 def _of_pairs_forward(static, *inputs):
@@ -218,25 +220,25 @@ def _of_pairs_forward(static, *inputs):
 
 
 def _of_pairs_backward(static, inputs, g):
-    (narrow, sizes), (tokens, weights, experts, order, starts) = static, inputs
+    (round_inputs, sizes), (tokens, weights, experts, order, starts) = static, inputs
     *into, down = experts
 
-    def work(carry, piece):
+    def work(carry, chunk):
         d_tokens, d_weights, d_experts = carry
-        rows, g_rows = piece.taken(tokens), piece.taken(g)
-        products = [_times(rows, w, piece.sizes) for w in into]
-        hidden, pull = jax.vjp(functools.partial(_weighted, narrow, piece), _weight(weights, piece), *products)
-        d_weight, *d_products = pull(_times_transposed(g_rows, down, piece.sizes))
-        found = [*(_by_group(rows, d, piece.sizes) for d in d_products), _by_group(hidden, g_rows, piece.sizes)]
-        back = (_times_transposed(d, w, piece.sizes) for d, w in zip(d_products, into, strict=True))
+        rows, g_rows = chunk.taken(tokens), chunk.taken(g)
+        products = [_times(rows, w, chunk.sizes) for w in into]
+        hidden, pull = jax.vjp(functools.partial(_weighted, round_inputs, chunk), _weight(weights, chunk), *products)
+        d_weight, *d_products = pull(_times_transposed(g_rows, down, chunk.sizes))
+        found = [*(_by_group(rows, d, chunk.sizes) for d in d_products), _by_group(hidden, g_rows, chunk.sizes)]
+        back = (_times_transposed(d, w, chunk.sizes) for d, w in zip(d_products, into, strict=True))
         return (
-            piece.add(d_tokens, functools.reduce(jnp.add, back)),
-            d_weights.at[piece.pair].add(d_weight[:, 0]),
+            chunk.add(d_tokens, functools.reduce(jnp.add, back)),
+            d_weights.at[chunk.pair].add(d_weight[:, 0]),
             [total + one for total, one in zip(d_experts, found, strict=True)],
         )
 
     zeros = jnp.zeros_like(tokens), jnp.zeros_like(weights.reshape(-1)), [jnp.zeros_like(w) for w in experts]
-    d_tokens, d_weights, d_experts = _over_pieces(sizes, weights.shape[1], order, starts, work, zeros)
+    d_tokens, d_weights, d_experts = _over_chunks(sizes, weights.shape[1], order, starts, work, zeros)
     none = (np.zeros(x.shape, jax.dtypes.float0) for x in (order, starts))
     return d_tokens, d_weights.reshape(weights.shape), tuple(d_experts), *none
 

@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
-from dppo_jax.lora import TARGETS
 from dppo_jax.models.companions import publish
-from dppo_jax.models.config import LARGEST, Lora, ModelConfig
+from dppo_jax.models.config import LARGEST, MATRICES, Lora, ModelConfig
 from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
 from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, check_tensor, folder, open_tensors, places, read_tensor
 
@@ -131,7 +130,7 @@ def _lora(fields: dict[str, Any], config: ModelConfig, source: str) -> Lora:
         raise UserError(f"{source}: lora_alpha must be a positive number, not {shown(alpha)}")
     if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
         raise UserError(f"{source}: target_modules must be a list of names, not {shown(modules)}")
-    ours = {_last(name, config): name for name in TARGETS}
+    ours = {_last(name, config): name for name in MATRICES}
     for name in modules:
         if name not in ours:
             raise UserError(f"{source}: unknown name {shown(name)} in target_modules{nearest(name, ours)}")

@@ -147,7 +147,7 @@ def train(workload: Workload, **changes: Any) -> worker.Run:
             state, metrics = pieces.update(state, batch, plan)
         states.append(state)
         jax.block_until_ready((state, metrics))
-        positions = int(sum(plan.count for plan in plans)) * math.prod(pieces.setup.pack_shape[:2])
+        positions = int(sum(plan.num_microbatches for plan in plans)) * math.prod(pieces.setup.pack_shape[:2])
         return {"tokens": workload.train_tokens, "positions": positions, "occupancy": packing.occupancy(*plans)}
 
     return run
@@ -185,14 +185,14 @@ def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
     import jax.numpy as jnp
     import numpy as np
 
-    from dppo_jax.train_step import make_score
+    from dppo_jax.train_step import make_policy_logprobs
     from dppo_jax.types import PackedBatch
 
     pieces = Pieces(workload)
     params = jax.device_put(pieces.params)
     tokens, length = workloads.train_tokens(workload), workload.train_length
     count = workload.rows // micro_rows
-    score = make_score(pieces.model, temperature=1.0, dtype=jnp.float32, remat=pieces.config.policy.remat)
+    score = make_policy_logprobs(pieces.model, temperature=1.0, dtype=jnp.float32, remat=pieces.config.policy.remat)
 
     def cut(x):
         return jnp.asarray(x).reshape(count, micro_rows, length)

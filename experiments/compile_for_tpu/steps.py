@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dppo_jax import packing
-from dppo_jax.devices.sharding import ROLLOUT, make_mesh, named, parts, rows, spec
+from dppo_jax.devices.sharding import ROLLOUT, batch_sharding, make_mesh, named_shardings, num_shards, spec
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.train_step import assemble, jit_update, make_recompute
@@ -89,10 +89,10 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
         if f"{policy}_logp" in setup.needed:
             recompute = make_recompute(setup.policy_logprobs, policy)
             batch = jax.eval_shape(recompute, state.policy, batch, plan)
-    update: Any = jit_update(setup.update, setup.shardings, mesh, oracle=setup.needs_exact)
+    update: Any = jit_update(setup.update, setup.shardings, mesh, needs_exact=setup.needs_exact)
     arguments = [
         state,
-        placed(batch, jax.tree.map(lambda _: rows(mesh), batch)),
+        placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
         placed(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: everywhere, plan)),
         *([state.params] if setup.needs_exact else []),
     ]
@@ -100,7 +100,7 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     return Step(
         "train",
         lambda: update.lower(*arguments),
-        pieces=int(plan.count),
+        pieces=int(plan.num_microbatches),
         tokens=len(index) * (c.data.max_prompt_len + c.rollout.max_new_tokens),
         logits_bytes=4 * share // _vocabulary_shards(mesh),
     )
@@ -111,9 +111,9 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     c, setup = config, Setup(config, model, mesh)
     policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = placed(_prompts(c), jax.tree.map(lambda _: rows(mesh), _prompts(c)))
+    prompts = placed(_prompts(c), jax.tree.map(lambda _: batch_sharding(mesh), _prompts(c)))
     published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
-    published = placed(published, named(mesh, setup.published_axes(published), ROLLOUT))
+    published = placed(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
     shapes = waiting, experts, jax.eval_shape(policy.idle, waiting, experts)
     out = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), shapes)
@@ -152,7 +152,7 @@ def compiled(step: Step) -> tuple[Any, float]:
 
 
 def _vocabulary_shards(mesh: Mesh) -> int:
-    return parts(mesh, *ROLLOUT["vocab"])
+    return num_shards(mesh, *ROLLOUT["vocab"])
 
 
 def _prompts(config: ConfigDict) -> PromptBatch:
@@ -173,6 +173,6 @@ def _place(mesh: Mesh, path, x) -> NamedSharding:
         axes = ()
     else:
         axes = ("batch",)
-    cut = [parts(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
+    cut = [num_shards(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
     fits = [axis if size % n == 0 else None for axis, size, n in zip(axes, x.shape, cut, strict=False)]
     return NamedSharding(mesh, spec(*fits, rules=ROLLOUT))

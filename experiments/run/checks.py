@@ -16,10 +16,10 @@ from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
-from dppo_jax.lora import TARGETS
 from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
+from dppo_jax.models.config import MATRICES
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.weights import WEIGHTS
@@ -134,7 +134,7 @@ def _check_product(c: ConfigDict, keys: tuple[str, ...], most: int, what: str) -
 
 def _check_lora(c: ConfigDict) -> None:
     for name in c.lora.targets:
-        lookup(dict.fromkeys(TARGETS), name, "lora.targets")
+        lookup(dict.fromkeys(MATRICES), name, "lora.targets")
     if c.lora.rank and not c.lora.targets:
         raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one matrix")
 

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dppo_jax.critic import critic_axes, init_critic, make_critic_update, make_estimate, make_values
-from dppo_jax.devices.sharding import rows
+from dppo_jax.devices.sharding import batch_sharding
 from dppo_jax.metrics import Metrics
 from dppo_jax.models import DTYPES
 from dppo_jax.models.decoder import Params, abstract_params
@@ -36,7 +36,7 @@ class Critic:
         self._abstract = jax.eval_shape(lambda p: init_state(p, self._optimizer), abstract)
         kernel = setup.attention(dtype=config.policy.dtype, length=setup.pack_shape.length).name
         values = make_values(model, dtype=DTYPES[config.policy.dtype], remat=config.policy.remat, attention=kernel)
-        everywhere, by_row = NamedSharding(mesh, P()), rows(mesh)
+        everywhere, by_row = NamedSharding(mesh, P()), batch_sharding(mesh)
         self._estimate = jax.jit(
             make_estimate(values, discount=c.discount, lam=c.lam, whiten=c.whiten), out_shardings=by_row
         )

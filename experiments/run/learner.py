@@ -43,7 +43,7 @@ class Learner:
         if runs.stacked:
             self._update, self._init = _stacked_update(runs, rates)
         else:
-            self._update = jit_update(first.update, first.shardings, first.mesh, oracle=first.needs_exact)
+            self._update = jit_update(first.update, first.shardings, first.mesh, needs_exact=first.needs_exact)
             self._init = first.init_state
         self._finite = jit_finite()
         self._reference: Params = {}
@@ -108,9 +108,9 @@ class Learner:
 
     def assemble(self, samples: Samples) -> TrainBatch:
         """Every row with its prompt, and with the log-probabilities of the other policies that the loss asks for."""
-        batch = self._assemble(samples.prompts, samples.rollout)
+        batch = self._assemble(samples.drawing.prompts, samples.drawing.rollout)
         for name, recompute in self._recompute.items():
-            params = samples.params if name == "proximal" else self._reference
+            params = samples.drawing.params if name == "proximal" else self._reference
             batch = recompute(joined(self.state.frozen, params), batch, self._plan_all(samples.replies))
         return batch
 
@@ -171,7 +171,7 @@ class Learner:
         """Numbers of all rows, on the devices that hold them."""
         c = self._setup.config.rollout
         share = hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
-        return jnp.asarray(hosts.place(self._runs.together([own[share.held] for own in values]), self._mesh, share))
+        return jnp.asarray(hosts.to_global(self._runs.together([own[share.held] for own in values]), self._mesh, share))
 
 
 def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:

@@ -196,7 +196,7 @@ class Record:
             setup, total = self._runs.setups[number], metrics_lib.merge(*measured)
             scalars = {
                 **self._runs.own_metrics(metrics_lib.summary(total), number),
-                **metrics_lib.mismatch(measured[0]),
+                **metrics_lib.mismatch(measured[0], equal_params=samples.drawing.equal_params),
                 **metrics_lib.group_metrics(own.verified, setup.config.rollout.group_size),
                 **{f"reward/{name}": float(count) for name, count in own.counts.items()},
                 **evaluated,

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,31 +42,32 @@ class Replies:
     redrawn: int = 0  # further batches that were drawn for this step
 
 
+class Drawing(NamedTuple):
+    """A rollout that the devices are at, of all runs together."""
+
+    prompts: PromptBatch
+    examples: list[list[Example]]  # by run, of every response that this host scores
+    rollout: RolloutBatch
+    params: Params  # what is trained of the behavior policy's parameters
+    equal_params: bool  # whether they are the learner's, before its updates
+    clock: dict[str, float]  # when the step began, and what was done when
+
+
+@dataclasses.dataclass
 class Samples:
     """One step's rollouts: on the devices, of all runs together, and on the host, run by run."""
 
-    def __init__(
-        self,
-        prompts: PromptBatch,
-        rollout: RolloutBatch,
-        params: Params,
-        replies: list[Replies],
-        pending: list[Pending] | None,
-        clock: dict[str, float],
-    ):
-        self.prompts, self.rollout = prompts, rollout
-        self.params = params  # what is trained of the behavior policy's parameters
-        self.replies = replies
-        self.pending = pending  # the scores, by run; None once they are filled in
-        self.clock = clock  # when the step began, and what was done when
+    drawing: Drawing
+    replies: list[Replies]
+    pending: list[Pending] | None  # the scores, by run; None once they are filled in
 
     def mark(self, what: str) -> None:
         """Notes the time."""
-        self.clock[what] = time.perf_counter()
+        self.drawing.clock[what] = time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
         """Of the parts of the step, once it is over."""
-        c = self.clock
+        c = self.drawing.clock
         return {
             "time/rollout": c["drawn"] - c["began"],
             "time/reward": c["scored"] - c["drawn"],
@@ -73,7 +75,7 @@ class Samples:
         }
 
     def whole_seconds(self) -> float:
-        return self.clock["trained"] - self.clock["began"]
+        return self.drawing.clock["trained"] - self.drawing.clock["began"]
 
 
 class Sampler:
@@ -96,7 +98,7 @@ class Sampler:
         self._frozen: Params = {}  # what no run trains of its policy
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
         self._next_rollout: RolloutBatch | None = None  # drawn a step early
-        self._current: tuple[PromptBatch, list, RolloutBatch, Params, dict[str, float]] | None = None
+        self._drawing: Drawing | None = None
 
     # --- parameters ---
 
@@ -114,27 +116,27 @@ class Sampler:
 
     def start(self, step: int) -> None:
         """Has the devices draw the rollout of a step, unless they did so early."""
-        began = time.perf_counter()
+        clock = {"began": time.perf_counter()}
         prompts, examples = self._prompts_of(step)
         rollout, self._next_rollout = self._next_rollout, None
+        equal_params = rollout is None and len(self._param_history) <= 1
         if rollout is None:
             rollout = self._sample(prompts, step)
-        behavior = self._behavior
+        params = self._behavior
         if self._runs.needs_exact and not self._param_history:
-            behavior = self._copy(behavior)  # the updates donate the learner's
-        self._current = prompts, examples, rollout, behavior, {"began": began}
+            params = self._copy(params)  # the updates donate the learner's
+        self._drawing = Drawing(prompts, examples, rollout, params, equal_params, clock)
 
     def collect(self, step: int) -> Samples:
         """Waits for the rollout, decodes it, and hands its replies to the verifiers; more batches where groups are
         equal and the config asks for others."""
-        assert self._current is not None
-        prompts, examples, rollout, behavior, clock = self._current
-        self._current = None
-        host = self._to_host(rollout)
-        clock["drawn"] = time.perf_counter()
+        assert self._drawing is not None
+        drawing, self._drawing = self._drawing, None
+        host = self._to_host(drawing.rollout)
+        drawing.clock["drawn"] = time.perf_counter()
         if self._config.train.staleness and step + 1 < self._config.steps:
             self._next_rollout = self._sample(self._prompts_of(step + 1)[0], step + 1)
-        samples = self._submitted(step, prompts, examples, rollout, behavior, host, clock)
+        samples = self._submitted(step, drawing, host)
         return self._resampled(step, samples) if self._config.rollout.resample else samples
 
     def _prompts_of(self, step: int) -> tuple[PromptBatch, list[list[Example]]]:
@@ -145,7 +147,7 @@ class Sampler:
             batches.append(prompts)
             owned = self.prompt_share.of_owned(found)
             examples.append([example for example in owned for _ in range(self._config.rollout.group_size)])
-        return hosts.place(self._runs.together(batches), self._mesh, self.prompt_share), examples
+        return hosts.to_global(self._runs.together(batches), self._mesh, self.prompt_share), examples
 
     def _sample(self, prompts: PromptBatch, step: int) -> RolloutBatch:
         return self._generate(joined(self._frozen, self._behavior), prompts, self._keys(step))
@@ -162,16 +164,17 @@ class Sampler:
             found.append((tokens, mask, *hosts.gather((lengths, truncated), self.row_share)))
         return found
 
-    def _submitted(self, step, prompts, examples, rollout, behavior, host, clock) -> Samples:
-        """Samples whose replies are at the verifiers."""
+    def _submitted(self, step: int, drawing: Drawing, host: Sequence[tuple[np.ndarray, ...]]) -> Samples:
+        """Samples whose replies are at the verifiers; `host` as of `_to_host`."""
         replies, pending = [], []
         none: np.ndarray = np.zeros(0, np.float32)
-        for stream, own, (tokens, mask, lengths, truncated) in zip(self._streams, examples, host, strict=True):
+        of_run = zip(self._streams, drawing.examples, host, strict=True)
+        for stream, examples, (tokens, mask, lengths, truncated) in of_run:
             texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
-            pairs = dict(zip(self.row_share.owned.tolist(), zip(own, texts, strict=True), strict=True))
+            pairs = dict(zip(self.row_share.owned.tolist(), zip(examples, texts, strict=True), strict=True))
             replies.append(Replies(stream.lengths(step), lengths, truncated, pairs, none, none, {}))
-            pending.append(self._scorer.submit(texts, own))
-        return Samples(prompts, rollout, behavior, replies, pending, clock)
+            pending.append(self._scorer.submit(texts, examples))
+        return Samples(drawing, replies, pending)
 
     def rewards(self, samples: Samples) -> list[Replies]:
         """Waits until every host has scored its own replies, and fills in the rewards of all."""
@@ -197,9 +200,10 @@ class Sampler:
                 break
             elsewhere = step + attempt * AWAY
             prompts, examples = self._prompts_of(elsewhere)
-            rollout = self._sample(prompts, elsewhere)
-            host = self._to_host(rollout)
-            more = self._submitted(elsewhere, prompts, examples, rollout, samples.params, host, dict(samples.clock))
+            drawing = samples.drawing._replace(
+                prompts=prompts, examples=examples, rollout=self._sample(prompts, elsewhere)
+            )
+            more = self._submitted(elsewhere, drawing, self._to_host(drawing.rollout))
             new = [unequal_groups(own.shaped, group)[::group] for own in self.rewards(more)]
             places = [chosen(old, fresh) for old, fresh in zip(unequal, new, strict=True)]
             samples = self._merged(samples, more, places)
@@ -209,16 +213,13 @@ class Sampler:
         """Both, the groups of every run taken from where `places` says."""
         group = self._config.rollout.group_size
         by_row = [_rows_of(place, group) for place in places]
-        prompts = self._take(kept.prompts, more.prompts, self._runs.together(places))
-        rollout = self._take(kept.rollout, more.rollout, self._runs.together(by_row))
-        return Samples(
-            prompts.replace(group=kept.prompts.group),
-            rollout.replace(group=kept.rollout.group),
-            kept.params,
-            [_merged(a, b, place, group) for a, b, place in zip(kept.replies, more.replies, places, strict=True)],
-            None,
-            kept.clock,
-        )
+        a, b = kept.drawing, more.drawing
+        prompts = self._take(a.prompts, b.prompts, self._runs.together(places))
+        rollout = self._take(a.rollout, b.rollout, self._runs.together(by_row))
+        prompts, rollout = prompts.replace(group=a.prompts.group), rollout.replace(group=a.rollout.group)
+        drawing = a._replace(prompts=prompts, rollout=rollout)
+        pairs = zip(kept.replies, more.replies, places, strict=True)
+        return Samples(drawing, [_merged(one, two, place, group) for one, two, place in pairs], None)
 
     @functools.cached_property
     def _take(self):

@@ -18,30 +18,30 @@ from ml_collections import ConfigDict
 from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.devices.chips import memory_of
-from dppo_jax.devices.sharding import TRAINING, batch_shards, parts, rows
+from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
 from dppo_jax.files import user_path
-from dppo_jax.losses import bind, required_fields, with_reference_kl
+from dppo_jax.losses import bind_loss, required_fields, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import Choice, choose
 from dppo_jax.models.config import Lora, Quantization
 from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
-from dppo_jax.packing import Layout
+from dppo_jax.packing import PackShape
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.rollout import Rollout
 from dppo_jax.sampling import step_key
-from dppo_jax.token_head import piece_count
+from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
-    Oracle,
-    Score,
+    BehaviorForward,
+    PolicyLogprobs,
     TrainState,
     Update,
     init_state,
-    make_oracle,
-    make_score,
+    make_behavior_forward,
+    make_policy_logprobs,
     make_update,
     state_shardings,
 )
@@ -91,7 +91,7 @@ class Setup:
         """The loss with its hyperparameters: loss.<name> where set, else loss_defaults.<loss.name>; with the
         reference's penalty, where there is one."""
         c = self.config
-        bound = bind(c.loss.name, self.hyperparameters)
+        bound = bind_loss(c.loss.name, self.hyperparameters)
         if not c.reference.coef:
             return bound
         return with_reference_kl(bound, coef=c.reference.coef, estimator=c.reference.estimator)
@@ -109,7 +109,7 @@ class Setup:
     @cached_property
     def shadow_losses(self) -> dict[str, functools.partial]:
         """The losses of log.regions, measured beside the one that trains, each with its loss_defaults."""
-        return {name: bind(name, self._defaults(name)) for name in self.config.log.regions}
+        return {name: bind_loss(name, self._defaults(name)) for name in self.config.log.regions}
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -157,11 +157,11 @@ class Setup:
         return self.config.train.epochs * self.config.train.minibatches
 
     @cached_property
-    def pack_shape(self) -> Layout:
+    def pack_shape(self) -> PackShape:
         """The shape of one packed microbatch."""
         c, shards = self.config, self.batch_shards
         minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
-        return packing.layout(
+        return packing.pack_shape(
             prompt_length=c.data.max_prompt_len,
             max_new_tokens=c.rollout.max_new_tokens,
             rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
@@ -208,7 +208,7 @@ class Setup:
     @property
     def by_row(self) -> NamedSharding | None:
         """Where an array lives whose first axis is the batch's; None: on one device."""
-        return None if self.mesh is None else rows(self.mesh)
+        return None if self.mesh is None else batch_sharding(self.mesh)
 
     def attention(self, *, dtype: str, length: int) -> Choice:
         """policy.attention, or the best for this platform, row length and dtype."""
@@ -326,41 +326,43 @@ class Setup:
         return (lambda params: functools.reduce(lambda p, step: step(p), steps, params)) if steps else None
 
     @cached_property
-    def policy_logprobs(self) -> Score:
+    def policy_logprobs(self) -> PolicyLogprobs:
         """The teacher-forced pass, on packed microbatches of `pack_shape`."""
         return self.policy_logprobs_of(self.pack_shape)
 
-    def policy_logprobs_of(self, shape: Layout) -> Score:
+    def policy_logprobs_of(self, shape: PackShape) -> PolicyLogprobs:
         """The same, on microbatches of another shape."""
-        policy, pieces = self.config.policy, self.config.policy.head_pieces
-        if pieces == 0:
-            vocabulary = self.model.vocab_size // (1 if self.mesh is None else parts(self.mesh, *TRAINING["vocab"]))
-            pieces = piece_count(shape.rows * shape.responses // self.batch_shards, vocabulary, self.memory_bytes)
-        return make_score(
+        policy, vocab_chunks = self.config.policy, self.config.policy.head_pieces
+        if vocab_chunks == 0:
+            shards = 1 if self.mesh is None else num_shards(self.mesh, *TRAINING["vocab"])
+            vocabulary = self.model.vocab_size // shards
+            tokens = shape.rows * shape.responses // self.batch_shards
+            vocab_chunks = vocab_chunk_count(tokens, vocabulary, self.memory_bytes)
+        return make_policy_logprobs(
             self.trained_model,
             temperature=policy.temperature or self.config.rollout.temperature,
             behavior_temperature=self.config.rollout.temperature,
             head_float32=policy.head_float32,
             dtype=DTYPES[policy.dtype],
             remat=policy.remat,
-            pieces=pieces,
+            vocab_chunks=vocab_chunks,
             attention=self.attention(dtype=policy.dtype, length=shape.length).name,
         )
 
     @cached_property
-    def behavior_forward(self) -> Oracle:
+    def behavior_forward(self) -> BehaviorForward:
         """The rollout's own arithmetic, teacher-forced."""
         return self.behavior_forward_of(self.pack_shape)
 
-    def behavior_forward_of(self, shape: Layout) -> Oracle:
+    def behavior_forward_of(self, shape: PackShape) -> BehaviorForward:
         """The same, on microbatches of another shape."""
         c = self.config.rollout
-        return make_oracle(
+        return make_behavior_forward(
             self.behavior_model,
             dtype=DTYPES[c.dtype],
             attention=self.attention(dtype=c.dtype, length=shape.length).name,
             weights=self.behavior_weights,
-            activations=precision.activations(c.activations),
+            round_inputs=precision.activations(c.activations),
             head_float32=self.config.policy.head_float32,
         )
 
@@ -372,8 +374,8 @@ class Setup:
             loss,
             self.weights,
             optimizer,
-            oracle=self.behavior_forward if needs_exact else None,
-            regions=self.shadow_losses,
+            behavior_forward=self.behavior_forward if needs_exact else None,
+            shadow_losses=self.shadow_losses,
             count_tokens=self.model.vocab_size if c.log.tokens else 0,
             noise_seed=c.seed if c.alp.sigma else None,
         )
@@ -402,9 +404,9 @@ class Setup:
             self.behavior_model,
             group_size=c.group_size,
             temperature=c.temperature,
-            tracked=topk,
+            topk=topk,
             weights=self.behavior_weights,
-            activations=precision.activations(c.activations),
+            round_inputs=precision.activations(c.activations),
             record_experts=c.router_replay,
             **self._rollout_settings(c.prompts * c.group_size, [self.config.data]),
         )

@@ -13,7 +13,7 @@ import numpy as np
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
-from experiments.study import LAST, mean_and_interval, outcome
+from experiments.study import LAST, by_step, mean_and_interval, outcome
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
 FIRST = 5  # steps over which it is averaged
@@ -57,7 +57,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
             "start": round(start[mismatch, lag], 4),
             "survived": sum(outcome(run) >= start[mismatch, lag] for run in runs),
             "outcome": mean_and_interval([outcome(run) for run in runs]),
-            "abs_prob_diff": float(f"{np.mean([np.mean(run[DRIFT][1][:FIRST]) for run in runs]):.3g}"),
+            "abs_prob_diff": float(f"{np.mean([np.mean(by_step(run, DRIFT)[:FIRST]) for run in runs]):.3g}"),
         }
         for (mismatch, lag, loss, rate), runs in sorted(groups.items())
     ]
