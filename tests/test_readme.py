@@ -1,41 +1,96 @@
-"""The README is held to its word: its own loss trains, its links lead somewhere, its tables are complete."""
+"""The README and docs/ are held to their word: the README's own loss trains, tags are logged, tables are complete."""
 
 import re
 from pathlib import Path
 
+import pytest
+
+import dppo_jax.types
+from configs.methods import METHODS
 from dppo_jax.losses import LOSSES
+from dppo_jax.rewards.verifiers import VERIFIERS
+from dppo_jax.storage.run_config import MAY_CHANGE
+from dppo_jax.storage.run_log import read_scalars
 from experiments.run.cli import load_config
 from experiments.train import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "CONTRIBUTING.md").is_file())
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+# Tags that a plain run does not log: of a mode, of one data set's verifiers, or in parts of their own.
+OF_MODES = {"first_minibatch", "region", "eval", "data"}
 
 
-def test_the_readmes_own_loss_trains(tmp_path, monkeypatch):
-    """The Python block, as a config file, with the overrides of the command below it."""
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of the README's Python block, as a config file, with the overrides of the command below it."""
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     overrides = re.findall(r"--config\.loss\.\w+=\S+", README[README.index(code) :].split("```")[2])
     assert len(overrides) == 2
-    file = tmp_path / "mine.py"
-    file.write_text(code)
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "mine.py").write_text(code)
     small = ("steps=1", "rollout.prompts=4", "rollout.group_size=2", "train.minibatches=2", "eval.every=0")
     small += ("compile_cache=",)
-    try:
-        config = load_config(str(file), [*overrides, *(f"--config.{key}" for key in small)])
-        train(config, tmp_path / "run")
-    finally:
-        LOSSES.pop("sign_free_tv", None)
-    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        try:
+            config = load_config(str(folder / "mine.py"), [*overrides, *(f"--config.{key}" for key in small)])
+            train(config, folder / "run")
+        finally:
+            LOSSES.pop("sign_free_tv", None)
+    return folder / "run"
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_readmes_own_loss_trains(run):
+    assert (run / "checkpoints" / "1").is_dir()
 
 
-def test_every_loss_is_in_the_table():
-    table = README[README.index("| name | masked when") :].split("\n\n")[0]
-    named = set(re.findall(r"`([a-z_*0-9]+)`", table + (ROOT / "docs" / "methods.md").read_text()))
-    for name in LOSSES:
-        assert name in named or (name.endswith("_proximal") and "dppo_*_proximal" in named), name
+def test_what_a_run_leaves_is_what_the_page_says(run):
+    tree = PAGES["checkpoints"].split("```")[1]
+    named = set(re.findall(r"^  (\w[\w.]*)", tree, re.MULTILINE))
+    left = {path.name for path in run.iterdir()}
+    assert left <= named
+    assert named - left == {"run.lock", "damaged_checkpoints", "policy"}
+    assert (run / "checkpoints" / "1" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["notation", "collapse", "data", "speed"])
+def test_tags_of_the_pages_are_logged(run, page):
+    logged = set(read_scalars(run))
+    named = set(re.findall(r"`([a-z_]+/[a-z_]+)`", PAGES[page]))
+    for tag in named:
+        assert tag in logged or tag.partition("/")[0] in OF_MODES or (ROOT / tag).exists(), tag
+
+
+def test_every_loss_is_on_the_page_of_methods():
+    named = set(re.findall(r"`([a-z_0-9]+)`", PAGES["methods"]))
+    assert set(LOSSES) <= named
+
+
+def test_methods_are_counted_right():
+    for text in (README, PAGES["configs"]):
+        assert set(re.findall(r"\[(\d+)(?: methods)?\]\((?:docs/)?methods\.md\)", text)) == {str(len(METHODS))}
+
+
+def test_every_verifier_is_on_the_page_of_data():
+    rows = set(re.findall(r"^\| `(\w+)` \| ", PAGES["data"].split("## Verifiers")[1].split("##")[0], re.MULTILINE))
+    assert rows == {*VERIFIERS, "task"}
+
+
+def test_keys_that_may_change_are_those_of_the_page():
+    line = next(line for line in PAGES["configs"].splitlines() if line.startswith("`steps`"))
+    assert tuple(re.findall(r"`([^`]+)`", line)) == MAY_CHANGE
+
+
+def test_every_dimension_letter_is_on_the_page_of_notation():
+    source = Path(dppo_jax.types.__file__).read_text(encoding="utf-8")
+    letters = {letter for shape in re.findall(r'\[Array, "([^"]*)"\]', source) for letter in shape.split()}
+    table = PAGES["notation"].split("## Dimensions")[1].split("##")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    named = {letter for row in rows for cell in (row[1], row[3]) for letter in re.findall(r"\w+", cell)} | {"Lk"}
+    assert letters <= named and "Lk: of all layers" in table
+
+
+def test_each_page_says_first_for_whom_it_is():
+    for name, text in PAGES.items():
+        assert re.match(r"# [^\n]+\n\nFor those who", text), name
