@@ -7,10 +7,13 @@ import pytest
 
 import dppo_jax.types
 from configs.methods import METHODS
+from dppo_jax.data.tasks import load_task
+from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.storage.run_config import MAY_CHANGE
 from dppo_jax.storage.run_log import read_scalars
+from experiments.run import checks
 from experiments.run.cli import load_config
 from experiments.train import train
 
@@ -65,6 +68,42 @@ def test_tags_of_the_pages_are_logged(run, page):
 def test_every_loss_is_on_the_page_of_methods():
     named = set(re.findall(r"`([a-z_0-9]+)`", PAGES["methods"]))
     assert set(LOSSES) <= named
+
+
+def test_a_reader_finds_what_to_bring_on_the_first_screen():
+    rows = re.findall(r"^\| (\w+) \| (.+) \|$", "\n".join(README.splitlines()[:50]), re.MULTILINE)
+    assert [name for name, _ in rows] == ["own", "model", "data", "reward", "loss", "pod", "question"]
+    assert all("`" in how or "](" in how for _, how in rows[1:])
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_refusal_on_the_page_is_what_is_said(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name = re.search(r"^error: unknown loss '(\w+)'.*$", PAGES["configs"], re.MULTILINE)
+    with pytest.raises(UserError) as refused:
+        checks.check(load_config("configs/quickstart.py", [f"--config.loss.name={name[1]}"]))
+    assert f"error: {refused.value}" == name[0]
+
+
+def test_a_config_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", PAGES["configs"], re.S).group(1))
+    overrides = re.findall(r"`(--config\.[^`]+=[^`]+)`", PAGES["configs"])
+    values = [override.replace('"', "") for override in overrides if "VALUE" not in override]
+    infinite, regions, one, whole, size = (load_config(str(tmp_path / "mine.py"), [value]) for value in values)
+    for config in (infinite, regions, one, whole, size):
+        checks.check(config)
+    assert (infinite.optimizer.clip_norm, regions.log.regions) == (float("inf"), ("ppo_clip", "dppo_topk_tv"))
+    assert one.data.settings.max_terms == 3 and one.data.settings.min_terms == 2
+    assert (whole.data.settings.to_dict(), size.eval.sets.held_out.size) == ({"max_terms": 3}, 64)
+
+
+def test_rows_of_the_page_are_read(tmp_path):
+    rows = re.search(r"```json\n(.*?)```", PAGES["data"], re.S).group(1)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="last_number")
+    assert [example.answer for example in task.examples] == ["7", "7"]
+    assert [task.score("It is 7.", example) for example in task.examples] == [1.0, 1.0]
 
 
 def test_methods_are_counted_right():
