@@ -77,6 +77,18 @@ def test_a_reader_finds_what_to_bring_on_the_first_screen():
     assert len(README.splitlines()) <= 160
 
 
+def test_the_house_is_as_drawn():
+    tree = README.split("## The house")[1].split("```")[1]
+    top = ""
+    for line in tree.strip().splitlines():
+        names = re.findall(r"(?:^|\s)([a-z_]+(?:/|\.py))(?=\s)", line)
+        if not line.startswith(" "):
+            top = names[0]
+            assert (ROOT / top).is_dir(), top
+        for name in names:
+            assert (ROOT / top / name).exists() or (ROOT / name).is_dir(), f"{top}{name}"
+
+
 def test_the_refusal_on_the_page_is_what_is_said(monkeypatch):
     monkeypatch.chdir(ROOT)
     name = re.search(r"^error: unknown loss '(\w+)'.*$", PAGES["configs"], re.MULTILINE)
