@@ -44,7 +44,7 @@ def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluat
         plans, metrics = list(learner.minibatches(step, replies)), []
         for plan in plans:
             metrics.append(learner.update(batch, plan, samples.drawing.params))
-            sampler.publish(learner.params)
+            sampler.publish(learner.params, learner.frozen)
         record.step(step, samples, plans, metrics, scores)
         record.save_if_due(step + 1, sampler, learner)
     record.finish(evaluation.at(steps, learner))
