@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity benchmark smollm2 libtpu lint clean FORCE
+.PHONY: help setup quickstart test test-all parity benchmark smollm2 libtpu lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -51,8 +51,14 @@ quickstart: setup  ## train the embedded model with DPPO for some minutes and pl
 	$(PY) -m experiments.train --config configs/quickstart.py --workdir $(QUICKSTART)
 	$(PY) -m experiments.plot --runs $(QUICKSTART) --out $(QUICKSTART)/curves.png
 
-test: setup  ## run all tests; no PyTorch needed
-	$(PY) -m pytest
+# Two files at a time, whose tests share what they compile.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+
+test: setup  ## run the tests that people run, in minutes; no PyTorch needed
+	$(PYTEST) -m "not slow"
+
+test-all: setup  ## run all tests, those too that compile for a pod or take long
+	$(PYTEST)
 
 # .venv-parity holds PyTorch alone: it sees .venv's packages through a path file.
 PARITY := .venv-parity/bin/python

@@ -44,7 +44,7 @@ def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluat
         plans, metrics = list(learner.minibatches(step, replies)), []
         for plan in plans:
             metrics.append(learner.update(batch, plan, samples.drawing.params))
-            sampler.publish(learner.params)
+            sampler.publish(learner.params, learner.frozen)
         record.step(step, samples, plans, metrics, scores)
         record.save_if_due(step + 1, sampler, learner)
     record.finish(evaluation.at(steps, learner))
@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length)
         runs = Runs([setup])
         evaluation = Evaluation(runs, stack)
-        own = identity(config, {"data": stream.fingerprint, **evaluation.fingerprints})
+        own = identity(config, {"data": stream, **evaluation.streams})
         same_everywhere(own)
         left_out = [f"data: {stream.left_out}"] if stream.left_out else []
         counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()} | evaluation.counts

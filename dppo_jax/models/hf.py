@@ -22,7 +22,7 @@ from dppo_jax.errors import UserError, first_line, lookup, nearest
 from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
 from dppo_jax.models import companions
 from dppo_jax.models.companions import CONFIG
-from dppo_jax.models.config import INERT, ModelConfig, config_from_hf, config_to_hf
+from dppo_jax.models.config import DTYPES, INERT, ModelConfig, config_from_hf, config_to_hf
 from dppo_jax.models.decoder import Params, abstract_params
 
 WEIGHTS = "model.safetensors"

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 from tqdm import tqdm
 
+from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.evaluate import all_failed, evaluate
 from dppo_jax.models.decoder import Params
@@ -28,9 +29,9 @@ class Evaluation:
         self._generate = setup.on_mesh(setup.eval_rollout())
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """Of the prompts and answers of every set, by config section."""
-        return {f"eval.sets.{name}": stream.fingerprint for name, (stream, _) in self._sets.items()}
+    def streams(self) -> dict[str, PromptStream]:
+        """The questions of every set, by config section."""
+        return {f"eval.sets.{name}": stream for name, (stream, _) in self._sets.items()}
 
     @property
     def left_out(self) -> list[str]:

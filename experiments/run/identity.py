@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
+from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.storage import fingerprints
@@ -23,20 +24,26 @@ OF_A_HOST = ("compile_cache", "policy.path", "data.path", "eval.sets.*.path")
 
 
 class Identity(NamedTuple):
-    """Of a run. Fingerprints by what they are of: "data", "eval.sets.NAME"."""
+    """Of a run. Prompts and rows by data section: "data", "eval.sets.NAME"."""
 
     config: dict[str, Any]  # as JSON holds it
     weights: str  # fingerprint
     prompts: dict[str, str]  # fingerprints
+    rows: dict[str, int]  # that the data holds, those included that are not used
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
         return self._asdict()
 
 
-def identity(config: ConfigDict, prompts: Mapping[str, str]) -> Identity:
-    """Of the run that a config describes here; `prompts` by data section."""
-    return Identity(plain(config.to_dict()), fingerprints.of_weights(model_directory(config)), dict(prompts))
+def identity(config: ConfigDict, streams: Mapping[str, PromptStream]) -> Identity:
+    """Of the run that a config describes here; its prompts by data section."""
+    return Identity(
+        plain(config.to_dict()),
+        fingerprints.of_weights(model_directory(config)),
+        {section: stream.fingerprint for section, stream in streams.items()},
+        {section: sum(stream.counts.values()) for section, stream in streams.items()},
+    )
 
 
 def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]:
@@ -44,7 +51,7 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
 
     Raises: UserError where another run would go on.
     """
-    before, after = _with_new_keys(flatten(saved["config"]), flatten(now.config)), flatten(now.config)
+    before, after = _with_new_keys(flatten(saved["config"]), now), flatten(now.config)
     known = "weights" in saved
     changes = changed(before, after, str(workdir), (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
     if not known:
@@ -67,18 +74,18 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
     return changes
 
 
-def _with_new_keys(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The stored config as today's code would store it: keys that are new since have their defaults, and a data set
-    that is generated has the 2,000 examples that were the default of data.size."""
-    defaults = flatten(plain(base.get_config().to_dict()))
+def _with_new_keys(before: dict[str, Any], now: Identity) -> dict[str, Any]:
+    """The stored config as today's code would store it: keys that are new since have their defaults, and so has
+    data.size, which was 2,000 by default, where that leaves no row out."""
+    defaults, after = flatten(plain(base.get_config().to_dict())), flatten(now.config)
     filled = dict(before)
     for key in after.keys() - before.keys():
         general = f"data.{key.rpartition('.')[2]}" if key.startswith("eval.sets.") else key
         if general in defaults and after[key] == defaults[general]:
             filled[key] = after[key]
     for key, value in before.items():
-        generated = before.get(f"{key.rpartition('.')[0]}.kind") == "reasoning_gym"
-        if key.endswith(".size") and generated and value == 2000 and after.get(key, value) is None:
+        section, _, name = key.rpartition(".")
+        if name == "size" and value == 2000 and after.get(key, value) is None and now.rows.get(section, 0) <= 2000:
             filled[key] = None
     return filled
 

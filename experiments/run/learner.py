@@ -61,6 +61,11 @@ class Learner:
         """What is trained."""
         return self.state.params
 
+    @property
+    def frozen(self) -> Params:
+        """What is not."""
+        return self.state.frozen
+
     def policies(self) -> list[Params]:
         """All parameters of every run's policy."""
         return self._runs.apart(self.state.policy)

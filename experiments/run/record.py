@@ -92,7 +92,7 @@ class Record:
         else:
             learner.restore(found, self._load_params)
             notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
-        sampler.restore(found or {}, learner.params, learner.state.frozen)
+        sampler.restore(found or {}, learner.params, learner.frozen)
         learner.keep_reference(self._load_params)
         self._refuse_unless_sound(learner, step)
         if self.unfinished:

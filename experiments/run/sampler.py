@@ -102,9 +102,9 @@ class Sampler:
 
     # --- parameters ---
 
-    def publish(self, params: Params) -> None:
-        """The learner's parameters after an update."""
-        self._params = params
+    def publish(self, params: Params, frozen: Params) -> None:
+        """The learner's parameters after an update, which takes the ones before away: what is trained, what is not."""
+        self._params, self._frozen = params, frozen
         if self._config.rollout.lag:
             self._param_history.append(self._copy(params))
 
@@ -258,7 +258,7 @@ class Sampler:
         self._param_history.extend(found.get("past", []))
         self._params = params
         if self._config.rollout.lag and not self._param_history:
-            self.publish(params)
+            self.publish(params, frozen)
 
 
 def chosen(kept: np.ndarray, more: np.ndarray) -> np.ndarray:
