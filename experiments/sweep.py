@@ -117,7 +117,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each run; resumes"),
-            "--methods": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="losses, by commas"),
+            "--losses": dict(type=cli.by_commas(), required=True, metavar="NAMES", help="losses, by commas"),
             "--seeds": dict(type=cli.SEEDS, default=3, metavar="N", help="seeds from config.seed on (3)"),
             "--over": dict(default="auto", metavar="HOW", help="vmap: runs at once | map: in turns | auto"),
             "--rates": dict(

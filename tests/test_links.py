@@ -115,13 +115,9 @@ def test_a_broken_link_is_seen(tmp_path, monkeypatch):
 
 
 MODULES = sorted({command.module for command in commands()})
-# The command still has the flag's old name; without this mark the test is right again as soon as it has the new one.
-RENAMED = pytest.mark.xfail(reason="experiments.sweep takes --methods and reads losses", strict=True)
 
 
-@pytest.mark.parametrize(
-    "module", [pytest.param(m, marks=RENAMED) if m == "experiments.sweep" else m for m in MODULES]
-)
+@pytest.mark.parametrize("module", MODULES)
 def test_commands_name_modules_flags_and_configs_that_are_there(module):
     assert importlib.util.find_spec(module), module
     known = flags_of(module)

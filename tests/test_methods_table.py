@@ -40,7 +40,7 @@ def refusal(config: str) -> str:
 
 
 def test_the_table_has_the_methods_that_had_files():
-    assert set(METHODS) == set(GOLDEN) and len(GOLDEN) == 48
+    assert set(GOLDEN) <= set(METHODS) and len(GOLDEN) == 48
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -182,12 +182,12 @@ def test_the_old_name_of_losses_is_refused_with_the_new_one(monkeypatch, command
 # --- what a loss declares ---
 
 MINE = """from configs import base
-from dppo_jax.losses import LOSSES, from_mask, require
+from dppo_jax.losses import LOSSES, from_keep, require
 
 
 def mine(inputs, *, {numbers}, ratio_cap):
     require(inputs, "proximal_logp")
-    return from_mask(inputs, inputs.mask, ratio_cap=ratio_cap)
+    return from_keep(inputs, inputs.mask, ratio_cap=ratio_cap)
 
 
 LOSSES["{name}"] = mine

@@ -55,7 +55,7 @@ def test_the_model_is_as_often_right_as_the_readme_says():
     """2,048 chains of another seed: 0.04 is 3.6 standard errors."""
     config, params = load_params(REUSE)
     assert config == CONFIG
-    readme = (ROOT / "experiments" / "reuse" / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "experiments" / "questions" / "reuse" / "README.md").read_text(encoding="utf-8")
     stated = float(re.search(r"right ([\d.]+)% of the time when sampled", readme)[1]) / 100
     parameters = sum(x.size for x in jax.tree.leaves(params))
     assert f"{parameters:,} parameters" in readme

@@ -339,13 +339,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from dppo_jax.losses import LOSSES, from_mask
+from dppo_jax.losses import LOSSES, from_keep
 from tests.fixtures import small_config
 
 
 def entropic(inputs, *, floor, ratio_cap):
     rare = inputs.behavior_logp < jnp.log(floor)
-    return from_mask(inputs, ~rare, ratio_cap=ratio_cap, metrics={{"rare": (rare.astype(float), inputs.mask)}})
+    return from_keep(inputs, ~rare, ratio_cap=ratio_cap, metrics={{"rare": (rare.astype(float), inputs.mask)}})
 
 
 LOSSES["entropic"] = entropic

@@ -8,7 +8,7 @@ mu is the behavior policy, C = `ratio_cap` (inf: no truncation), and c_t carries
 Upper thresholds (`*_high`) guard A > 0, lower ones (`*_low`) guard A < 0. Inequalities are strict: what equals its
 threshold is kept, except where a row says otherwise.
 
-To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_mask(...)` or a `LossOutput`,
+To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_keep(...)` or a `LossOutput`,
 and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`; bounds on the mismatch rho =
 pi'/mu are called `correction_*`, and tell that a loss corrects it. `Sequences` gives sums over whole responses.
 """

@@ -202,8 +202,8 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
     config = run_config(*file_and_argument(text))
     _check_overrides(overrides, dict(keys(config)))
     values, arguments = flags.FlagValues(), ["", *overrides]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         values(arguments)
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -441,7 +441,7 @@ class Setup:
 
     def on_mesh(self, generate: Generate) -> Generate:
         """jit of a rollout: parameters where they live, prompts and rows over the batch axes. On several hosts the
-        prompts are global arrays; see `hosts.place`."""
+        prompts are global arrays; see `hosts.to_global`."""
         by_row = self.by_row
         return jax.jit(generate, in_shardings=(None, by_row, None), out_shardings=by_row)
 
