@@ -98,7 +98,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
             remarks = [f"data: {stream.left_out}"] if stream.left_out else []
             remarks += [*checks.remarks(setup.config), *evaluation.left_out]
             counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()} | evaluation.counts
-            own = identity(setup.config, {"data": stream, **evaluation.streams})
+            own = identity(setup, {"data": stream, **evaluation.streams})
             folders.append(RunFolder(workdir / run.folder, own, remarks, counts))
         sampler = Sampler(together, [streams[run.seed] for run in runs], scorer)
         learner = Learner(together, [run.rate for run in runs])

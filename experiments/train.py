@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length)
         runs = Runs([setup])
         evaluation = Evaluation(runs, stack)
-        own = identity(config, {"data": stream, **evaluation.streams})
+        own = identity(setup, {"data": stream, **evaluation.streams})
         same_everywhere(own)
         left_out = [f"data: {stream.left_out}"] if stream.left_out else []
         counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()} | evaluation.counts

@@ -425,8 +425,8 @@ def test_a_run_s_folder_that_is_deleted_keeps_the_state(tmp_path, capfd):
     run = tmp_path / "run"
     said = save_on_after(run, lambda: shutil.rmtree(run))
     assert said == (
-        f"the folder {str(run / 'checkpoints')!r} was deleted during the run; checkpoint 4 was written there again, "
-        "and what else the run had written is lost"
+        f"the folder {str(run / 'checkpoints')!r} was deleted or moved during the run; checkpoint 4 was written there "
+        "again, and what else the run had written is no longer there"
     )
     assert capfd.readouterr() == ("", "")
     equal(resumed(run).state, state(4))

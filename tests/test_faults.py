@@ -393,3 +393,39 @@ def test_a_clock_an_hour_behind_loses_no_step(finished, copied, monkeypatch):
     events = EventAccumulator(str(copied / "tb"), size_guidance={"scalars": 0}).Reload().Scalars("reward/mean")
     assert [event.step for event in events] == list(range(6))
     assert read_scalars(copied)["reward/mean"][0].tolist() == list(range(6))
+
+
+# --- the model's description ---
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("config.json", {"rms_norm_eps": 0.5}),
+        ("config.json", {"rope_theta": 7.0}),
+        ("generation_config.json", {"eos_token_id": [1, 2, 3]}),
+    ],
+)
+def test_a_model_that_is_described_otherwise_is_refused(finished, copied, tmp_path, file, fields):
+    """The weights are the same; what they compute, or where responses end, is not."""
+    model = Path(shutil.copytree(finished.config.policy.path, tmp_path / "model"))
+    stored = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+    (model / file).write_text(json.dumps(stored | fields))
+    with pytest.raises(UserError, match="say another model, or other ends of a response"):
+        go_on(finished, copied, policy__path=str(model))
+
+
+def test_a_run_without_its_checkpoints_says_that_it_starts_over(finished, copied):
+    shutil.rmtree(copied / "checkpoints")
+    assert "holds no checkpoint: starting at step 0" in go_on(finished, copied)
+
+
+def test_a_transcript_that_cannot_be_written_is_a_sentence(folder, tmp_path):
+    (tmp_path / "run" / "samples" / "step_000000.jsonl").mkdir(parents=True)  # in the way
+    with pytest.raises(UserError, match="cannot write to .*samples.*Is a directory.*; the last good checkpoint is"):
+        run(run_config(folder), tmp_path / "run")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(folder, tmp_path):
+    said = run(small_config(folder, steps=1, optimizer__warmup=1000), tmp_path / "run").said
+    assert "optimizer.warmup = 1000: all 2 updates of the run are part of it" in said

@@ -268,3 +268,11 @@ def test_load_tokenizer_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be read: ") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", ["0+1=", "   .", "{{ messages|length }}"])
+def test_a_chat_template_that_leaves_the_message_out(tokenizer, template):
+    """Every prompt would be the same, without its question."""
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="the tokenizer's chat template leaves out the message 'hi'"):
+        encode_prompt(tokenizer, "hi", chat=True)

@@ -55,7 +55,10 @@ class PromptEncoder:
     def __call__(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """The ids of one prompt."""
         if self._render:
-            text = self._render(self._messages(prompt))
+            messages = self._messages(prompt)
+            text = self._render(messages)
+            if (asked := messages[-1]["content"].strip()) not in text:
+                raise UserError(f"the tokenizer's chat template leaves out the message {asked!r:.60}")
             ids = bare = _tokens(self._tokenizer, text, add_special_tokens=False)
         elif isinstance(prompt, str):
             text = self._template.replace("{prompt}", prompt)

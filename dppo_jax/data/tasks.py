@@ -11,6 +11,7 @@ from dppo_jax.rewards.verifiers import VERIFIERS
 
 __all__ = ["TASKS", "Example", "Task", "load_task"]
 
+MOST_GENERATED = 1_000_000
 GENERATED = 2000  # examples of a reasoning-gym data set, where no size is given
 TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet}
 
@@ -34,8 +35,13 @@ def load_task(
     if size is not None and size < 1:
         raise UserError(f"data.size must be at least 1, not {size}")
     load = lookup(TASKS, kind, "data.kind")
-    if size is None and kind == "reasoning_gym":
-        size = GENERATED
+    if kind == "reasoning_gym":
+        size = GENERATED if size is None else size
+        if size > MOST_GENERATED:
+            raise UserError(
+                f"data.size must be at most {MOST_GENERATED:,} for reasoning_gym, not {size:,}: all are generated and "
+                "checked at the start"
+            )
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
     return load(

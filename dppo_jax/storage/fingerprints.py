@@ -25,6 +25,11 @@ def of_weights(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_text(text: str) -> str:
+    """Of any text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def of_prompts(prompts: Iterable[tuple[list[int], str]]) -> str:
     """Of token ids and gold answers, in their order."""
     digest = hashlib.sha256()

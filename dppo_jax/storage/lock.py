@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _hold(path: Path) -> TextIO:
     """The lock file, opened and locked."""
     while True:
-        with writing(path.parent):
+        with writing(path):
             file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -69,7 +69,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     """Stores the config, nested, in workdir/config.json, whole or not at all. UserError, WriteError."""
     path = Path(workdir) / NAME
     make_folder(path.parent)
-    with writing(path.parent):
+    with writing(path):
         write_text(path, json.dumps(plain(config), indent=2, allow_nan=False) + "\n")
 
 

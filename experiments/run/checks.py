@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.data.chat import check_date
 from dppo_jax.data.prompts import TOO_LONG
 from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
@@ -51,9 +52,12 @@ def check(config: ConfigDict) -> None:
 
 def remarks(config: ConfigDict) -> list[str]:
     """Sentences on what runs, but most likely is not meant."""
+    said, updates = [], config.steps * config.train.epochs * config.train.minibatches
     if config.optimizer.learning_rate == 0:
-        return ["optimizer.learning_rate = 0: every step is measured, and the policy stays as it is"]
-    return []
+        said.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
+    if config.optimizer.warmup >= updates:
+        said.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
+    return said
 
 
 def _check_sampling(c: ConfigDict) -> None:
@@ -95,6 +99,10 @@ def _check_data(c: ConfigDict) -> None:
         lookup(TASKS, data.kind, f"{name}.kind")
         lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
         lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
+        try:
+            check_date(data.date)
+        except UserError as error:
+            raise UserError(str(error).replace("data.date", f"{name}.date")) from None
         if "{prompt}" not in data.template:
             raise UserError(f"{name}.template must hold '{{prompt}}', but is {shown(data.template)}")
         if data.kind != "reasoning_gym" and data.settings:

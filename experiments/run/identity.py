@@ -15,7 +15,7 @@ from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.storage import fingerprints
 from dppo_jax.storage.run_config import MAY_CHANGE, changed, flatten, plain
-from experiments.run.setup import Setup, model_directory
+from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
 PLACES = ("policy.path", "data.path", "eval.sets.*.path")
@@ -28,6 +28,7 @@ class Identity(NamedTuple):
 
     config: dict[str, Any]  # as JSON holds it
     weights: str  # fingerprint
+    model: str  # fingerprint of what computes with them: shapes and constants, tokenizer, ends of a response
     prompts: dict[str, str]  # fingerprints
     rows: dict[str, int]  # that the data holds, those included that are not used
 
@@ -36,11 +37,14 @@ class Identity(NamedTuple):
         return self._asdict()
 
 
-def identity(config: ConfigDict, streams: Mapping[str, PromptStream]) -> Identity:
+def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
     """Of the run that a config describes here; its prompts by data section."""
+    tokenizer, *ends = setup.text
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return Identity(
-        plain(config.to_dict()),
-        fingerprints.of_weights(model_directory(config)),
+        plain(setup.config.to_dict()),
+        fingerprints.of_weights(setup.directory),
+        fingerprints.of_text(repr((setup.model, ends, vocabulary))),
         {section: stream.fingerprint for section, stream in streams.items()},
         {section: sum(stream.counts.values()) for section, stream in streams.items()},
     )
@@ -56,6 +60,12 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
     changes = changed(before, after, str(workdir), (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
     if not known:
         return changes
+    if saved.get("model", now.model) != now.model:
+        raise UserError(
+            f"cannot resume {str(workdir)!r}: config.json, generation_config.json or the tokenizer in "
+            f"{now.config['policy']['path']} say another model, or other ends of a response, than those that this run "
+            "began with; put them back, or take another --workdir"
+        )
     if saved["weights"] != now.weights:
         sentence = f"the weights in {now.config['policy']['path']} are not those that this run began with"
         if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
@@ -112,4 +122,5 @@ def same_config_everywhere(config: ConfigDict) -> None:
 
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
-    hosts.agree("weights and data", {"policy.path": now.weights, **now.prompts}, ())
+    places = {"weights": now.weights, "model and tokenizer": now.model, **now.prompts}
+    hosts.agree("model or data", places, ())

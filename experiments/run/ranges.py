@@ -70,7 +70,7 @@ THRESHOLD = Range(inf=True)  # inf: never
 SHARE = Range(0, 1)
 AXIS = Range(1, 2**15, also=-1)
 # Logits are divided by a temperature; below this their float32 differences overflow.
-TEMPERATURE = Range(1e-6)
+TEMPERATURE = Range(1e-6, 1000)  # beyond it every token is as likely as any other
 
 NUMBERS: Mapping[str, Range] = {
     "seed": SEED,
@@ -98,8 +98,8 @@ NUMBERS: Mapping[str, Range] = {
     "critic.discount": SHARE,
     "critic.lam": SHARE,
     "critic.value_clip": THRESHOLD,
-    "reference.coef": REAL,
-    "alp.sigma": REAL,
+    "reference.coef": Range(0, 1e6),
+    "alp.sigma": Range(0, 1000),
     "alp.learning_rate": REAL,
     "aggregation.constant": Range(0, INT32, open_least=True),
     "train.minibatches": SIZE,
@@ -111,12 +111,12 @@ NUMBERS: Mapping[str, Range] = {
     "optimizer.b1": Range(0, 1, open_most=True),
     "optimizer.b2": Range(0, 1, open_most=True),
     "optimizer.eps": Range(0, 1, open_least=True),
-    "optimizer.weight_decay": REAL,
+    "optimizer.weight_decay": Range(0, 1000),
     "optimizer.clip_norm": THRESHOLD,
     "eval.every": COUNT,
     "eval.samples": SIZE,
     "eval.prompts": SIZE,
-    "eval.temperature": Range(1e-6, also=0),  # 0: greedy
+    "eval.temperature": Range(1e-6, 1000, also=0),  # 0: greedy
     "eval.top_p": Range(0, 1, open_least=True),
     "checkpoint.every": COUNT,
     "checkpoint.keep": NATURAL,

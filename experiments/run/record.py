@@ -88,6 +88,8 @@ class Record:
         step, found, notes = self._checkpoints.resume(wanted)
         self.start = step or 0
         if step is None:
+            if any((folder.path / "config.json").exists() for folder in self._folders):
+                notes = [*notes, f"{self._workdir} holds no checkpoint: starting at step 0, in place of what ran there"]
             learner.begin(self._load_params())
         else:
             learner.restore(found, self._load_params)
@@ -186,14 +188,15 @@ class Record:
 
         UserError where a gradient is not finite: training stops there.
         """
-        by_run = zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True)
+        by_run = list(zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True))
         samples.mark("trained")
+        totals = [metrics_lib.merge(*measured) for measured in by_run]
         update = (step + 1) * self._runs.first.updates_per_step - 1
         rates = [float(setup.learning_rate(update)) for setup in self._runs.setups]
         common = samples.seconds() | {"time/compile": self._compile_seconds(step)}
         of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)
         for number, (measured, own, planned, evaluated) in enumerate(of_run):
-            setup, total = self._runs.setups[number], metrics_lib.merge(*measured)
+            setup, total = self._runs.setups[number], totals[number]
             scalars = {
                 **self._runs.own_metrics(metrics_lib.summary(total), number),
                 **metrics_lib.mismatch(measured[0], equal_params=samples.drawing.equal_params),

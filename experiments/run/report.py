@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.data.examples import Example
+from dppo_jax.errors import writing
 from dppo_jax.files import make_folder
 from dppo_jax.metrics import PROB_DIFF_EDGES, RATIO_EDGES
 from dppo_jax.storage.run_log import RunLog, Transcript, transcript_table
@@ -63,7 +64,8 @@ class Report:
             self._log.text(step, "samples", transcript_table(transcripts))
             make_folder(self._folder)
             lines = [json.dumps(transcript._asdict(), ensure_ascii=False) for transcript in transcripts]
-            (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with writing(self._folder):
+                (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._log.scalars(step, scalars)
         return step, scalars
 

@@ -149,8 +149,8 @@ class Checkpoints:
         if gone:
             self.wait()
             raise UserError(
-                f"the folder {str(self._folder)!r} was deleted during the run; checkpoint {step} was written there "
-                "again, and what else the run had written is lost"
+                f"the folder {str(self._folder)!r} was deleted or moved during the run; checkpoint {step} was written "
+                "there again, and what else the run had written is no longer there"
             )
 
     def check(self) -> None:
@@ -236,7 +236,7 @@ class Checkpoints:
         step, self._saving = self._saving[0], None
         if is_writer():
             _delete_left(self._folder, told=False)  # threads may still be writing into it
-        why = reason(error) if self._folder.is_dir() else "the folder was deleted"
+        why = reason(error) if self._folder.is_dir() else "the folder was deleted or moved"
         newest = newest_by_size(self._folder)
         self._newest = Newest(newest, [])
         kept = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
