@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity benchmark smollm2 libtpu lint clean FORCE
+.PHONY: help setup quickstart test notebooks parity benchmark smollm2 libtpu lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ quickstart: setup  ## train the embedded model with DPPO for some minutes and pl
 
 test: setup  ## run all tests; no PyTorch needed
 	$(PY) -m pytest
+
+notebooks: setup  ## run the notebooks and store what they print and draw
+	$(PY) -m notebooks.run
 
 # .venv-parity holds PyTorch alone: it sees .venv's packages through a path file.
 PARITY := .venv-parity/bin/python
