@@ -24,7 +24,7 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all parity benchmark smollm2 libtpu lint clean FORCE
+.PHONY: help setup quickstart test test-all notebooks parity benchmark smollm2 libtpu lint clean FORCE
 FORCE:
 
 help:  ## list the targets
@@ -59,6 +59,9 @@ test: setup  ## run the tests that people run, in minutes; no PyTorch needed
 
 test-all: setup  ## run all tests, those too that compile for a pod or take long
 	$(PYTEST)
+
+notebooks: setup  ## run the notebooks and store what they print and draw
+	$(PY) -m notebooks.run
 
 # .venv-parity holds PyTorch alone: it sees .venv's packages through a path file.
 PARITY := .venv-parity/bin/python

@@ -4,6 +4,7 @@ Each is the real command in a process of its own: it must end with one sentence,
 """
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -13,11 +14,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from dppo_jax.errors import UserError
+from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from tests.fixtures import (
@@ -240,7 +244,7 @@ def test_a_full_disk_is_one_sentence(folder, tmp_path, tmp_path_factory):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) < 30 and "Traceback" not in done.stderr, done.stderr
     assert lines[-1].startswith("error: ") and "No space left on device" in lines[-1], lines
-    assert str(disk / "run") in lines[-1] and "the last good checkpoint is that of step " in lines[-1]
+    assert str(disk / "run") in lines[-1] and re.search("checkpoint is that of step|newest whole one is of step", lines[-1])
 
 
 def test_a_limit_on_the_size_of_files_is_one_sentence(start, tmp_path):
@@ -266,7 +270,7 @@ def test_a_folder_that_is_deleted_during_the_run(start, tmp_path):
 
 def go_on(finished, copied: Path, **changes) -> str:
     """What a resumed run says; UserError where it is refused."""
-    return run(run_config(Path(finished.config.policy.path).parent, steps=6, **changes), copied).said
+    return run(run_config(Path(finished.config.policy.path).parent, **({"steps": 6} | changes)), copied).said
 
 
 def test_a_config_json_that_was_edited_or_lost_does_not_count(finished, copied):
@@ -352,23 +356,30 @@ def test_a_state_that_diverged_is_neither_saved_nor_exported(folder, tmp_path, m
     assert steps_of(tmp_path / "run") == [] and not (tmp_path / "run" / "policy").exists()
 
 
-# The first update of a warm-up has a rate of 0, so that the checkpoint of step 1 is good.
-LATE = dict(train__minibatches=1, optimizer__warmup=2, checkpoint__every=1, checkpoint__export=False)
+def left_by_another(copied: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """A checkpoint of step 5 like that of step 4, its parameters changed."""
+    with ocp.CheckpointManager(copied / "checkpoints") as manager:
+        state = manager.restore(4, args=ocp.args.StandardRestore())
+    state["params"] = jax.tree.map(change, state["params"])
+    with Checkpoints(copied, keep=10) as checkpoints:
+        checkpoints.save(5, state, checkpoints.about(4))
 
 
-def test_the_last_good_checkpoint_is_named_when_a_later_state_diverges(folder, tmp_path):
-    with pytest.raises(UserError, match="step 1: the parameters are not finite after it") as error:
-        run(run_config(folder, optimizer__learning_rate=1e30, **LATE), tmp_path / "run")
-    assert "the last good checkpoint is that of step 1" in str(error.value)
-    assert steps_of(tmp_path / "run") == [1]
+def test_a_checkpoint_whose_parameters_are_not_finite_is_set_aside(finished, copied):
+    left_by_another(copied, lambda x: x * np.float32(np.inf))
+    with pytest.raises(UserError, match="the checkpoint of step 5, which is set aside, has parameters that are not finite"):
+        go_on(finished, copied)
+    assert steps_of(copied) == [2, 4]
+    assert "going on from the checkpoint at step 4" in go_on(finished, copied)
 
 
-def test_a_checkpoint_that_turns_out_bad_is_set_aside(folder, tmp_path):
+def test_a_checkpoint_that_turns_out_bad_is_set_aside(finished, copied):
     """Its parameters of 1e15 have a finite norm, and no finite gradient."""
-    with pytest.raises(UserError, match="step 2: the gradient norm is nan") as error:
-        run(run_config(folder, optimizer__learning_rate=1e15, **LATE), tmp_path / "run")
-    assert "the last good checkpoint is that of step 1" in str(error.value)
-    assert steps_of(tmp_path / "run") == [1]
+    left_by_another(copied, lambda x: x * np.float32(1e16))
+    with pytest.raises(UserError, match="step 5: the gradient norm is nan, so training stops") as error:
+        go_on(finished, copied)
+    assert "the last good checkpoint is that of step 4" in str(error.value)
+    assert steps_of(copied) == [2, 4]
 
 
 def test_weights_that_are_not_finite_are_refused_at_the_start(finished, folder, tmp_path):

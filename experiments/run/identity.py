@@ -4,6 +4,7 @@ A run that goes on is compared with what its checkpoint says of it, and several 
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.storage import fingerprints
-from dppo_jax.storage.run_config import MAY_CHANGE, changed, flatten, plain
+from dppo_jax.storage.run_config import MAY_CHANGE, NAME, changed, flatten, plain, read_config
 from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
@@ -82,6 +83,20 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
             )
         changes.append(f"{sentence}: its scores before and after do not compare")
     return changes
+
+
+def edits(saved: Mapping[str, Any], workdir: Path) -> list[str]:
+    """A sentence where WORKDIR/config.json was edited, or cannot be read: the checkpoint's own config counts."""
+    if not (workdir / NAME).exists():
+        return []
+    try:
+        stored = flatten(read_config(workdir))
+    except UserError as error:
+        return [f"{error}; the checkpoint's config counts"]
+    before = flatten(saved["config"])
+    differing = [key for key in sorted({*stored, *before}) if stored.get(key) != before.get(key)]
+    fixed = [key for key in differing if not any(fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *PLACES))]
+    return [f"{NAME} was edited: {', '.join(fixed[:5])}; the checkpoint's config counts"] if fixed else []
 
 
 def _with_new_keys(before: dict[str, Any], now: Identity) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config, write_config
 from dppo_jax.storage.run_log import RunLog
-from experiments.run.identity import Identity, compare, rate_change
+from experiments.run.identity import Identity, compare, edits, rate_change
 from experiments.run.learner import Learner
 from experiments.run.report import Report
 from experiments.run.runs import Runs
@@ -117,7 +117,7 @@ class Record:
         for folder, setup in zip(self._folders, self._runs.setups, strict=True):
             saved = about.get("runs", {}).get(self._name(folder)) or {"config": read_config(folder.path)}
             found = compare(saved, folder.identity, folder.path) + rate_change(saved, setup, step)
-            changes |= dict.fromkeys(found)
+            changes |= dict.fromkeys([*found, *edits(saved, folder.path)])
         return list(changes)
 
     def _name(self, folder: RunFolder) -> str:
