@@ -130,10 +130,10 @@ def test_without_packing_every_sample_has_a_row_of_its_own(case):
 @given(cases())
 def test_packing_needs_no_more_pieces_and_shares_rows_that_it_can_share(case):
     packed, separate = packing.plan(*case), packing.plan(*case, packed=False)
-    assert packed.count <= separate.count
+    assert packed.num_microbatches <= separate.num_microbatches
     shape = case[3]
-    rows = [row[row >= 0] for row in packed.sample.reshape(-1, shape.length)]
-    used = packed.used.reshape(-1)
+    rows = [row[row >= 0] for row in packed.sample_of.reshape(-1, shape.length)]
+    used = packed.responses_per_row.reshape(-1)
     used_rows = [i for i, row in enumerate(rows) if len(row)]
     for i, j in itertools.combinations(used_rows, 2):
         fits = len(rows[i]) + len(rows[j]) <= shape.length and used[i] + used[j] <= shape.responses
@@ -224,7 +224,7 @@ UNPACK = jax.jit(packing.unpack)
 
 def pieces_of(rows, packed):
     whole = plan(rows, packed)
-    return [PIECE(whole, number) for number in range(int(whole.count))]
+    return [PIECE(whole, number) for number in range(int(whole.num_microbatches))]
 
 
 @pytest.mark.parametrize("packed", [PACKED, SEPARATE])

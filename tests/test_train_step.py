@@ -171,10 +171,10 @@ def test_the_batch_puts_the_loss_to_the_test(params, batch):
 
 def test_the_cuts_put_packing_to_the_test(params, batch):
     """Fewer rows in use than samples, pieces left empty, rows of one, two and more samples."""
-    counts = {cut: int(plan(batch, cut).count) for cut in CUTS}
+    counts = {cut: int(plan(batch, cut).num_microbatches) for cut in CUTS}
     assert [counts[rows, False] for rows in (8, 4, 2, 1)] == [1, 2, 4, 8]
     assert 1 < counts[2, True] < 4 and 1 < counts[1, True] < 8
-    shared = [len(set(row[row >= 0])) for row in plan(batch, (8, True)).sample[0]]
+    shared = [len(set(row[row >= 0])) for row in plan(batch, (8, True)).sample_of[0]]
     assert {0, 1, 2} <= set(shared) and sum(shared) == B
 
 

@@ -1,6 +1,5 @@
 """What losses are made of: the coefficient's form, masks by sign, sums over sequences, and the objective."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -27,10 +26,12 @@ class MissingField(UserError):
 
 
 def require(inputs: LossInputs, field: str) -> Array:
-    """inputs.<field> (dots reach into it), or MissingField."""
-    value = functools.reduce(lambda at, name: None if at is None else getattr(at, name), field.split("."), inputs)
-    if value is None:
-        raise MissingField(field)
+    """inputs.<field> (dots reach into it), or MissingField, of what is None on the way."""
+    value, path = inputs, field.split(".")
+    for count, name in enumerate(path, start=1):
+        value = getattr(value, name)
+        if value is None:
+            raise MissingField(".".join(path[:count]))
     return value  # type: ignore[return-value]
 
 

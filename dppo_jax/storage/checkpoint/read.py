@@ -161,6 +161,7 @@ def reason(error: BaseException) -> str:
 def quiet() -> None:
     """Keeps to itself what orbax logs, and what late callbacks of a failed save say."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    logging.getLogger("asyncio").addFilter(_retrieved)
     if sys.unraisablehook is not _unless_late:
         _hooks[:] = [sys.unraisablehook]
         sys.unraisablehook = _unless_late
@@ -171,6 +172,11 @@ _hooks: list[Callable[[Any], Any]] = []
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _retrieved(record: logging.LogRecord) -> bool:
+    """Of several writes that fail, orbax asks one for its error, which is told."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _unless_late(found: Any) -> None:
