@@ -25,12 +25,12 @@ QUICK = ["--config", "configs/quickstart.py"]
 PATHS: dict[str, dict[str, list[str]]] = {
     "train": {"--workdir": QUICK, "--config": ["--workdir", "x"]},
     "eval": {"--checkpoint": QUICK},
-    "sweep": {"--workdir": [*QUICK, "--methods", "cispo"]},
-    "necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
-    "survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},
-    "survival.pull": {"--out": QUICK},
-    "estimates.__main__": {"--out": QUICK},
-    "mismatch.__main__": {"--out": QUICK},
+    "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
+    "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
+    "questions.survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},
+    "questions.survival.pull": {"--out": QUICK},
+    "questions.estimates.__main__": {"--out": QUICK},
+    "questions.mismatch.__main__": {"--out": QUICK},
     "compile_for_tpu.__main__": {
         "--json": [*QUICK, "--topology", "v5p:2x2x1"],
         "--hlo": [*QUICK, "--topology", "v5p:2x2x1"],
@@ -38,9 +38,9 @@ PATHS: dict[str, dict[str, list[str]]] = {
     "compile_for_tpu.scaling": {"--out": QUICK},
     "benchmark.__main__": {"--json": [], "--tunix": [], "--torch": []},
     "plot": {"--runs": ["--out", "x.png"], "--out": ["--runs", "x"]},
-    "smollm2.convert": {"--gguf": ["--out", "x"], "--out": ["--gguf", "x"]},
-    "smollm2.check": {"--gguf": ["--model", "x"], "--model": ["--gguf", "x"]},
-    "reuse.make_model": {"--out": []},
+    "recipes.smollm2.convert": {"--gguf": ["--out", "x"], "--out": ["--gguf", "x"]},
+    "recipes.smollm2.check": {"--gguf": ["--model", "x"], "--model": ["--gguf", "x"]},
+    "questions.reuse.make_model": {"--out": []},
 }
 
 
@@ -53,7 +53,7 @@ def refusal(monkeypatch, capsys, tmp_path):
 
     def ask(module: str, *arguments: str) -> str:
         main = vars(importlib.import_module(f"experiments.{module}")).get("main")
-        if module == "necessity.__main__":
+        if module == "questions.necessity.__main__":
             found = importlib.import_module(f"experiments.{module}")
             main = lambda: found.main(found.__doc__, found.ARMS)  # noqa: E731
         monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -91,7 +91,7 @@ def test_every_flag_that_takes_a_path_is_in_the_table():
     table = {(module, flag) for module, flag, _ in FLAGS}
     assert ("sweep", "--workdir") in found
     assert {(m, f) for m, f in found if m not in ("study", "cli")} <= table
-    assert {f for m, f in found if m == "study"} <= set(PATHS["necessity.__main__"])
+    assert {f for m, f in found if m == "study"} <= set(PATHS["questions.necessity.__main__"])
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_every_flag_that_takes_a_path_is_in_the_table():
         ("sweep", ["--rates", "1,-1"], "--rates must be a finite number above 0, not -1"),
         ("sweep", ["--rates", "1,1.0"], "argument --rates: '1,1.0' names '1.0' twice"),
         ("sweep", ["--rates", "0.1,0.10000001"], "two runs of the sweep would share the folder 'cispo_x0.1/seed_0'"),
-        ("sweep", ["--methods", "cispo,cispo"], "argument --methods: 'cispo,cispo' names 'cispo' twice"),
-        ("sweep", ["--methods", "cispo,,kpop"], "argument --methods: 'cispo,,kpop' holds an empty item"),
+        ("sweep", ["--losses", "cispo,cispo"], "argument --losses: 'cispo,cispo' names 'cispo' twice"),
+        ("sweep", ["--losses", "cispo,,kpop"], "argument --losses: 'cispo,,kpop' holds an empty item"),
         ("sweep", ["--workdir", ""], "argument --workdir: the path is empty"),
         ("sweep", ["--config.seed=4294967295"], "seed must be at most 4294967295, not 4294967296"),
-        ("survival.__main__", ["--scale", "inf"], "--scale must be a finite number above 0, not inf"),
-        ("survival.__main__", ["--lag", "0,0"], "argument --lag: '0,0' names '0' twice"),
-        ("survival.pull", ["--batches", "0"], "--batches must be at least 1, not 0"),
-        ("estimates.__main__", ["--updates", "-1"], "--updates must be at least 0, not -1"),
+        ("questions.survival.__main__", ["--scale", "inf"], "--scale must be a finite number above 0, not inf"),
+        ("questions.survival.__main__", ["--lag", "0,0"], "argument --lag: '0,0' names '0' twice"),
+        ("questions.survival.pull", ["--batches", "0"], "--batches must be at least 1, not 0"),
+        ("questions.estimates.__main__", ["--updates", "-1"], "--updates must be at least 0, not -1"),
         ("compile_for_tpu.__main__", ["--layers", "0"], "--layers must be at least 1, not 0"),
         ("benchmark.__main__", ["--repeats", "1e9"], "--repeats must be a whole number, not 1e9"),
         ("plot", ["--smooth", "1e300"], "--smooth must be a whole number of steps or a fraction between 0 and 1"),
@@ -122,10 +122,10 @@ def test_every_flag_that_takes_a_path_is_in_the_table():
 )
 def test_a_number_or_a_list_that_cannot_be(refusal, module, arguments, sentence):
     others = {
-        "sweep": [*QUICK, "--workdir=x", "--methods=cispo", "--config.eval.every=0"],
-        "survival.__main__": [*QUICK, "--workdir=x"],
-        "survival.pull": [*QUICK, "--out=x"],
-        "estimates.__main__": [*QUICK, "--out=x"],
+        "sweep": [*QUICK, "--workdir=x", "--losses=cispo", "--config.eval.every=0"],
+        "questions.survival.__main__": [*QUICK, "--workdir=x"],
+        "questions.survival.pull": [*QUICK, "--out=x"],
+        "questions.estimates.__main__": [*QUICK, "--out=x"],
         "compile_for_tpu.__main__": [*QUICK, "--topology=v5p:2x2x1"],
         "benchmark.__main__": [],
         "plot": ["--runs=x", "--out=x.png"],
