@@ -38,11 +38,21 @@ from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
         ("<think>2+3=5", ""),
         ("<think><answer>5</answer>", ""),
         ("<think>a<think>b</think>7", "7"),
-        ("<think>a</think>6<think>b</think>7", "67"),
+        ("<think>a</think>6<think>b</think>7", "7"),
+        ("<think>5</think>6<think>4</think>\n", "6"),
+        ("<answer>5<think>6</think>7</answer>", "7"),
+        ("<answer>5<think>6</think></answer> 8", "5"),
+        ("<ans<think>6</think>wer>7</answer>", "wer>7</answer>"),
+        ("<think>a</think>6<think>b</think>7<think>8", "7"),
         ("<think></think>", ""),
         ("<answer><think>5</think>7</answer>", "7"),
         ("</think></think>7", "7"),
-        ("<THINK>5</THINK>7", "<THINK>5</THINK>7"),
+        ("<THINK>5</Think>7", "7"),
+        ("<thinking>5</thinking>7", "7"),
+        ("<Thought>5</thought>7", "7"),
+        ("<thin\u212a>5</thin\u212a>7", "<thin\u212a>5</thin\u212a>7"),  # the Kelvin sign is no k
+        ("<Answer>7</ANSWER>!", "7"),
+        ("<thinks>5</thinks>7", "<thinks>5</thinks>7"),
     ],
 )
 def test_extract_answer(reply, answer):
@@ -57,6 +67,21 @@ def test_a_thought_is_not_scored(verifier):
     assert verifier("<think>7", "7") == 0
 
 
+@pytest.mark.parametrize("verifier", ["exact_match", "math_verify", "last_number"])
+def test_a_label_with_tags_is_refused_since_no_reply_could_match_it(tmp_path, verifier):
+    file = tmp_path / "rows.jsonl"
+    for label in ("<answer>7</answer>", "<think>3</think>7", "7</think>", "<think>x", "<Thinking>3</thinking> 7"):
+        file.write_text("\n".join(json.dumps({"prompt": "a", "answer": answer}) for answer in ("7", label)))
+        with pytest.raises(UserError) as error:
+            load_task("jsonl", path=str(file), verifier=verifier)
+        assert str(error.value).startswith(f"{file}, row 2: the answer {label!r} ")
+        assert verifier == "last_number" or "holds a tag such as <answer>" in str(error.value)
+    for label in ("a < b", "<answer>", "7 <b>", "</answer>"):
+        file.write_text(json.dumps({"prompt": "a", "answer": label}))
+        assert exact_match(label, label) == 1
+        assert load_task("jsonl", path=str(file), verifier="exact_match")
+
+
 def test_long_replies_of_tags_are_read_in_linear_time():
     """Each would take hours with a regular expression that looks back."""
     for part in (
@@ -67,6 +92,7 @@ def test_long_replies_of_tags_are_read_in_linear_time():
         "<answer></answer>",
         "<think></think>",
         "<answer><think>",
+        "<Thinking>7</thinking>",
     ):
         assert extract_answer(part * 200_000 + "7").endswith(("7", ""))
     assert last_box("\\boxed{" * 200_000) is None

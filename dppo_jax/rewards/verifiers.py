@@ -16,7 +16,10 @@ _NUMBER = re.compile(
          (?: [eE][+-]?[0-9]{{1,4}} (?![0-9]) )?""",
     re.VERBOSE,
 )
-_THINK = re.compile("</?think>")
+_TAG = re.IGNORECASE | re.ASCII
+_THINK = re.compile("<(/?)(?:think|thinking|thought)>", _TAG)
+_ANSWER = re.compile("<(/?)answer>", _TAG)
+_CUT = "\0"  # stands where a thought stood
 _TO_PLAIN = str.maketrans({**dict.fromkeys(_MINUS, "-"), **dict.fromkeys(_GROUP + "\\$", None)})
 
 
@@ -28,30 +31,36 @@ REFUSED = Refused(0.0)
 
 
 def extract_answer(reply: str) -> str:
-    """The text of the last <answer>...</answer> outside the thought, or else all that is outside it; stripped.
+    """The text of the last <answer>...</answer> outside the thoughts, or else all that is outside them; stripped.
 
-    The thought stands in <think>...</think>. One that is never closed runs to the end; a </think> that nothing opened
-    ends a thought that the prompt began. An <answer> that is never closed is text like any other. Linear time.
+    A thought stands in <think>...</think>; <thinking> and <thought> are the same tag, and upper case does not matter.
+    One that is never closed runs to the end; a </think> that nothing opened ends a thought that the prompt began. Where
+    a thought stands inside the text, only what follows the last one counts, unless that is blank: "5<think>6</think>7"
+    answers 7, not 57. An <answer> that is never closed is text like any other. Linear time.
     """
     text = _without_thought(reply)
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    if start >= 0:
-        start += len("<answer>")
-        text = text[start : text.index("</answer>", start)]
-    return text.strip()
+    start: int | None = None
+    inside = text
+    for tag in _ANSWER.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            inside, start = text[start : tag.start()], None
+    return next((part.strip() for part in reversed(inside.split(_CUT)) if part.strip()), "")
 
 
 def _without_thought(reply: str) -> str:
+    """The reply with `_CUT` in the place of every thought."""
     kept: list[str] = []
     start, thinking = 0, False
     for tag in _THINK.finditer(reply):
-        if tag[0] == "<think>" and not thinking:
+        if not tag[1] and not thinking:
             kept.append(reply[start : tag.start()])
             thinking = True
-        elif tag[0] == "</think>":
+        elif tag[1]:
             kept = kept if thinking else []
             start, thinking = tag.end(), False
-    return "".join(kept) if thinking else "".join(kept) + reply[start:]
+    return _CUT.join(kept if thinking else [*kept, reply[start:]])
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -123,4 +132,6 @@ def text_fault(verifier: str, answer: str) -> str | None:
         return "is empty"
     if verifier == "last_number" and as_number(answer) is None:
         return "is not one number, which the verifier 'last_number' needs"
+    if verifier in VERIFIERS and extract_answer(answer) != answer.strip():
+        return "holds a tag such as <answer> or <think>, which no verifier sees of a reply; write it without"
     return None
