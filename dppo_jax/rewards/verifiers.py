@@ -94,16 +94,24 @@ def math_verify(reply: str, answer: str) -> float:
     """1.0 where the mathematics in the extracted answer equals the label's, by the library math-verify.
 
     The label is LaTeX with or without its delimiters, or a plain number or expression. Of the reply's \\boxed the last
-    one counts. The library's own time limits need the main thread's signals and are off: call this where something
-    else can stop it (`scorer.Scorer`).
+    one counts, and of an equation the last side: 6=5 says 5. A label of letters that are words or choices (CAT, or
+    "C, A, B") is compared as text, in its order; one in a base (1010_2) by its digits, and a reply may leave the base
+    out but not name another. Units are not compared. Numbers are equal where math-verify rounds them so: 3.14159265 is
+    \\pi, and 1000\\% is 10. The library's own time limits need the main thread's signals and are off: call this where
+    something else can stop it (`scorer.Scorer`).
     Raises: ValueError where no mathematics is found in the label.
     """
     from math_verify import verify
 
+    text = extract_answer(reply)
+    if maths.is_text(answer):
+        return float(maths.same_text(text, answer))
+    in_base = maths.base_of(answer)
+    if in_base:
+        return float(maths.same_in_base(text, *in_base))
     expected = maths.read(answer)
     if not expected:
         raise ValueError(f"math-verify finds no mathematics in the answer {answer!r:.80}")
-    text = extract_answer(reply)
     if maths.same_text(text, answer):
         return 1.0
     return float(verify(expected, maths.read_reply(text), timeout_seconds=None))
@@ -134,4 +142,4 @@ def text_fault(verifier: str, answer: str) -> str | None:
         return "is not one number, which the verifier 'last_number' needs"
     if verifier in VERIFIERS and extract_answer(answer) != answer.strip():
         return "holds a tag such as <answer> or <think>, which no verifier sees of a reply; write it without"
-    return None
+    return maths.label_fault(answer) if verifier == "math_verify" else None
