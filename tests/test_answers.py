@@ -313,7 +313,8 @@ def test_what_math_verify_reads_of_a_reply(maths, reply, answer, score):
 
 
 DRESSED = """\\boldsymbol{5}  5 dollars  = 5  \\approx 5  \\large 5  \\underline{5}  ~5  \\bf 5  \\displaystyle 5
-    \\color{red}5  \\textcolor{blue}{5}  \\bm{5}  \\fbox{5}  \\underline{\\underline{5}}  \\quad 5  5\\;  {5}  \\mathbf{5}
+    \\color{red}5  \\textcolor{blue}{5}  \\bm{5}  \\fbox{5}  \\underline{\\underline{5}}
+    \\quad 5  5\\;  {5}  \\mathbf{5}
     5 sides  \\hspace{1em}5  US\\$5  5 USD  \\implies 5  5 cm^2  5 miles per hour  x = 5 dollars
     \\text{5 dollars}  5 per hour"""
 
