@@ -10,7 +10,8 @@ from dppo_jax.data.examples import Example, answer_task
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.rewards.labels import answer_faults
-from dppo_jax.rewards.maths import last_box
+from dppo_jax.rewards.maths import last_box, same_text
+from dppo_jax.rewards.notation import in_base, is_text, plain_latex, with_ldots
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
 
@@ -98,6 +99,29 @@ def test_long_replies_of_tags_are_read_in_linear_time():
         assert extract_answer(part * 200_000 + "7").endswith(("7", ""))
     assert last_box("\\boxed{" * 200_000) is None
     assert last_box("\\boxed{" * 200_000 + "7}") == "7"
+
+
+def test_long_labels_and_replies_are_rewritten_in_linear_time():
+    """Each would take hours with two stars that can share the same characters."""
+    for part in (
+        "1",
+        "5 ",
+        "5 aaaa ",
+        "5 dollars ",
+        "}",
+        "aa ",
+        "\\sin 1",
+        "1,",
+        "1_",
+        "^\\circ ",
+        "\\text{1",
+        "A",
+        "0.",
+        "=",
+    ):
+        for text in (part * 30_000, part * 30_000 + "!", "\\text{" + part * 30_000, "0." + part * 30_000 + "..."):
+            for rewrite in (plain_latex, in_base, is_text, lambda text: same_text(text, text), with_ldots):
+                rewrite(text)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +271,11 @@ LABELS = {
     "\\varnothing": "\\emptyset",
     "\\{\\}": "\\varnothing",
     "= 5": "5",
+    "Infinity": "\\infty",
+    "2pi": "2\\pi",
+    "theta": "\\theta",
+    "log(2)": "\\log 2",
+    "-inf": "-\\infty",
     "CAT": "\\text{CAT}",
     "C, A, B": "C,A,B",
     "\\text{June 20}": "June 20",

@@ -8,7 +8,8 @@ import re
 _SIZES = "tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge"
 _FONTS = "bf it rm sf tt boldmath bfseries displaystyle textstyle scriptstyle centering limits nolimits strut"
 _SPACES = "quad qquad enspace thinspace hfill newline"
-_FRAMES = "mathbf boldsymbol bm pmb underline uline fbox framebox emph hbox"
+_FRAMES = "mathbf boldsymbol bm pmb underline uline fbox framebox emph"
+_NAMES = "pi theta alpha beta gamma delta lambda sigma phi omega sin cos tan cot sec csc log ln"
 _RELATIONS = r"=|\\approx|\\simeq|\\cong|\\sim|\u2248|\\therefore|\\implies|\\Rightarrow|\\rightarrow|\\to"
 _SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -33,6 +34,7 @@ _EVERYWHERE = (
     (re.compile(rf"\\(?:{_any_of(_SIZES)}|{_any_of(_FONTS)}|{_any_of(_SPACES)})|~"), " "),
     (re.compile(rf"\\{_any_of(_FRAMES)}\s*(?=\{{)"), ""),
     (re.compile(r"\\varnothing(?![a-zA-Z])|\u2205"), r"\\emptyset"),
+    (re.compile(rf"(?<![\\{{a-zA-Z])({_any_of(_NAMES)})"), r"\\\1"),
     (  # a function of degrees
         re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*)(-?\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)"),
         r"\1\\left(\\frac{\2\\pi}{180}\\right)",
@@ -41,7 +43,8 @@ _EVERYWHERE = (
 
 # In this order, where the text as a whole has the form.
 _WHOLE = (
-    (re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*\d[^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{((?=[^{}\d]*\d)[^{}]*)\}"), r"\1"),
+    (re.compile(r"([-+]?)\s*inf(?:inity)?", re.IGNORECASE), r"\1\\infty"),
     (re.compile(rf"(?:\s|{_RELATIONS})+(?=\S)(.*)", re.DOTALL), r"\1"),
     (
         re.compile(r"(-?)\s*(?:(?:US|USD|AU|A|CA|C|NZ|HK|S)\s*(?=\\?\$)|(?:USD|EUR|GBP|INR|Rs\.?)\s*(?=\d))(.*)"),
@@ -59,7 +62,7 @@ _WHOLE = (
     # Units in words: 5 dollars, 3\sqrt{2} square units, 2\pi inches, 5 per hour.
     (
         re.compile(
-            rf"(.*(?:[\d}})]|\\pi))\s*(?:/\s*|per\s+)?{_NO_UNIT}[A-Za-z]{{4,}}(?:\s+{_NO_UNIT}[a-z]{{2,}})*"
+            rf"(.*(?:[\d}})%]|\\pi))\s*(?:/\s*|per\s+)?{_NO_UNIT}[A-Za-z]{{4,}}(?:\s+{_NO_UNIT}[a-z]{{2,}})*"
             r"(?:\s*\^\s*\{?[23]\}?)?",
             re.DOTALL,
         ),
@@ -70,13 +73,17 @@ _UNDERSCORES = re.compile(r"-?\d{1,3}(?:_\d{3})+(?:\.\d+)?")  # 1_000
 _DOTS = re.compile(r"(?<=\d)\s*(?:\.{3}|\u2026|\\c?l?dots(?![a-zA-Z]))")
 _GOES_ON = re.compile(r"(-?)(\d{0,50})\.(\d{0,50}?)(\d{1,12}?)\4+\\ldots")  # 0.1666..., its period twice at least
 
+_LONGEST_DECIMAL = 200
+
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _VOWEL = re.compile("[aeiouyAEIOUY]")
 _WORD = re.compile(r"[A-Za-z]{4,}")
-_READ_WORDS = frozenset({"infinity", "sqrt", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan"})
+_READ_WORDS = frozenset(
+    {"infinity", "infty", "inf", "sqrt", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", *_NAMES.split()}
+)
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z\s,()]*|[A-Z][a-z]{2,}[\w\s,:]*")  # June 20
 _AS_TEXT = re.compile(r"[A-Z]{2,}|[A-Z][a-z]{2,}|[a-z]{4,}|[A-Z](?:\s*,\s*|\s+and\s+|\s+or\s+)[A-Z]\b")
-_BASED = re.compile(r"\(?([0-9A-F]*\d[0-9A-F]*)\)?\s*_\s*\{?\s*(\d{1,2}|[A-Z]+)\s*\}?")
+_BASED = re.compile(r"\(?((?=[A-F]*\d)[0-9A-F]+)\)?\s*_\s*\{?\s*(\d{1,2}|[A-Z]+)\s*\}?")
 _BASES = dict(zip("TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN ELEVEN TWELVE".split(), range(2, 13), strict=True))
 
 
@@ -90,7 +97,7 @@ def plain_latex(text: str) -> str:
     for pattern, better in _WHOLE:
         found = pattern.fullmatch(text)
         text = found.expand(better).strip() if found else text
-    found = _GOES_ON.fullmatch(text)
+    found = _GOES_ON.fullmatch(text) if len(text) < _LONGEST_DECIMAL else None
     return found.expand(r"\1\2.\3\\overline{\4}") if found else text
 
 
@@ -117,7 +124,7 @@ def fault(text: str) -> str | None:
 
 def is_text(text: str) -> bool:
     """Whether it is letters alone that make words or a list of choices, and no product: CAT, Monday, "C, A, B"."""
-    if not _LETTERS.fullmatch(text) or text in _READ_WORDS:
+    if not _LETTERS.fullmatch(text) or text.casefold() in _READ_WORDS:
         return False
     return bool(_AS_TEXT.search(text)) or any(map(_is_short_word, text.split()))
 
