@@ -54,6 +54,7 @@ from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
         ("<Thought>5</thought>7", "7"),
         ("<thin\u212a>5</thin\u212a>7", "<thin\u212a>5</thin\u212a>7"),  # the Kelvin sign is no k
         ("<Answer>7</ANSWER>!", "7"),
+        ("7\0", "7\0"),
         ("<thinks>5</thinks>7", "<thinks>5</thinks>7"),
     ],
 )

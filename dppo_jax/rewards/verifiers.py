@@ -19,7 +19,7 @@ _NUMBER = re.compile(
 _TAG = re.IGNORECASE | re.ASCII
 _THINK = re.compile("<(/?)(?:think|thinking|thought)>", _TAG)
 _ANSWER = re.compile("<(/?)answer>", _TAG)
-_CUT = "\0"  # stands where a thought stood
+_CUT = "\udcff"  # stands where a thought stood; no text that is UTF-8 holds it
 _TO_PLAIN = str.maketrans({**dict.fromkeys(_MINUS, "-"), **dict.fromkeys(_GROUP + "\\$", None)})
 
 
