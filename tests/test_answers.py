@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -9,7 +10,8 @@ from dppo_jax.data.examples import Example, answer_task
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.rewards.labels import answer_faults
-from dppo_jax.rewards.maths import last_box
+from dppo_jax.rewards.maths import last_box, same_text
+from dppo_jax.rewards.notation import in_base, is_text, plain_latex, with_ldots
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
 
@@ -38,11 +40,22 @@ from dppo_jax.rewards.verifiers import exact_match, extract_answer, last_number
         ("<think>2+3=5", ""),
         ("<think><answer>5</answer>", ""),
         ("<think>a<think>b</think>7", "7"),
-        ("<think>a</think>6<think>b</think>7", "67"),
+        ("<think>a</think>6<think>b</think>7", "7"),
+        ("<think>5</think>6<think>4</think>\n", "6"),
+        ("<answer>5<think>6</think>7</answer>", "7"),
+        ("<answer>5<think>6</think></answer> 8", "5"),
+        ("<ans<think>6</think>wer>7</answer>", "wer>7</answer>"),
+        ("<think>a</think>6<think>b</think>7<think>8", "7"),
         ("<think></think>", ""),
         ("<answer><think>5</think>7</answer>", "7"),
         ("</think></think>7", "7"),
-        ("<THINK>5</THINK>7", "<THINK>5</THINK>7"),
+        ("<THINK>5</Think>7", "7"),
+        ("<thinking>5</thinking>7", "7"),
+        ("<Thought>5</thought>7", "7"),
+        ("<thin\u212a>5</thin\u212a>7", "<thin\u212a>5</thin\u212a>7"),  # the Kelvin sign is no k
+        ("<Answer>7</ANSWER>!", "7"),
+        ("7\0", "7\0"),
+        ("<thinks>5</thinks>7", "<thinks>5</thinks>7"),
     ],
 )
 def test_extract_answer(reply, answer):
@@ -57,6 +70,21 @@ def test_a_thought_is_not_scored(verifier):
     assert verifier("<think>7", "7") == 0
 
 
+@pytest.mark.parametrize("verifier", ["exact_match", "math_verify", "last_number"])
+def test_a_label_with_tags_is_refused_since_no_reply_could_match_it(tmp_path, verifier):
+    file = tmp_path / "rows.jsonl"
+    for label in ("<answer>7</answer>", "<think>3</think>7", "7</think>", "<think>x", "<Thinking>3</thinking> 7"):
+        file.write_text("\n".join(json.dumps({"prompt": "a", "answer": answer}) for answer in ("7", label)))
+        with pytest.raises(UserError) as error:
+            load_task("jsonl", path=str(file), verifier=verifier)
+        assert str(error.value).startswith(f"{file}, row 2: the answer {label!r} ")
+        assert verifier == "last_number" or "holds a tag such as <answer>" in str(error.value)
+    for label in ("a < b", "<answer>", "7 <b>", "</answer>"):
+        file.write_text(json.dumps({"prompt": "a", "answer": label}))
+        assert exact_match(label, label) == 1
+        assert load_task("jsonl", path=str(file), verifier="exact_match")
+
+
 def test_long_replies_of_tags_are_read_in_linear_time():
     """Each would take hours with a regular expression that looks back."""
     for part in (
@@ -67,10 +95,34 @@ def test_long_replies_of_tags_are_read_in_linear_time():
         "<answer></answer>",
         "<think></think>",
         "<answer><think>",
+        "<Thinking>7</thinking>",
     ):
         assert extract_answer(part * 200_000 + "7").endswith(("7", ""))
     assert last_box("\\boxed{" * 200_000) is None
     assert last_box("\\boxed{" * 200_000 + "7}") == "7"
+
+
+def test_long_labels_and_replies_are_rewritten_in_linear_time():
+    """Each would take hours with two stars that can share the same characters."""
+    for part in (
+        "1",
+        "5 ",
+        "5 aaaa ",
+        "5 dollars ",
+        "}",
+        "aa ",
+        "\\sin 1",
+        "1,",
+        "1_",
+        "^\\circ ",
+        "\\text{1",
+        "A",
+        "0.",
+        "=",
+    ):
+        for text in (part * 30_000, part * 30_000 + "!", "\\text{" + part * 30_000, "0." + part * 30_000 + "..."):
+            for rewrite in (plain_latex, in_base, is_text, lambda text: same_text(text, text), with_ldots):
+                rewrite(text)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +244,46 @@ LABELS = {
     "(x-1)(x+2)": "x^2+x-2",
     "\\frac{x+2}{7}": "\\frac{2+x}{7}",
     "|x|": "|x|",
+    "5 dollars": "5",
+    "36 dollars": "36",
+    "$5 USD": "5",
+    "5 euros": "5 \\text{ euros}",
+    "5 sides": "5",
+    "5 cm^2": "5",
+    "60 miles per hour": "60",
+    "3\\sqrt{2} square units": "\\sqrt{18}",
+    "\\text{5 dollars}": "5",
+    "1.5 \\text{ million}": "1500000",
+    "2 dozen": "24",
+    "50 percent": "0.5",
+    "\\boldsymbol{5}": "5",
+    "\\mathbf{\\frac{1}{2}}": "0.5",
+    "\\textcolor{red}{5}": "5",
+    "US$5": "5",
+    "US\\$5": "5",
+    "5\u20ac": "5",
+    "1_000": "1000",
+    "-1_234_567.5": "-1234567.5",
+    "\\sin 30^\\circ": "\\frac{1}{2}",
+    "\\cos(60^{\\circ})": "0.5",
+    "100,200": "100200",
+    "0.333...": "\\frac{1}{3}",
+    "0.1666\\ldots": "\\frac{1}{6}",
+    "\\varnothing": "\\emptyset",
+    "\\{\\}": "\\varnothing",
+    "= 5": "5",
+    "Infinity": "\\infty",
+    "2pi": "2\\pi",
+    "theta": "\\theta",
+    "log(2)": "\\log 2",
+    "-inf": "-\\infty",
+    "CAT": "\\text{CAT}",
+    "C, A, B": "C,A,B",
+    "\\text{June 20}": "June 20",
+    "1010_2": "1010_{2}",
+    "4210_{5}": "4210",
+    "1010_{\\text{two}}": "1010_2",
+    "A1_{16}": "a1_{16}",
 }
 
 
@@ -248,6 +340,76 @@ def test_every_label_accepts_the_right_reply_in_every_form(maths):
 def test_what_math_verify_reads_of_a_reply(maths, reply, answer, score):
     rewards, _ = maths.submit([reply], [Example("", answer)]).result()
     assert rewards.tolist() == [score]
+
+
+DRESSED = """\\boldsymbol{5}  5 dollars  = 5  \\approx 5  \\large 5  \\underline{5}  ~5  \\bf 5  \\displaystyle 5
+    \\color{red}5  \\textcolor{blue}{5}  \\bm{5}  \\fbox{5}  \\underline{\\underline{5}}
+    \\quad 5  5\\;  {5}  \\mathbf{5}
+    5 sides  \\hspace{1em}5  US\\$5  5 USD  \\implies 5  5 cm^2  5 miles per hour  x = 5 dollars
+    \\text{5 dollars}  5 per hour"""
+
+
+def test_a_number_in_any_dress(maths):
+    replies = [reply.strip() for reply in re.split("  +|\n", DRESSED) if reply.strip()]
+    replies = [form for reply in replies for form in (f"\\boxed{{{reply}}}", f"Hence ${reply}$.")]
+    for label in ("5", "6"):
+        rewards, _ = maths.submit(replies, [Example("", label)] * len(replies)).result()
+        assert [reply for reply, reward in zip(replies, rewards, strict=True) if reward != (label == "5")] == []
+
+
+@pytest.mark.parametrize(
+    ("label", "wrong"),
+    [
+        ("1010_2", ["1010_3", "1010_{16}", "1011_2", "1010_{three}", "10", "12_8"]),
+        ("4210_5", ["4210_6", "4210_{50}", "421_5", "555"]),
+        ("CAT", ["ACT", "TAC", "CA", "C, A, T"]),
+        ("AB", ["BA", "A, B"]),
+        ("C, A, B", ["A, B, C", "CAB", "C, A"]),
+        ("A and B", ["B and A"]),
+        ("Monday", ["Mondya"]),
+        ("yes", ["sey", "no"]),
+        ("5 million", ["5"]),
+        ("2 dozen", ["2"]),
+        ("1_000", ["1", "0"]),
+        ("\\sin 30^\\circ", ["\\sin 30", "30"]),
+        ("5 dollars", ["6 dollars", "50"]),
+        ("0.333...", ["0.3", "0.334"]),
+    ],
+)
+def test_letters_bases_and_scales_that_differ(maths, label, wrong):
+    replies = [form for text in wrong for form in (text, f"\\boxed{{{text}}}", f"The answer is ${text}$.")]
+    rewards, _ = maths.submit([*replies, label], [Example("", label)] * (len(replies) + 1)).result()
+    assert [reply for reply, reward in zip(replies, rewards, strict=False) if reward] == []
+    assert rewards[-1] == 1
+
+
+@pytest.mark.parametrize("label", ["abc", "xy", "2xyz", "mgh"])
+def test_products_of_letters_are_no_words(maths, label):
+    reply = "".join(sorted(label, key=lambda sign: (not sign.isdigit(), -ord(sign))))
+    rewards, _ = maths.submit([f"\\boxed{{{reply}}}"], [Example("", label)]).result()
+    assert reply != label and rewards.tolist() == [1]
+
+
+def test_what_math_verify_takes_for_equal(maths):
+    """Left as the library has it: digits rounded, per cent, and the last side of an equation."""
+    pairs = [("3.14159265", "\\pi"), ("\\boxed{1000\\%}", "10"), ("\\boxed{6=5}", "5")]
+    rewards, _ = maths.submit([reply for reply, _ in pairs], [Example("", label) for _, label in pairs]).result()
+    assert rewards.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("3.14159...", "has no exact value"),
+        ("2.718\\ldots", "has no exact value"),
+        ("5 dollars and 20 cents", "holds the word 'dollars' beside mathematics"),
+        ("1 hour 30 minutes", "holds the word 'hour'"),
+        ("5 less than x", "holds the word 'less'"),
+    ],
+)
+def test_labels_that_no_reply_could_equal_are_refused(label, words):
+    assert words in answer_faults("math_verify", [label])[0]
+    assert answer_faults("exact_match", [label]) == [None]
 
 
 UNREADABLE = ["\\boxed{}", "$$", "\\", "x \\equiv 3 \\pmod{7}", "\\begin{cases}x=1\\\\y=2\\end{cases}", "\\{x | x>2\\}"]

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from dppo_jax.data.examples import AnswerVerifier, Example, Task
-from dppo_jax.data.grammar import EVALUATED, is_answer
+from dppo_jax.data.grammar import EVALUATED, FORMS, is_answer
 from dppo_jax.data.gym import GymVerifier, full_score
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.rewards.scorer import Scorer
+from dppo_jax.rewards.verifiers import extract_answer
 from dppo_jax.rewards.worker import Outcome
 
 SETS = sorted(set(DATASETS) - {"composite"})  # which takes no settings that a config can hold
@@ -68,7 +70,9 @@ def test_no_attack_runs_scores_ends_the_workers_or_changes_another_score(tmp_pat
         after, _ = scored(scorer, right_replies(found))
     names = [name for name in found for _ in attacks]
     assert {name for name, reward in zip(names, rewards, strict=True) if reward} <= {"game_of_life_halting"}
-    assert counts == {"killed": 0, "failed": 0, "refused": len(EVALUATED) * len(attacks)}
+    entries = {name: found[name].meta["example"].meta["entry"] for name in SETS}
+    refused = sum(not is_answer(name, extract_answer(attack), entries[name]) for name in SETS for attack in attacks)
+    assert counts == {"killed": 0, "failed": 0, "refused": refused} and refused > len(EVALUATED) * len(attacks)
     np.testing.assert_array_equal(after, before)
     assert not list(tmp_path.iterdir())
 
@@ -141,6 +145,7 @@ def test_every_label_is_in_its_grammar_and_scores_one(name):
             if label is not None:
                 assert is_answer(name, label, entry) and full_score(dataset, name, label, entry) == 1
                 assert name not in EVALUATED or EVALUATED[name](label, entry) or "Integral" in label
+                assert name not in FORMS or FORMS[name](label.strip(), entry)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,19 @@ def test_every_label_is_in_its_grammar_and_scores_one(name):
         ("n_queens", ["_ Q\nQ _"], ["__import__", "[['Q']]", "Q()", ""]),
         ("string_insertion", ["ABBA"], ["['A']", "F", "A B"]),
         ("spiral_matrix", ["1 2 3"], ["[1, 2]", "1+2", "-1", "1_0"]),
+        ("kakurasu", ["1 0\n0 1"], ["-1 0\n0 -1", "not 1 0\n0 1", "1 0\n0 1 is wrong", "1 0\n0 1.", "2 0\n0 1"]),
+        ("knights_knaves", ["Zoey is a hero, and Mia is an angel.", "Zoey is a hero and Mia is an angel"], []),
+        ("knights_knaves", [], ["not Zoey is a hero.", "Zoey is a hero. No, that is false.", "Zoey is not a hero."]),
+        ("survo", ["1 12\n3 4"], ["not 1 2\n3 4", "-1 2\n3 4", "1 2\n3 4 ago"]),
+        ("quantum_lock", ["A \u2192 B", "A->B", "ABC", "A, B"], ["not A \u2192 B", "A \u2192 B is wrong", "1A"]),
+        ("tower_of_hanoi", ["Move disk 1 from Peg 1 to Peg 2\nMove disk 2 from Peg 1 to Peg 3"], []),
+        ("tower_of_hanoi", [], ["-Move disk 1 from Peg 1 to Peg 2", "Do not Move disk 1 from Peg 1 to Peg 2", "x"]),
+        ("time_intervals", ["99 days", "3 days, 04:05:06", "04:05", "04:05:06.789"], ["99 days1", "99 days ago", "-1"]),
+        ("fraction_simplification", ["46/81", "$46/81$", "\\frac{46}{81}", "$\\dfrac{46}{81}$"], []),
+        ("fraction_simplification", [], ["$\\frac{46}{81}$1", "$46/81", "46/81 is wrong", "not 46/81", "-46/81"]),
+        ("advanced_geometry", ["(7.234, -4.131)", "45.10\u00b0", "-3.1"], ["(7.2, -4.1)1", "not (7, 8)", "(1, 2), 3"]),
+        ("polynomial_equations", ["-0.04, 0.0", "1.5", ""], ["1.5, banana", "not 1.5", "1.5 ago"]),
+        ("sokoban", ["RRDL"], ["not RRDL", "RRDL1", "RRDL is wrong"]),
     ],
 )  # fmt: skip
 def test_grammars(name, right, wrong):
@@ -171,10 +189,37 @@ def test_scorers_that_accept_wrong_answers_are_refused_at_load():
             except UserError as error:
                 refused[name] = str(error)
     assert set(refused) == REFUSED
-    for name, wrong in {"coin_flip": "'0'", "complex_arithmetic": "'nan'", "gsm_symbolic": "'-"}.items():
+    for name, wrong in {"coin_flip": "'0'", "complex_arithmetic": "'nan'", "gsm_symbolic": "'not "}.items():
         assert f"gives the wrong answer {wrong}" in refused[name] and f"'{name}', item " in refused[name]
         assert "set data.verifier='exact_match'" in refused[name]
         assert load_task("reasoning_gym", name=name, size=6, seed=3, verifier="exact_match")
+
+
+DENIALS = ["not {}", "-{}", "1{}", "{} is wrong", "{} ago", "{} No, that is false.", "{} banana", "{}, banana", "{}\nx"]
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_an_answer_denied_is_no_answer(name):
+    """The scorers of these sets alone take at least one denial of the label for the label."""
+    task = load_task("reasoning_gym", name=name, size=6, seed=3)
+    dataset, taken = reasoning_gym.create_dataset(name, seed=3, size=6), 0
+    for example in task.examples:
+        assert task.score(example.answer, example) == 1
+        wrong = [denial.format(example.answer) for denial in DENIALS]
+        if re.search(r"[1-9]", example.answer) and "\n" in example.answer:
+            wrong.append(re.sub(r"\b(?=[1-9])", "-", example.answer))
+        if example.answer == "0.0":
+            wrong.remove("-0.0")
+        assert [text for text in wrong if task.score(text, example)] == []
+        taken += sum(dataset.score_answer(text, example.meta["entry"]) == 1 for text in wrong)
+    assert taken > 0
+
+
+def test_the_load_check_finds_what_the_forms_are_for(monkeypatch):
+    monkeypatch.setattr("dppo_jax.data.grammar.FORMS", {})
+    for name in sorted(FORMS):
+        with pytest.raises(UserError, match=f"'{name}', item .* gives the wrong answer"):
+            load_task("reasoning_gym", name=name, size=6, seed=3)
 
 
 @pytest.mark.parametrize("where", ["workers", "thread"])

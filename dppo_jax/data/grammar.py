@@ -1,9 +1,11 @@
-"""The grammar of the answers of reasoning-gym's data sets whose scorers evaluate the reply.
+"""The grammar of the answers of reasoning-gym's data sets whose scorers evaluate the reply, or read over parts of it.
 
 Nine sets of reasoning-gym 0.1.25 pass the reply to `eval` or to sympy's `parse_expr`, which evals. A reply reaches them
 only where it is an answer of the set's own kind: digits, letters of the board, arithmetic on numbers, algebra in the
 question's variables. No other names, no attributes, no texts, no huge powers; calls of elementary functions only, where
-answers have them. Reward workers import this, so no jax here.
+answers have them. Others pass over what they do not know, so that "not" before an answer, or " is wrong" behind it,
+leaves it right: a reply reaches them only where it has the form that the question asks for. Reward workers import this,
+so no jax here.
 """
 
 import ast
@@ -23,6 +25,10 @@ _FUNCTIONS = frozenset(
 
 def _matches(pattern: str, text: str, entry: Mapping[str, Any]) -> bool:
     return re.fullmatch(pattern, text) is not None
+
+
+def _as_many_parts(separator: str | None, text: str, entry: Mapping[str, Any]) -> bool:
+    return len(text.split(separator)) == len(entry["answer"].split(separator))
 
 
 def _arithmetic(text: str, entry: Mapping[str, Any]) -> bool:
@@ -52,15 +58,38 @@ EVALUATED: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
     "intermediate_integration": _antiderivative,
 }
 
+_IS_A = r"[A-Za-z]+ is an? [A-Za-z]+"
+_MOVE = r"\s*Move disk \d+ from Peg \d+ to Peg \d+\s*"
+_DECIMAL = r"-?\d*\.?\d+"
+
+# Of each set whose scorer passes over parts of a reply: whether a reply to the entry has the form of its answers.
+FORMS: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
+    "advanced_geometry": partial(_matches, rf"{_DECIMAL}\s*\u00b0?|\(\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\)"),
+    "fraction_simplification": partial(
+        _matches, r"(?i:\s*(\$?)\s*(?:\d+\s*/\s*\d+|\\d?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})\s*\1\s*)"
+    ),
+    "kakurasu": partial(_matches, r"[01]+(?:[ ,\n]+[01]+)*"),
+    "knights_knaves": partial(_matches, rf"{_IS_A}(?:(?:,\s*and|,|\s+and|\n)\s+{_IS_A})*\.?"),
+    "letter_jumble": partial(_as_many_parts, None),
+    "polynomial_equations": partial(_matches, rf"(?:{_DECIMAL}(?:\s*,\s*{_DECIMAL})*)?"),
+    "quantum_lock": partial(_matches, r"[A-Ca-c](?:\s*(?:\u2192|->|,)?\s*[A-Ca-c])*"),
+    "sokoban": partial(_matches, r"[UDLR]+"),
+    "survo": partial(_matches, r"[0-9 \n]+"),
+    "time_intervals": partial(_matches, r"\d+(?: days?)?|(?:\d+ days?, )?\d+:\d\d(?::\d\d(?:\.\d+)?)?"),
+    "tower_of_hanoi": partial(_matches, rf"{_MOVE}(?:\n{_MOVE})*"),
+    "word_sorting": partial(_as_many_parts, ","),
+}
+
 
 def is_answer(name: str, text: str, entry: Mapping[str, Any]) -> bool:
-    """Whether the data set's scorer may read the text: any text where it does not evaluate, and the label always.
+    """Whether the data set's scorer may read the text: any text where it reads the whole of it, and the label always.
 
     Some labels of intermediate_integration hold an Integral, which in a reply would only repeat the question.
     """
-    if name not in EVALUATED or text == entry["answer"]:
+    accepts = EVALUATED.get(name) or FORMS.get(name)
+    if accepts is None or text == entry["answer"]:
         return True
-    return len(text) <= LONGEST and EVALUATED[name](text, entry)
+    return len(text) <= LONGEST and accepts(text, entry)
 
 
 def _is_algebra(text: str, names: Set[str], functions: Set[str], *, largest_power: int) -> bool:

@@ -39,6 +39,9 @@ class GymVerifier:
     """The data set's own scorer on the extracted answer, of which only a full score counts: many give partial credit
     to nonsense, and some more than a full score to what is wrong.
 
+    Some of these scorers pass over what they do not know, and would take "not" before the answer for the answer: they
+    too are given a reply only where it has the form of an answer (`grammar.FORMS`).
+
     Nine of these scorers evaluate the reply. They are given it only where it is in the grammar of the set's answers
     (`grammar.EVALUATED`), in which nothing can be named or called but the question's own algebra; any other reply is
     not read: `REFUSED`, a 0 that is counted. So no reply runs as code. What an answer within the grammar may still do
@@ -129,7 +132,7 @@ def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier
         fault = "is missing" if label is None else text_fault(verifier, str(label))
         if fault:
             raise UserError(f"{item}: the answer {label!r:.60} {fault}; set data.verifier='task'")
-    if label is not None and full_score(dataset, name, label, copy.deepcopy(entry)) != 1.0:
+    if label is not None and full_score(dataset, name, extract_answer(str(label)), copy.deepcopy(entry)) != 1.0:
         raise UserError(
             f"{item}: the data set's own scorer does not accept the label {label!r:.60}; "
             "choose other data.settings or another data.name"

@@ -222,7 +222,7 @@ class PromptStream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """"examples" of an epoch, and by the kinds of LEFT_OUT what the data holds beside them."""
+        """ "examples" of an epoch, and by the kinds of LEFT_OUT what the data holds beside them."""
         return {"examples": len(self), **dict.fromkeys(LEFT_OUT, 0), **self._task.left_out, "skipped": self.skipped}
 
     @property

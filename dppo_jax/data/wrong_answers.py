@@ -47,6 +47,8 @@ def wrong_answers(name: str, label: str | None, other: str | None) -> Iterator[s
     yield from (text for text in (NONSENSE, "nan", "inf", "-inf") if label is None or says_other(text, label))
     if label is None:
         return
+    if label.strip():
+        yield from _denied(label)
     if numbers(label):
         yield from (text for text in ("0", "") if says_other(text, label))
     elif label.strip():
@@ -63,6 +65,24 @@ def wrong_answers(name: str, label: str | None, other: str | None) -> Iterator[s
     elif label.isalpha():
         changed.add(label + label)
     yield from sorted(text for text in changed if text.strip() and says_other(text, label))
+
+
+def _denied(label: str) -> Iterator[str]:
+    """The label with something about it that makes it another answer, or none, in whatever set.
+
+    This is the one rule on words about an answer: a scorer that finds the answer in prose is refused too, since it
+    takes a denial for the answer. Signs and digits are set only where they touch no number whose value scorers may
+    round, and no algebra.
+    """
+    yield from (f"not {label}", f"{label} is wrong", f"{label} ago", f"{label} No, that is false.")
+    yield from (f"{label} banana", f"{label}, banana", f"{label}\nbanana", f"banana\n{label}", f"banana, {label}")
+    if label.replace(" ", "").isalpha() or "\n" in label or "\u2192" in label:
+        yield from (f"-{label}", f"1{label}")
+    if not label[-1].isdigit():
+        yield f"{label}1"
+    negated = re.sub(r"(?<![\w.-])(?=\d)", "-", label)
+    if "\n" in label and says_other(negated, label):
+        yield negated
 
 
 def says_other(text: str, label: str) -> bool:

@@ -82,7 +82,9 @@ def _shape(answer: str) -> str:
 
 
 def _is_plain(answer: str) -> bool:
-    """Digits, a point and a minus: what needs no reading."""
+    """Digits, a point and a minus, or what is compared as text: what needs no reading."""
+    if maths.is_text(answer) or maths.base_of(answer):
+        return True
     answer = answer.strip()
     return as_number(answer) is not None and answer.lstrip("-").replace(".", "", 1).isdigit() and len(answer) < 1000
 

@@ -4,6 +4,8 @@ import logging
 import re
 from typing import Any
 
+from dppo_jax.rewards import notation
+
 _DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BOX = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
@@ -14,6 +16,8 @@ _NO_WORD = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|begin|end)\s*
 _WORD = re.compile("[a-zA-Z]{2}")
 _MATHS = re.compile(r"(?<!\\)\$((?:\\.|[^$\\\n])+)\$")
 _SAID = re.compile(r"answer\s*(?:is|:)\s*:?([^\n]{1,300})$", re.IGNORECASE)
+_COMMA = re.compile(r"\s*,\s*")
+_LAST_BASED = re.compile(r"(?<![\w.])\w{1,300}(?:\{\d+\})?$")
 _NESTED = 4  # delimiters around delimiters that are taken off
 _LONGEST = 300  # characters of a reply that may be read as one expression without delimiters
 
@@ -54,7 +58,7 @@ def read(text: str) -> list[Any]:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     text = _rewritten(bare(text))
-    if not text:
+    if not text or notation.goes_on(text):
         return []
     wrapped = text if _DELIMITER.search(text) else f"${text} $" if text.endswith("\\") else f"${text}$"
     found = parse(wrapped, [LatexExtractionConfig()], parsing_timeout=None)
@@ -87,15 +91,45 @@ def said_last(text: str) -> str:
 
 
 def same_text(text: str, answer: str) -> bool:
-    """Whether both are the same words or signs, delimiters, \\text and upper case aside."""
-    wanted = _plain(answer)
+    """Whether both are the same words or signs, delimiters, \\text, upper case and spaces at commas aside."""
+    outer = "()" if is_text(answer) else ""
+    wanted = _plain(answer).casefold().strip(outer)
+    return bool(wanted) and any(_plain(part).casefold().strip(outer) == wanted for part in _answers(text))
+
+
+def is_text(answer: str) -> bool:
+    """Whether the label is compared as text only, since its letters are words or choices and no factors."""
+    return notation.is_text(_plain(answer).strip("()"))
+
+
+def base_of(answer: str) -> tuple[str, int] | None:
+    """Digits and base of a label such as 1010_2, which math-verify reads without its base; or None."""
+    return notation.in_base(_plain(answer))
+
+
+def same_in_base(text: str, digits: str, base: int) -> bool:
+    """Whether a reply gives the digits in this base, or without any."""
+    said = [_plain(part) for part in _answers(text)]
+    if last_box(text) is None:
+        said += _LAST_BASED.findall(text.rstrip("$.*` \n)"))
+    return any(part.upper() == digits or notation.in_base(part) == (digits, base) for part in said)
+
+
+def label_fault(answer: str) -> str | None:
+    """Why no reply could equal the label, as far as its words and dots tell; the end of a sentence."""
+    if is_text(answer) or base_of(answer):
+        return None
+    return notation.fault(_rewritten(bare(answer)))
+
+
+def _answers(text: str) -> list[str]:
+    """What may be the reply's answer: its last box, or else all of it, what it says last, and its last mathematics."""
     boxed = last_box(text)
-    parts = [boxed] if boxed is not None else [text, said_last(text), *_MATHS.findall(text)[-1:]]
-    return bool(wanted) and wanted in map(_plain, parts)
+    return [boxed] if boxed is not None else [text, said_last(text), *_MATHS.findall(text)[-1:]]
 
 
 def _plain(text: str) -> str:
-    return _TEXT.sub(r"\1", bare(text)).casefold()
+    return _COMMA.sub(",", _TEXT.sub(r"\1", bare(text)))
 
 
 def last_box(text: str) -> str | None:
@@ -117,7 +151,7 @@ def last_box(text: str) -> str | None:
 
 def bare(text: str) -> str:
     """The text without the delimiters, bold or code marks, \\boxed and full stop that enclose all of it."""
-    text = " ".join(_THOUSANDS.sub("", text).split())
+    text = notation.with_ldots(" ".join(_THOUSANDS.sub("", text).split()))
     text = text.rstrip("\\").rstrip()
     for _ in range(_NESTED):
         before = text
@@ -137,7 +171,7 @@ def bare(text: str) -> str:
 
 
 def _rewritten(text: str) -> str:
-    text = text.translate(_SYMBOLS)
+    text = notation.plain_latex(text.translate(_SYMBOLS))
     if _SPACED.fullmatch(text):
         text = text.replace(" ", "")
     if len(_DOLLAR.findall(text)) == 1:  # a price

@@ -16,7 +16,10 @@ _NUMBER = re.compile(
          (?: [eE][+-]?[0-9]{{1,4}} (?![0-9]) )?""",
     re.VERBOSE,
 )
-_THINK = re.compile("</?think>")
+_TAG = re.IGNORECASE | re.ASCII
+_THINK = re.compile("<(/?)(?:think|thinking|thought)>", _TAG)
+_ANSWER = re.compile("<(/?)answer>", _TAG)
+_CUT = "\udcff"  # stands where a thought stood; no text that is UTF-8 holds it
 _TO_PLAIN = str.maketrans({**dict.fromkeys(_MINUS, "-"), **dict.fromkeys(_GROUP + "\\$", None)})
 
 
@@ -28,30 +31,36 @@ REFUSED = Refused(0.0)
 
 
 def extract_answer(reply: str) -> str:
-    """The text of the last <answer>...</answer> outside the thought, or else all that is outside it; stripped.
+    """The text of the last <answer>...</answer> outside the thoughts, or else all that is outside them; stripped.
 
-    The thought stands in <think>...</think>. One that is never closed runs to the end; a </think> that nothing opened
-    ends a thought that the prompt began. An <answer> that is never closed is text like any other. Linear time.
+    A thought stands in <think>...</think>; <thinking> and <thought> are the same tag, and upper case does not matter.
+    One that is never closed runs to the end; a </think> that nothing opened ends a thought that the prompt began. Where
+    a thought stands inside the text, only what follows the last one counts, unless that is blank: "5<think>6</think>7"
+    answers 7, not 57. An <answer> that is never closed is text like any other. Linear time.
     """
     text = _without_thought(reply)
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    if start >= 0:
-        start += len("<answer>")
-        text = text[start : text.index("</answer>", start)]
-    return text.strip()
+    start: int | None = None
+    inside = text
+    for tag in _ANSWER.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            inside, start = text[start : tag.start()], None
+    return next((part.strip() for part in reversed(inside.split(_CUT)) if part.strip()), "")
 
 
 def _without_thought(reply: str) -> str:
+    """The reply with `_CUT` in the place of every thought."""
     kept: list[str] = []
     start, thinking = 0, False
     for tag in _THINK.finditer(reply):
-        if tag[0] == "<think>" and not thinking:
+        if not tag[1] and not thinking:
             kept.append(reply[start : tag.start()])
             thinking = True
-        elif tag[0] == "</think>":
+        elif tag[1]:
             kept = kept if thinking else []
             start, thinking = tag.end(), False
-    return "".join(kept) if thinking else "".join(kept) + reply[start:]
+    return _CUT.join(kept if thinking else [*kept, reply[start:]])
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -85,16 +94,24 @@ def math_verify(reply: str, answer: str) -> float:
     """1.0 where the mathematics in the extracted answer equals the label's, by the library math-verify.
 
     The label is LaTeX with or without its delimiters, or a plain number or expression. Of the reply's \\boxed the last
-    one counts. The library's own time limits need the main thread's signals and are off: call this where something
-    else can stop it (`scorer.Scorer`).
+    one counts, and of an equation the last side: 6=5 says 5. A label of letters that are words or choices (CAT, or
+    "C, A, B") is compared as text, in its order; one in a base (1010_2) by its digits, and a reply may leave the base
+    out but not name another. Units are not compared. Numbers are equal where math-verify rounds them so: 3.14159265 is
+    \\pi, and 1000\\% is 10. The library's own time limits need the main thread's signals and are off: call this where
+    something else can stop it (`scorer.Scorer`).
     Raises: ValueError where no mathematics is found in the label.
     """
     from math_verify import verify
 
+    text = extract_answer(reply)
+    if maths.is_text(answer):
+        return float(maths.same_text(text, answer))
+    in_base = maths.base_of(answer)
+    if in_base:
+        return float(maths.same_in_base(text, *in_base))
     expected = maths.read(answer)
     if not expected:
         raise ValueError(f"math-verify finds no mathematics in the answer {answer!r:.80}")
-    text = extract_answer(reply)
     if maths.same_text(text, answer):
         return 1.0
     return float(verify(expected, maths.read_reply(text), timeout_seconds=None))
@@ -123,4 +140,6 @@ def text_fault(verifier: str, answer: str) -> str | None:
         return "is empty"
     if verifier == "last_number" and as_number(answer) is None:
         return "is not one number, which the verifier 'last_number' needs"
-    return None
+    if verifier in VERIFIERS and extract_answer(answer) != answer.strip():
+        return "holds a tag such as <answer> or <think>, which no verifier sees of a reply; write it without"
+    return maths.label_fault(answer) if verifier == "math_verify" else None
