@@ -258,7 +258,7 @@ def test_the_suffix_chooses_the_format(tmp_path, suffix, capsys):
         (["--runs", "RUN", "nowhere", "--out", "a.png"], "nowhere' does not exist"),
         (["--runs", "EMPTY", "--out", "a.png"], "holds no TensorBoard event file"),
         (["--runs", "OTHER", "--out", "a.png"], "logged none of reward/mean"),
-        (["--runs", "BROKEN", "--out", "a.png"], "not valid JSON"),
+        (["--runs", "BROKEN", "--out", "a.png"], "broken JSON"),
         (["--runs", "RUN", "--out", "RUN/config.json/a.png"], "cannot make the folder"),
         (["--runs", "RUN", "--out", "FOLDER.png"], "cannot write"),
     ],
