@@ -88,6 +88,7 @@ from dppo_jax.rewards.scorer import Scorer
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where Ctrl-C is ignored
     task = Task("test", (), hostile.waits, isolated=sys.argv[1] == "workers", worker_imports=("hostile",))
     with Scorer(task, workers=1, time_limit_s=60) as scorer:
         pending = scorer.submit(["5"], [Example("", "")])
