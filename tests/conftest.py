@@ -14,6 +14,37 @@ settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get
 settings.load_profile("here")
 
 
+# Files that compile for pods, start processes by the dozen, or train: `make test-all` runs them, `make test` does not.
+SLOW = {
+    "test_attacks",
+    "test_benchmark",
+    "test_chat",
+    "test_checkpoint_hosts",
+    "test_compile_for_tpu",
+    "test_faults",
+    "test_generated_checkpoints",
+    "test_generated_configs",
+    "test_generated_models",
+    "test_hosts",
+    "test_kills",
+    "test_laboratory",
+    "test_lora",
+    "test_notebooks",
+    "test_quantize",
+    "test_sharding",
+    "test_study",
+    "test_sweep",
+    "test_told",
+    "test_train_modes",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def losses():
     """A config may add losses of its own to LOSSES; the next test does without them."""
