@@ -12,7 +12,7 @@ from dppo_jax.critic import critic_axes, init_critic, make_values
 from dppo_jax.models.attention import KERNELS, per_device, splash_kernel
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import forward, head_weight, init_params
-from dppo_jax.packing import PackShape, pack, piece, plan
+from dppo_jax.packing import PackShape, microbatch, pack, plan
 from dppo_jax.precision import weights
 from dppo_jax.rollout import Rollout
 from dppo_jax.token_head import token_head
@@ -147,7 +147,7 @@ def test_a_critic_starts_at_zero_and_has_the_norms():
     batch, where = packed()
     values = make_values(GEMMA, dtype=jnp.float32, remat="none")
     ones = jnp.ones(batch.tokens.shape, jnp.float32)
-    found = jit(lambda critic: values(critic, pack(batch, ones, piece(where, 0))))(critic)
+    found = jit(lambda critic: values(critic, pack(batch, ones, microbatch(where, 0))))(critic)
     assert np.isfinite(found).all() and np.std(found) > 0
 
 
