@@ -46,7 +46,7 @@ def test_a_layout_holds_any_sample(prompt, response, rows, share, multiple):
 
 def test_layouts_by_hand():
     """Response columns: the row's length, shared as a mean prompt and the longest response would share it."""
-    layout = functools.partial(packing.layout, prompt_length=16, max_new_tokens=64, rows=8)
+    layout = functools.partial(packing.pack_shape, prompt_length=16, max_new_tokens=64, rows=8)
     assert layout() == PackShape(8, 80, 64)
     assert layout(mean_prompt=16) == PackShape(8, 80, 64)
     assert layout(mean_prompt=8) == PackShape(8, 80, 72)  # 80 * 64 / 72 = 71.1
@@ -178,7 +178,7 @@ def test_the_long_tail_fills_nine_tenths():
 @pytest.mark.parametrize(("prompt", "response"), [(4, 5), (2, 6)])
 def test_a_sample_that_is_too_long_is_refused(prompt, response):
     """Too many tokens, and too many response tokens."""
-    with pytest.raises(ValueError, match=f"a sample of {prompt + response} tokens does not fit into Layout"):
+    with pytest.raises(ValueError, match=f"a sample of {prompt + response} tokens does not fit into PackShape"):
         packing.plan(np.arange(2), np.array([1, prompt]), np.array([1, response]), PackShape(2, 8, 5))
 
 
