@@ -25,7 +25,7 @@ from experiments.trace import trace
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 20.0  # of one case, on a busy machine
 CASES, SHARDS = 320, 8
-BASES = ["configs/quickstart.py", "configs/reuse.py", *(f"configs/methods/{m}.py" for m in ("ppo", "dapo", "max_rl"))]
+BASES = ["configs/quickstart.py", "configs/reuse.py", *(f"configs/methods.py:{m}" for m in ("ppo", "dapo", "max_rl"))]
 NAN, INF = math.nan, math.inf
 
 # What no key of this kind may hold: by attribute, and as the text of an override.

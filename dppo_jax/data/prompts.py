@@ -55,10 +55,7 @@ class PromptEncoder:
     def __call__(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """The ids of one prompt."""
         if self._render:
-            messages = self._messages(prompt)
-            text = self._render(messages)
-            if (asked := messages[-1]["content"].strip()) not in text:
-                raise UserError(f"the tokenizer's chat template leaves out the message {asked!r:.60}")
+            text = self._render(self._messages(prompt))
             ids = bare = _tokens(self._tokenizer, text, add_special_tokens=False)
         elif isinstance(prompt, str):
             text = self._template.replace("{prompt}", prompt)
@@ -201,6 +198,12 @@ class PromptStream:
                     continue
                 self.examples.append(example)
                 self._ids.append(ids)
+        asked, encoded = {str(example.prompt) for example in self.examples}, set(map(tuple, self._ids))
+        if chat and len(encoded) == 1 < len(asked):
+            raise UserError(
+                f"{task.name}: all {len(self._ids)} prompts have the same tokens: the tokenizer's chat template leaves "
+                "the messages out"
+            )
         if not self.examples:
             raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens")
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
