@@ -43,6 +43,13 @@ def newest(workdir: Path) -> Path | None:
     return max(files, key=lambda file: file.stat().st_ctime_ns) if files else None
 
 
+def newest_step(workdir: Path) -> int:
+    """Of the checkpoints; 0 where there is none."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def ended(child: int) -> int | None:
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
@@ -51,8 +58,8 @@ def ended(child: int) -> int | None:
 def main() -> None:
     config_path, workdir, kills, seed, size = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
     draw = random.Random(seed)
-    for _ in range(kills):
-        before, child = newest(workdir), start(config_path, workdir)
+    for number in range(kills):
+        before, at, child = newest(workdir), newest_step(workdir), start(config_path, workdir)
         steps, jitter_s = draw.uniform(0.0, 7.0), draw.uniform(0.0, 0.08)
         first = 0  # bytes when this start had written its first step
         while True:
@@ -61,14 +68,14 @@ def main() -> None:
                 raise SystemExit(f"the run ended by itself, with {status}")
             written = 0 if file in (None, before) else file.stat().st_size
             first = first or written
-            if written and written - first >= (steps - 1) * size:
+            saved = number % 2 == 0 or newest_step(workdir) > at  # every second kill comes after a checkpoint
+            if saved and written and written - first >= (steps - 1) * size:
                 break
             time.sleep(0.002)
         time.sleep(jitter_s)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        at = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-        print(max(at, default=0), flush=True)
+        print(newest_step(workdir), flush=True)
     _, status = os.waitpid(start(config_path, workdir), 0)
     sys.exit(os.waitstatus_to_exitcode(status))
 
