@@ -24,7 +24,7 @@ QUESTIONS = ("necessity", "anchor", "minimal_mask", "low_probability", "approxim
 
 
 def arms(question: str) -> list[Arm]:
-    return importlib.import_module(f"experiments.{question}.__main__").ARMS
+    return importlib.import_module(f"experiments.questions.{question}.__main__").ARMS
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
