@@ -72,7 +72,8 @@ NOISE = 2  # a purpose of randomness, beside those of the entry points
 
 PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior=None, noise_key=None)
 BehaviorForward = Callable[[Params, PackedBatch], BehaviorHead]
-Update = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, plan), and the behavior parameters with an oracle
+# (state, batch, plan), and the behavior parameters where exact divergences are needed
+Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 def states_before(
@@ -95,7 +96,7 @@ def make_behavior_forward(
     round_inputs: Callable[[Array], Array] | None = None,
     head_float32: bool = False,
 ) -> BehaviorForward:
-    """A pure function (behavior parameters, packed) -> Behavior: a teacher-forced pass in the rollout's precision.
+    """A pure function (behavior parameters, packed) -> BehaviorHead: a teacher-forced pass in the rollout's precision.
 
     Arguments as those of `Rollout`; no gradient flows.
     """
@@ -121,10 +122,10 @@ def make_policy_logprobs(
     behavior_temperature: float | None = None,
     head_float32: bool = False,
 ) -> PolicyLogprobs:
-    """A pure function (params, packed) -> logp, entropy and tracked logp of every response token, teacher-forced.
+    """A pure function (params, packed) -> logp, entropy and top-K logp of every response token, teacher-forced.
 
-    At the rollout's parameters this is the proximal policy; inside the update it is the policy. Given a Behavior too,
-    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. `head_float32`
+    At the rollout's parameters this is the proximal policy; inside the update it is the policy. With a BehaviorHead
+    it adds the exact divergences from that; `behavior_temperature` is the rollout's, where it is another. `head_float32`
     as in `Rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
     """
 
@@ -377,7 +378,7 @@ def jit_finite() -> Callable[[Any], Array]:
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, needs_exact: bool = False) -> Update:
-    """The update compiled for the mesh, with its state donated; with an oracle, for its fourth argument too."""
+    """The update compiled for the mesh, its state donated; `needs_exact`: with its fourth argument."""
     everywhere = NamedSharding(mesh, P())
     places = (shardings, batch_sharding(mesh), everywhere, *([shardings.params] if needs_exact else []))
     return jax.jit(update, in_shardings=places, out_shardings=(shardings, everywhere), donate_argnums=0)

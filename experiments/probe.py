@@ -100,7 +100,7 @@ class Probe:
     @functools.cache  # noqa: B019  one probe a process
     def _see(self, layout: PackShape):
         score = self.setup.policy_logprobs_of(layout)
-        oracle = self.setup.behavior_forward_of(layout)
+        behavior_forward = self.setup.behavior_forward_of(layout)
 
         def see(params, behavior, batch, plan):
             zero = jnp.zeros(batch.tokens.shape, jnp.float32)
@@ -110,7 +110,7 @@ class Probe:
             def one(number, found):
                 part = packing.microbatch(plan, number)
                 packed = packing.pack(batch, zero, part)
-                head = score(params, packed, behavior=oracle(behavior, packed))
+                head = score(params, packed, behavior=behavior_forward(behavior, packed))
                 values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
                 return tuple(
                     None if into is None else packing.unpack(batch, part, x, into)

@@ -221,7 +221,7 @@ def test_a_second_run_in_one_folder_is_refused(start, tmp_path):
 
 
 def small_disk(tmp_path: Path) -> Path:
-    """A folder on a disk of 1.5 MB. Only processes inside `namespace` see the disk."""
+    """A folder on a disk of 1.5 MB. Only processes that `on_small_disk` starts see it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     return disk
