@@ -125,7 +125,7 @@ def make_policy_logprobs(
     """A pure function (params, packed) -> logp, entropy and top-K logp of every response token, teacher-forced.
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy. With a BehaviorHead
-    it adds the exact divergences from that; `behavior_temperature` is the rollout's, where it is another. `head_float32`
+    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. `head_float32`
     as in `Rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
     """
 
