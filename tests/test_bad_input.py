@@ -131,7 +131,7 @@ OVERRIDES = {
     "--config.critic.lam=5": "critic.lam must be at least 0 and at most 1, not 5.0",
     "--config.aggregation.constant=inf": "aggregation.constant must be finite, not inf",
     "--config.eval.temperature=inf": "eval.temperature must be finite, not inf",
-    "--config.eval.temperature=1e-30": "eval.temperature must be 0, or at least 1e-06, not 1e-30",
+    "--config.eval.temperature=1e-30": "eval.temperature must be 0, or at least 1e-06 and at most 1000, not 1e-30",
     "--config.reward.time_limit_s=3e9": "reward.time_limit_s must be at least 0.01 and at most 3600, not 3000000000.0",
     "--config.reward.time_limit_s=inf": "reward.time_limit_s must be finite, not inf",
     "--config.mesh.tensor=0": "mesh.tensor must be -1, or at least 1, not 0",
@@ -394,17 +394,27 @@ def test_resuming_with_another_config(refusal, workdir):
     )
 
 
-def test_resuming_with_a_model_of_another_shape(refusal, model, finished, tmp_path):
+@pytest.mark.parametrize("sealed", [True, False], ids=["with_fingerprints", "of_older_code"])
+def test_resuming_with_a_model_of_another_shape(refusal, model, finished, tmp_path, sealed):
     """The same config, but what stands at policy.path has changed. Found before orbax reads an array."""
     own = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     stored = json.loads((own / "config.json").read_text())
     stored["policy"]["path"] = str(model)
     (own / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
     edit(model / "config.json", intermediate_size=48)
-    assert refusal(f"--config.policy.path={model}", workdir=own) == (
-        "checkpoint 4 of this run does not fit the config's model: "
-        "opt_state/1/0/mu/layers/down is (2, 64, 32) there and (2, 48, 32) here"
+    sentence = (
+        f"cannot resume '{own}': config.json, generation_config.json or the tokenizer in {model} say another model, or "
+        "other ends of a response, than those that this run began with; put them back, or take another --workdir"
     )
+    if not sealed:
+        for step in own.glob("checkpoints/*"):  # as they were before there were manifests
+            (step / "manifest.json").unlink()
+            edit(step / "_CHECKPOINT_METADATA", custom_metadata=None)
+        sentence = (
+            "checkpoint 4 of this run does not fit the config's model: "
+            "opt_state/1/0/mu/layers/down is (2, 64, 32) there and (2, 48, 32) here"
+        )
+    assert refusal(f"--config.policy.path={model}", workdir=own) == sentence
 
 
 def test_a_workdir_that_cannot_be(refusal, tmp_path):

@@ -315,7 +315,7 @@ def test_the_embedded_model_learns_to_add(tmp_path):
         (dict(lora__rank=-1), "lora.rank must be at least 0, not -1"),
         (dict(lora__rank=2, lora__alpha=0.0), "lora.alpha must be above 0, not 0.0"),
         (dict(lora__rank=2, lora__targets=()), "must name at least one matrix"),
-        (dict(lora__rank=2, lora__targets=("q", "q")), "none of them twice"),
+        (dict(lora__rank=2, lora__targets=("q", "q")), "lora.targets names 'q' twice"),
         (dict(lora__rank=2, lora__targets=("q", "gates")), "lora.targets.*'gate'"),
     ],
 )
