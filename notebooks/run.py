@@ -3,7 +3,7 @@
     python -m notebooks.run [NAME ...]     (make notebooks: all of them)
 
 What is stored is what the next run gives again, figures aside: no times, no versions, no complaints. The test in
-tests/test_notebooks.py runs them and compares.
+tests/project/test_notebooks.py runs them and compares.
 """
 
 import copy

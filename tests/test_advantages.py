@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,11 @@ from hypothesis import strategies as st
 
 from dppo_jax.advantages import ADVANTAGES, gae
 from dppo_jax.errors import UserError
+from tests.helpers.places import GOLDEN
 
-with np.load(Path(__file__).parent / "golden" / "losses" / "losses.npz") as _file:
-    GOLDEN = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "json")}
-GAE = json.loads(str(GOLDEN["json/gae"]))
+with np.load(GOLDEN / "losses" / "losses.npz") as _file:
+    STORED = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "json")}
+GAE = json.loads(str(STORED["json/gae"]))
 NAMES = ("group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm")
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 GROUPS = 6
@@ -34,9 +34,9 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("run", RUN)
 @pytest.mark.parametrize("name", NAMES)
 def test_advantages_equal_the_float64_definition(name, run):
-    group = GOLDEN["advantages/group"]
+    group = STORED["advantages/group"]
     assert (np.diff(group) < 0).any()  # interleaved
-    rewards, wanted = GOLDEN["advantages/rewards"], GOLDEN[f"advantages/{name}"]
+    rewards, wanted = STORED["advantages/rewards"], STORED[f"advantages/{name}"]
     for i in range(len(rewards)):
         got = call(name, rewards[i], group, run=run)
         assert got.shape == (len(group),) and got.dtype == jnp.float32
@@ -47,7 +47,7 @@ def test_advantages_equal_the_float64_definition(name, run):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_rows_does_not_matter(name):
-    group, rewards = GOLDEN["advantages/group"], GOLDEN["advantages/rewards"][1]
+    group, rewards = STORED["advantages/group"], STORED["advantages/rewards"][1]
     order = np.random.RandomState(0).permutation(len(group))
     got, want = call(name, rewards[order], group[order]), np.asarray(call(name, rewards, group))[order]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -111,11 +111,11 @@ def test_what_is_better_than_its_group_has_a_positive_advantage(name, groups):
 @pytest.mark.parametrize("run", RUN)
 @pytest.mark.parametrize("i", range(len(GAE)))
 def test_gae_equals_the_float64_definition(i, run):
-    rewards, values, mask = (GOLDEN[f"gae/{name}"] for name in ("rewards", "values", "mask"))
+    rewards, values, mask = (STORED[f"gae/{name}"] for name in ("rewards", "values", "mask"))
     f = RUN[run](partial(gae, **GAE[i]))
     got = f(rewards, values, mask)
     assert got.shape == rewards.shape and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, GOLDEN["gae/advantages"][i], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, STORED["gae/advantages"][i], rtol=2e-5, atol=2e-5)
     assert (np.asarray(got)[~mask] == 0).all()
     for spoiled in (np.nan, np.inf):
         again = f(np.where(mask, rewards, spoiled), np.where(mask, values, spoiled), mask)
@@ -124,7 +124,7 @@ def test_gae_equals_the_float64_definition(i, run):
 
 @pytest.mark.parametrize("run", RUN)
 def test_gae_gradients_are_finite_and_stay_inside_the_mask(run):
-    rewards, values, mask = (GOLDEN[f"gae/{name}"] for name in ("rewards", "values", "mask"))
+    rewards, values, mask = (STORED[f"gae/{name}"] for name in ("rewards", "values", "mask"))
     f = lambda r, v: gae(r, v, mask, discount=0.9, lam=0.8).sum()  # noqa: E731
     spoiled = np.where(mask, rewards, np.nan), np.where(mask, values, np.nan)
     for grad in RUN[run](jax.grad(f, argnums=(0, 1)))(*spoiled):

@@ -10,8 +10,8 @@ from jax.extend.core import Jaxpr, Literal
 
 from dppo_jax.rollout import Rollout
 from dppo_jax.types import RolloutBatch
-from tests.fixtures import COMPILER_OPTIONS
-from tests.rollouts import (
+from tests.helpers.fixtures import COMPILER_OPTIONS
+from tests.helpers.rollouts import (
     NEVER,
     TOLERANCE,
     G,

@@ -13,7 +13,7 @@ from dppo_jax.critic import Estimates, init_critic, last_token, make_critic_upda
 from dppo_jax.train_step import init_state
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import token_mean
-from tests.fixtures import TINY, random_params
+from tests.helpers.fixtures import TINY, random_params
 
 PROMPTS, RESPONSES = np.array([3, 5, 2, 5]), np.array([4, 1, 6, 3])
 

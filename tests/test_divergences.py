@@ -1,6 +1,5 @@
 """Divergences against float64, their mathematical properties, and their behaviour where float32 is thin."""
 
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from hypothesis import strategies as st
 
 from dppo_jax.divergences import binary_kl, binary_tv, topk_kl, topk_tv
 from dppo_jax.types import TopKPair
+from tests.helpers.places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden" / "losses" / "losses.npz"
+LOSSES_FILE = GOLDEN / "losses" / "losses.npz"
 CASES = [("k1", "jit"), ("k3", "jit"), ("k3", "eager"), ("k20", "jit"), ("ties", "jit")]
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 BINARY = {"tv": binary_tv, "kl": binary_kl}
@@ -61,7 +61,7 @@ def topk_of(log_anchor, log_policy, token, k) -> dict[str, float]:
 
 @pytest.mark.parametrize("case, run", CASES)
 def test_divergences_equal_the_float64_definition(case, run):
-    with np.load(GOLDEN) as file:
+    with np.load(LOSSES_FILE) as file:
         z = {name.split("/")[1]: x for name, x in file.items() if name.startswith(case + "/")}
     mask = z["mask"]
     for anchor in ("behavior", "proximal"):

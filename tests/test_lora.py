@@ -33,8 +33,9 @@ from experiments.run import checks
 from experiments.run.setup import Setup
 from experiments.sweep import Run as SweptRun
 from experiments.sweep import train as sweep
-from tests.fixtures import HURRIED_FLAGS, TINY, Run, hurried, run, run_config, same, tiny, tokenizer
-from tests.test_moe import MOE
+from tests.helpers.fixtures import HURRIED_FLAGS, TINY, Run, hurried, run, run_config, same, tiny, tokenizer
+from tests.helpers.places import ROOT
+from tests.models.test_moe import MOE
 
 FAMILIES = {
     "qwen3, tied": TINY,
@@ -290,8 +291,8 @@ def test_a_mixture_is_trained_and_exported(folder, tmp_path):
 def test_eight_devices_train_the_same_adapters(tmp_path):
     flags = f"--xla_force_host_platform_device_count=8 {HURRIED_FLAGS}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-m", "tests.lora_devices", str(tmp_path / "found.json")]
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.helpers.lora_devices", str(tmp_path / "found.json")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["same_tokens"] and found["base"] == 0

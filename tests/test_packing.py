@@ -21,7 +21,7 @@ from dppo_jax.train_step import init_state, make_policy_logprobs, make_recompute
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.benchmark.workloads import WORKLOADS, lengths
-from tests.fixtures import COMPILER_OPTIONS, TINY, random_params
+from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params
 
 P, R, K = 5, 6, 3
 

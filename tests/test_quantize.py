@@ -20,8 +20,8 @@ from dppo_jax.train_step import assemble, make_behavior_forward, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
 from experiments.run.setup import Setup
-from tests.fixtures import TINY, hurried, run, run_config, tiny
-from tests.test_moe import MOE
+from tests.helpers.fixtures import TINY, hurried, run, run_config, tiny
+from tests.models.test_moe import MOE
 
 LARGEST = {"int8": 127, "float8": 448}
 FAMILIES = {

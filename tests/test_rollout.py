@@ -13,8 +13,8 @@ from dppo_jax.models.decoder import abstract_params
 from dppo_jax.rollout import Rollout
 from dppo_jax.train_step import assemble, make_policy_logprobs
 from dppo_jax.types import PromptBatch
-from tests.fixtures import COMPILER_OPTIONS, EOS, PAD, TINY, random_params
-from tests.rollouts import (
+from tests.helpers.fixtures import COMPILER_OPTIONS, EOS, PAD, TINY, random_params
+from tests.helpers.rollouts import (
     FAMILY,
     LENGTHS,
     SCENARIOS,

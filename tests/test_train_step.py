@@ -15,7 +15,7 @@ from dppo_jax.optimizer import make_optimizer
 from dppo_jax.train_step import assemble, init_state, loss_inputs, make_policy_logprobs, make_update
 from dppo_jax.types import HeadOutput, PackedBatch, PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
-from tests.fixtures import COMPILER_OPTIONS, TINY, random_params
+from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params
 
 B, P, R, K = 8, 5, 6, 3
 TEMPERATURE, CONSTANT = 0.7, 11.0

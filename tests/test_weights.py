@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from dppo_jax.weights import WEIGHTS
+from tests.helpers.places import GOLDEN
 
-with np.load(Path(__file__).parent / "golden" / "losses" / "losses.npz") as _file:
-    GOLDEN = {name: x for name, x in _file.items() if name.startswith("weights/")}
+with np.load(GOLDEN / "losses" / "losses.npz") as _file:
+    STORED = {name: x for name, x in _file.items() if name.startswith("weights/")}
     CONSTANT = json.loads(str(_file["json/constant"]))
 NAMES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_sum_const")
 RUN = {"eager": lambda f: f, "jit": jax.jit}
@@ -26,7 +26,7 @@ def test_the_table_is_complete():
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_equal_the_float64_definition(name, run):
     """Full rows, ragged rows with a hole and an empty one, and no token at all."""
-    for mask, want in zip(GOLDEN["weights/mask"], GOLDEN[f"weights/{name}"], strict=True):
+    for mask, want in zip(STORED["weights/mask"], STORED[f"weights/{name}"], strict=True):
         got = RUN[run](partial(WEIGHTS[name], constant=CONSTANT))(jnp.asarray(mask))
         assert got.shape == mask.shape and got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=0)
@@ -34,7 +34,7 @@ def test_weights_equal_the_float64_definition(name, run):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_seq_sum_const_uses_the_constant(name):
-    mask = jnp.asarray(GOLDEN["weights/mask"][1])
+    mask = jnp.asarray(STORED["weights/mask"][1])
     one, two = WEIGHTS[name](mask, constant=1.0), WEIGHTS[name](mask, constant=2.0)
     np.testing.assert_allclose(one, 2 * two if name == "seq_sum_const" else two, rtol=1e-6)
 
@@ -49,7 +49,7 @@ def test_a_row_without_a_token_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["token_mean", "seq_mean_token_mean"])
 def test_means_sum_to_one(name):
-    mask = jnp.asarray(GOLDEN["weights/mask"][1])
+    mask = jnp.asarray(STORED["weights/mask"][1])
     assert float(WEIGHTS[name](mask, constant=CONSTANT).sum()) == pytest.approx(1, abs=1e-6)
 
 

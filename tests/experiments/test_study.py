@@ -1,0 +1,126 @@
+"""The questions of experiments/: their arms, what is trained, and what is said of it."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from configs import reuse
+from dppo_jax.errors import UserError
+from dppo_jax.storage.run_config import write_config
+from dppo_jax.storage.run_log import RunLog, read_scalars
+from experiments.questions.survival import report as survival
+from experiments.questions.survival.pull import measure
+from experiments.run import checks
+from experiments.run.cli import load_config
+from experiments.study import TAGS, Arm, markdown, summary, train
+from experiments.sweep import Run, config_of
+from tests.helpers.fixtures import hurried, small_config, tiny
+from tests.helpers.places import ROOT
+
+QUESTIONS = ("necessity", "anchor", "minimal_mask", "low_probability", "approximations", "sensitivity")
+
+
+def arms(question: str) -> list[Arm]:
+    return importlib.import_module(f"experiments.questions.{question}.__main__").ARMS
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_arm_is_a_run(question):
+    found = arms(question)
+    assert len({arm.name for arm in found}) == len(found)
+    for arm in found:
+        checks.check(config_of(arm.config(reuse.get_config()), Run(arm.loss, 0, 1.0)))
+
+
+def test_an_arm_scales_thresholds_and_nothing_else():
+    config = reuse.get_config()
+    before = config.loss_defaults.dppo_binary_tv.to_dict()
+    scaled = Arm("dppo_binary_tv", 4.0, (("delta_low", 0.3),))
+    assert scaled.name == "dppo_binary_tv_x4_delta_low0.3"
+    assert scaled.config(config).loss_defaults.dppo_binary_tv.to_dict() == dict(
+        delta_low=0.3, delta_high=0.2, ratio_cap=5.0
+    )
+    assert config.loss_defaults.dppo_binary_tv.to_dict() == before
+
+
+def test_arms_swept_are_arms_trained_apart(tmp_path, tmp_path_factory):
+    """With the exact divergence, whose oracle runs at the rollout's parameters."""
+    changes = dict(steps=2, loss__name="pg_is", rollout__activations="m4", optimizer__eps=1e-4)
+    config, arm = small_config(tiny(tmp_path_factory), **changes), Arm("dppo_exact_tv", 1e-4)
+    with hurried(tmp_path_factory):
+        for separate in (False, True):
+            train(config, [arm], tmp_path / str(separate), range(1), separate=separate)
+    swept, apart = (read_scalars(tmp_path / s / arm.name / "dppo_exact_tv" / "seed_0") for s in ("False", "True"))
+    assert swept["trust_region/masked"][1].max() > 0
+    for tag in TAGS:
+        np.testing.assert_allclose(swept[tag][1], apart[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
+
+
+def scalars(rewards: list[float]):
+    steps = np.arange(len(rewards))
+    return {tag: (steps, np.asarray(rewards if tag == TAGS[0] else [0.125] * len(rewards))) for tag in TAGS}
+
+
+def test_a_summary_counts_seeds_and_pairs_them():
+    up, down = [0.5] + [0.75] * 12, [0.5] + [0.25] * 12
+    found = summary({"a": [scalars(up), scalars(up)], "b": [scalars(up), scalars(down)]})
+    assert (found["start"], found["seeds"], found["steps"]) == (0.5, 2, 13)
+    a, b = found["arms"]["a"], found["arms"]["b"]
+    assert (a["collapsed"], b["collapsed"]) == (0, 1)
+    assert b["by seed"] == [0.75, 0.25] and b["outcome"] == [0.5, 0.25, 0.75]
+    assert b["minus the first"] == [-0.25, -0.5, 0.0] and a["minus the first"] == [0, 0, 0]
+    assert "| `b` | 0.50 [0.25, 0.75] |" in markdown(found) and "| 1 of 2 | 12.50% |" in markdown(found)
+
+
+def test_a_map_tells_survivors_by_cell(tmp_path):
+    def write(cell: str, lag: int, seed: int, ends: float, steps: int = 12) -> None:
+        folder = tmp_path / cell / "pg_is" / f"seed_{seed}"
+        activations, _, weights = cell.partition("+")
+        config = dict(
+            steps=12,
+            rollout=dict(activations=activations, weights=weights, lag=lag),
+            loss=dict(name="pg_is"),
+            loss_defaults={},
+            optimizer=dict(learning_rate=3e-4),
+        )
+        write_config(folder, config)
+        with RunLog(folder, hparams=config, resume_step=0, total_steps=12) as log:
+            for step in range(steps):
+                log.scalars(step, {"reward/mean": ends if step else 0.5, survival.DRIFT: 0.01})
+
+    write("m1", 0, 0, 0.75)
+    write("m1", 0, 1, 0.25)
+    write("m1+m2", 16, 0, 0.25)
+    write("m1+m2", 16, 1, 0.75, steps=11)  # cut short
+    text = survival.report(tmp_path, tmp_path / "out")
+    found = {(cell["mismatch"], cell["lag"]): cell for cell in json.loads((tmp_path / "out" / "map.json").read_text())}
+    assert {key: (cell["survived"], cell["seeds"]) for key, cell in found.items()} == {
+        ("m1", 0): (1, 2),
+        ("m1+m2", 16): (0, 1),
+    }
+    assert found["m1", 0]["outcome"][0] == 0.5
+    assert "| `pg_is` | 0.0003 | 1 · 0.50 | 0 · 0.25 |" in text
+    assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+
+
+def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
+    config = dict(steps=12, rollout=dict(activations="m1", weights="", lag=0))
+    for seed in range(2):
+        folder = tmp_path / "m1_lag0" / "pg_is" / f"seed_{seed}"
+        write_config(folder, config)
+        with RunLog(folder, hparams=config, resume_step=0, total_steps=12) as log:
+            log.scalars(0, {"reward/mean": 0.5})
+    with pytest.raises(UserError, match="none of the 2 runs in .* is finished; train them to their end first"):
+        survival.report(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_region_around_a_rounded_rollout_masks_before_any_update(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/studies/pull.py", ["--config.rollout.activations=m1", "--config.compile_cache="])
+    found = measure(config, ["pg_is", "clip_higher", "clip_unsigned", "minirl"], batches=1)["losses"]
+    assert found["pg_is"]["masked"] == found["minirl"]["masked"] == 0
+    assert 0.03 < found["clip_higher"]["masked"] < found["clip_unsigned"]["masked"]
+    assert found["clip_higher"]["pull"] > found["clip_unsigned"]["pull"]

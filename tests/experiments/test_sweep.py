@@ -1,0 +1,124 @@
+"""A sweep against separate runs, resumed, and what it refuses."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dppo_jax.errors import UserError
+from dppo_jax.storage.run_config import read_config
+from dppo_jax.storage.run_log import read_scalars
+from experiments.sweep import Run, check, config_of, train
+from tests.helpers.fixtures import hurried, run, run_config, small_config, tiny
+
+RATES = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # of losses
+RUNS = [Run(loss, seed, rate) for loss, rate in RATES.items() for seed in (0, 1)]
+NUMBERS = dict(steps=3, rollout__tracked=3, rollout__lag=1, checkpoint__every=1, optimizer__eps=1e-4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry(tmp_path_factory):
+    with hurried(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    train(small_config(tiny(tmp_path_factory), **NUMBERS), RUNS, folder)
+    return folder
+
+
+@pytest.mark.parametrize("one", [RUNS[0], RUNS[3], RUNS[4]], ids=lambda one: one.folder)
+def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    separate = read_scalars(run(config_of(config, one), tmp_path / "run").folder)
+    found = read_scalars(swept / one.folder)
+    assert read_config(swept / one.folder)["loss"]["name"] == one.loss
+    shared = set(found) & set(separate)
+    assert {"reward/mean", "grad_norm", "trust_region/masked", "mismatch/abs_prob_diff_mean"} <= shared
+    for tag in shared:
+        if not tag.startswith(("time/", "throughput/")):
+            np.testing.assert_allclose(found[tag][1], separate[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
+
+
+def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    for over in ("vmap", "map"):
+        train(config, RUNS[1:4], tmp_path / over, over=over)
+    for one in RUNS[1:4]:
+        vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
+        for tag in vmap:
+            if not tag.startswith(("time/", "throughput/")):
+                np.testing.assert_allclose(vmap[tag][1], turns[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
+
+
+def test_a_sweep_has_all_that_a_run_has(tmp_path, tmp_path_factory):
+    """Evaluation, shadow losses, counted tokens, a reference, resampling, early draws, transcripts, an export."""
+    numbers = NUMBERS | dict(steps=2, rollout__lag=0, reference__coef=0.1, log__regions=("cispo",))
+    numbers |= dict(log__tokens=1, log__samples=1, eval__every=1, rollout__resample=2)
+    config = run_config(tiny(tmp_path_factory), **numbers)
+    runs = [Run("dppo_binary_tv", 0, 1.0), Run("token_tis", 1, 0.5)]
+    train(config, runs, tmp_path / "sweep")
+    for one in runs[1:]:
+        separate = run(config_of(config, one), tmp_path / one.folder).folder
+        found, want = read_scalars(tmp_path / "sweep" / one.folder), read_scalars(separate)
+        assert found.keys() == want.keys()
+        assert {"eval/sums/avg", "region/cispo/masked", "learning_rate", "rollout/resampled"} <= found.keys()
+        for tag in found:
+            if not tag.startswith(("time/", "throughput/")):
+                np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-4, atol=1e-6, err_msg=tag)
+        for file in (separate / "samples").iterdir():
+            assert file.read_text() == (tmp_path / "sweep" / one.folder / "samples" / file.name).read_text()
+        exports = (at / "policy" / "model.safetensors" for at in (separate, tmp_path / "sweep" / one.folder))
+        policies = map(load_file, exports)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *policies)
+
+
+def test_rollouts_of_a_sweep_are_drawn_early_too(tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS | dict(rollout__lag=0, train__staleness=1))
+    runs = [Run("ppo_clip", 0, 1.0), Run("cispo", 1, 1.0)]
+    train(config, runs, tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "checkpoints" / "3")
+    train(config, runs, tmp_path / "sweep")  # from step 2, whose rollout is in the checkpoint
+    for one in runs[1:]:
+        separate = run(config_of(config, one), tmp_path / one.folder).folder
+        found, want = read_scalars(tmp_path / "sweep" / one.folder), read_scalars(separate)
+        for tag in ("reward/mean", "grad_norm", "policy/abs_prob_diff_mean"):
+            np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-4, atol=1e-6, err_msg=tag)
+
+
+def test_a_run_that_diverges_stops_its_sweep(tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    with pytest.raises(UserError, match="so training stops.*; there is no checkpoint"):
+        train(config, [Run("ppo_clip", 0, 1.0), Run("ppo_clip", 0, 1e30)], tmp_path / "sweep")
+
+
+def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
+    for steps in (1, 3):
+        config = small_config(tiny(tmp_path_factory), **NUMBERS | {"steps": steps})
+        train(config, RUNS, tmp_path / "cut")
+    for one in RUNS:
+        whole, cut = (read_scalars(folder / one.folder) for folder in (swept, tmp_path / "cut"))
+        assert whole.keys() == cut.keys()
+        for tag in whole:
+            if not tag.startswith(("time/", "throughput/")):
+                np.testing.assert_array_equal(whole[tag][1], cut[tag][1], err_msg=tag)
+
+
+REFUSED = {
+    "the nearest is 'ppo_clip'": ([Run("ppo_clp", 0, 1.0)], {}),
+    "a sweep does without advantage.name: critics": (RUNS[:1], dict(advantage__name="gae", loss__name="ppo_clip")),
+    "a sweep does without alp.sigma: its noise": (RUNS[:1], dict(alp__sigma=0.1)),
+    "a sweep does without lora.rank: adapters": (RUNS[:1], dict(lora__rank=2)),
+    "set loss_defaults.LOSS.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_cannot_be_batched_is_refused(sentence, tmp_path_factory):
+    runs, numbers = REFUSED[sentence]
+    with pytest.raises(UserError, match=sentence):
+        check(small_config(tiny(tmp_path_factory), **numbers), runs)
