@@ -53,6 +53,17 @@ def pack_shape(
     return PackShape(rows, length, max(responses, max_new_tokens))
 
 
+def minibatch_rows(groups: int, group_size: int, minibatches: int, *, key: tuple[int, int, int]) -> list[np.ndarray]:
+    """Rows of the batch, i[b], for every minibatch of an epoch; groups stay whole.
+
+    `key` is (seed, step, epoch). The first epoch keeps the order of the batch; the order of any other is a function of
+    the key.
+    """
+    order = np.random.default_rng(key).permutation(groups) if key[2] else np.arange(groups)
+    rows = order[:, None] * group_size + np.arange(group_size)
+    return list(rows.reshape(minibatches, -1).astype(np.int32))
+
+
 def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: PackShape) -> list[list[int]]:
     """The samples of every row: first fit, the longest first."""
     lengths = prompt_lengths + response_lengths

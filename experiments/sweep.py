@@ -21,10 +21,9 @@ from dppo_jax.losses import LOSSES
 from experiments.run import checks, cli, ranges
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export
-from experiments.run.identity import identity
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
-from experiments.run.record import Record, RunFolder
+from experiments.run.record import Record, run_folder
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
 from experiments.train import loop
@@ -92,14 +91,10 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
         base = dataclasses.replace(lead, config=config_of(config, runs[0]._replace(rate=1.0)), mean_prompt=mean)
         together = Runs(setups, over, base=base)
         evaluation = Evaluation(together, stack)
-        folders = []
-        for run, setup in zip(runs, setups, strict=True):
-            stream = streams[run.seed]
-            remarks = [f"data: {stream.left_out}"] if stream.left_out else []
-            remarks += [*checks.remarks(setup.config), *evaluation.left_out]
-            counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()} | evaluation.counts
-            own = identity(setup, {"data": stream, **evaluation.streams})
-            folders.append(RunFolder(workdir / run.folder, own, remarks, counts))
+        folders = [
+            run_folder(workdir / run.folder, setup, streams[run.seed], evaluation)
+            for run, setup in zip(runs, setups, strict=True)
+        ]
         sampler = Sampler(together, [streams[run.seed] for run in runs], scorer)
         learner = Learner(together, [run.rate for run in runs])
         record = stack.enter_context(Record(together, workdir, folders))

@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 from dppo_jax.devices import hosts, peers
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_log import summary_table
-from experiments.run import checks, cli
+from experiments.run import cli
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export
-from experiments.run.identity import identity, same_config_everywhere, same_everywhere
+from experiments.run.identity import same_config_everywhere
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
-from experiments.run.record import Record, RunFolder
+from experiments.run.record import Record, run_folder
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
 from experiments.trace import trace
@@ -59,14 +59,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
         setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length)
         runs = Runs([setup])
         evaluation = Evaluation(runs, stack)
-        own = identity(setup, {"data": stream, **evaluation.streams})
-        same_everywhere(own)
-        left_out = [f"data: {stream.left_out}"] if stream.left_out else []
-        counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()} | evaluation.counts
-        remarks = [*checks.remarks(config), *left_out, *evaluation.left_out]
-
+        folder = run_folder(workdir, setup, stream, evaluation)
         sampler, learner = Sampler(runs, [stream], scorer), Learner(runs)
-        record = stack.enter_context(Record(runs, workdir, [RunFolder(workdir, own, remarks, counts)]))
+        record = stack.enter_context(Record(runs, workdir, [folder]))
         record.resume(sampler, learner)
         if record.unfinished:
             with peers.hearing_sigterm():

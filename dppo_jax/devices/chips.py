@@ -35,5 +35,10 @@ def of_topology(topology: str) -> Chip:
 
 
 def memory_of(device) -> int | None:
-    """Bytes of a TPU's memory, also where none is at hand; None if its kind is not known."""
-    return CHIPS[KINDS[device.device_kind]].memory if device.device_kind in KINDS else None
+    """Bytes of a device's memory, of a TPU also where none is at hand; None for a CPU, and where it is not known."""
+    if device.platform == "cpu":
+        return None
+    if device.platform == "tpu":
+        return CHIPS[KINDS[device.device_kind]].memory if device.device_kind in KINDS else None
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")

@@ -11,6 +11,7 @@ import numpy as np
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
+from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts, peers
 from dppo_jax.devices.compilations import Compilations
 from dppo_jax.errors import UserError, WriteError
@@ -24,11 +25,14 @@ from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config, write_config
 from dppo_jax.storage.run_log import RunLog
-from experiments.run.identity import Identity, compare, edits, rate_change
+from experiments.run import checks
+from experiments.run.evaluation import Evaluation
+from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere
 from experiments.run.learner import Learner
 from experiments.run.report import Report
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler, Samples
+from experiments.run.setup import Setup
 
 Scalars = dict[str, float]
 
@@ -42,6 +46,16 @@ class RunFolder(NamedTuple):
     identity: Identity
     remarks: Sequence[str] = ()
     counts: Mapping[str, float] = {}
+
+
+def run_folder(path: Path, setup: Setup, stream: PromptStream, evaluation: Evaluation) -> RunFolder:
+    """Of a run on these prompts. UserError where another host has other weights or data: all hosts must call this."""
+    own = identity(setup, {"data": stream, **evaluation.streams})
+    same_everywhere(own)
+    left_out = [f"data: {stream.left_out}"] if stream.left_out else []
+    counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()}
+    remarks = [*checks.remarks(setup.config), *left_out, *evaluation.left_out]
+    return RunFolder(path, own, remarks, counts | evaluation.counts)
 
 
 class Record:

@@ -141,16 +141,12 @@ class Setup:
     # --- minibatches ---
 
     def minibatches(self, step: int) -> Iterator[np.ndarray]:
-        """Row numbers of every optimizer minibatch of a step, groups whole. The first epoch keeps the order of the
-        rollout; later ones draw theirs from (seed, step, epoch)."""
+        """Row numbers of every optimizer minibatch of a step, groups whole."""
         c = self.config
         for epoch in range(c.train.epochs):
-            order = np.arange(c.rollout.prompts)
-            if epoch:
-                order = np.random.default_rng([c.seed, step, epoch]).permutation(c.rollout.prompts)
-            for part in order.reshape(c.train.minibatches, -1):
-                rows_of = part[:, None] * c.rollout.group_size + np.arange(c.rollout.group_size)
-                yield rows_of.reshape(-1).astype(np.int32)
+            yield from packing.minibatch_rows(
+                c.rollout.prompts, c.rollout.group_size, c.train.minibatches, key=(c.seed, step, epoch)
+            )
 
     @property
     def updates_per_step(self) -> int:
@@ -225,13 +221,7 @@ class Setup:
     @property
     def memory_bytes(self) -> int | None:
         """Of one device, if it says."""
-        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        if device.platform == "cpu":
-            return None
-        if device.platform == "tpu":
-            return memory_of(device)
-        stats = device.memory_stats()
-        return None if stats is None else stats.get("bytes_limit")
+        return memory_of(jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0])
 
     # --- parameters ---
 
