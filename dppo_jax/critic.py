@@ -25,7 +25,7 @@ Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]
 
 @struct.dataclass
 class Estimates:
-    """What the critic said before the updates, and what it is trained towards."""
+    """The critic's values before the updates, and the returns that it is trained towards; 0 outside the mask."""
 
     values: Float32[Array, "B R"]
     returns: Float32[Array, "B R"]
@@ -52,7 +52,7 @@ def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str =
     config = critic_config(config)
 
     def values(params: Params, packed: PackedBatch) -> Float32[Array, "M Q"]:
-        packed = dataclasses.replace(packed, experts=None)  # the policy's
+        packed = dataclasses.replace(packed, experts=None)  # the recorded experts are the policy's
         states, _ = states_before(config, params["body"], packed, dtype=dtype, remat=remat, attention=attention)
         return states.astype(jnp.float32) @ params["value"]["weight"] + params["value"]["bias"]
 
@@ -68,13 +68,13 @@ def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) 
     def estimate(params: Params, batch: TrainBatch, plan: Plan, rewards: Float32[Array, "B"]):
         ones = jnp.ones(batch.tokens.shape, jnp.float32)
 
-        def one(number, found):
-            part = packing.microbatch(plan, number)
-            return packing.unpack(batch, part, values(params, packing.pack(batch, ones, part)), found)
+        def fill_in(number, filled):
+            microbatch = packing.microbatch(plan, number)
+            return packing.unpack(batch, microbatch, values(params, packing.pack(batch, ones, microbatch)), filled)
 
-        found = jax.lax.fori_loop(0, plan.num_microbatches, one, jnp.zeros_like(ones))
-        advantages = gae(last_token(rewards, batch.mask), found, batch.mask, discount=discount, lam=lam)
-        estimates = Estimates(found, jnp.where(batch.mask, advantages + found, 0.0))
+        old_values = jax.lax.fori_loop(0, plan.num_microbatches, fill_in, jnp.zeros_like(ones))
+        advantages = gae(last_token(rewards, batch.mask), old_values, batch.mask, discount=discount, lam=lam)
+        estimates = Estimates(old_values, jnp.where(batch.mask, advantages + old_values, 0.0))
         if whiten:
             count = jnp.maximum(jnp.sum(batch.mask), 1)
             centred = jnp.where(batch.mask, advantages - jnp.sum(advantages) / count, 0.0)
@@ -95,14 +95,14 @@ def make_critic_update(
 ) -> Callable[[TrainState, TrainBatch, Estimates, Plan], tuple[TrainState, Metrics]]:
     """A pure function (state, batch, estimates, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
-    The error is (v - return)^2 / 2, or that of v held within `value_clip` of what it was, whichever is larger (PPO's
-    clipped value loss; inf: not clipped).
+    The error is (v - return)^2 / 2, or that of v clipped to within `value_clip` of the old value, whichever is larger
+    (PPO's clipped value loss; inf: not clipped).
     """
 
-    def objective(params: Params, packed: PackedBatch, old: Array, returns: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, packed: PackedBatch, old_values: Array, returns: Array) -> tuple[Array, Metrics]:
         value = values(params, packed)
-        held = old + jnp.clip(value - old, -value_clip, value_clip)
-        error = jnp.maximum((value - returns) ** 2, (held - returns) ** 2) / 2
+        clipped = old_values + jnp.clip(value - old_values, -value_clip, value_clip)
+        error = jnp.maximum((value - returns) ** 2, (clipped - returns) ** 2) / 2
         measured = Metrics(
             {
                 "critic/loss": metrics_lib.mean(error, packed.mask),
@@ -119,10 +119,10 @@ def make_critic_update(
         weights = weigh(batch.mask[plan.batch_rows], group=group)
 
         def gradient(number):
-            part = packing.microbatch(plan, number)
-            packed = packing.pack(batch, weights, part)
-            old, returns = (packing.take(batch, part, x) for x in (estimates.values, estimates.returns))
-            return jax.grad(objective, has_aux=True)(state.params, packed, old, returns)
+            microbatch = packing.microbatch(plan, number)
+            packed = packing.pack(batch, weights, microbatch)
+            old_values, returns = (packing.take(batch, microbatch, x) for x in (estimates.values, estimates.returns))
+            return jax.grad(objective, has_aux=True)(state.params, packed, old_values, returns)
 
         grads, measured = sum_of_microbatches(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -26,9 +26,9 @@ def pass_at_k(correct: np.ndarray, samples: int, k: int) -> float:
 
 
 def all_failed(counts: Mapping[str, float], replies: int) -> str | None:
-    """A sentence where the verifier failed on every one of so many replies; None where it scored one.
+    """A sentence where the verifier failed on every one of `replies` replies; None where it scored one.
 
-    counts: of `Pending.result`, over all hosts. What it refused to read is not a failure, but no score either.
+    counts: of `Pending.result`, summed over all hosts. A reply that it refused to read is no failure, and no score.
     """
     failed, killed, refused = (int(counts.get(name, 0)) for name in ("failed", "killed", "refused"))
     if not failed + killed or failed + killed + refused < replies:
@@ -58,34 +58,34 @@ def evaluate(
     `generate` draws `samples` responses to each of `num_prompts` prompts. Scores of 1 count as right. Of several hosts,
     each scores the responses that are its own, and all return the same.
     """
-    mine = hosts.share_over(mesh, num_prompts)
-    answers = mine.grouped(samples)
+    prompt_share = hosts.share_over(mesh, num_prompts)
+    row_share = prompt_share.grouped(samples)
     scores: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     waiting: list[Pending] = []
     counts: Counter[str] = Counter()
 
     def finish() -> None:
-        found: np.ndarray = np.zeros(len(answers.owned), np.float32)
+        padded: np.ndarray = np.zeros(len(row_share.owned), np.float32)
         rewards, verifier = waiting.pop().result()
         counts.update(verifier)
-        found[: len(rewards)] = rewards  # the last batch may have fewer
-        scores.append(found)
+        padded[: len(rewards)] = rewards  # the last batch may have fewer
+        scores.append(padded)
 
-    for number, (prompts, held) in enumerate(stream.eval_batches(num_prompts, mine.held)):
-        rollout = generate(params, hosts.to_global(prompts, mesh, mine), jax.random.fold_in(key, number))
+    for number, (prompts, held_examples) in enumerate(stream.eval_batches(num_prompts, prompt_share.held)):
+        rollout = generate(params, hosts.to_global(prompts, mesh, prompt_share), jax.random.fold_in(key, number))
         if waiting:  # the last batch was scored while the device drew this one
             finish()
-        examples = [example for example in mine.of_owned(held) for _ in range(samples)]
-        tokens, mask = hosts.owned((rollout.tokens, rollout.response_mask), answers)
+        examples = [example for example in prompt_share.of_owned(held_examples) for _ in range(samples)]
+        tokens, mask = hosts.owned((rollout.tokens, rollout.response_mask), row_share)
         replies = decode_replies(tokenizer, tokens[: len(examples)], mask[: len(examples)], eos_ids)
         waiting.append(scorer.submit(replies, examples))
         lengths.append(mask.sum(axis=1, dtype=np.int32))
     finish()
-    # [rows, batches] to one row after another; those that fill up the last batch fall away.
-    asked = len(stream) * samples
-    both = hosts.gather((np.stack(scores, axis=1), np.stack(lengths, axis=1)), answers)
-    by_row, length = (x.T.reshape(-1)[:asked] for x in both)
+    # [rows, batches] to one row after another, without the rows that only fill up the last batch.
+    num_replies = len(stream) * samples
+    by_batch = hosts.gather((np.stack(scores, axis=1), np.stack(lengths, axis=1)), row_share)
+    by_row, length = (x.T.reshape(-1)[:num_replies] for x in by_batch)
     by_question = by_row.reshape(-1, samples)
     correct = (by_question >= 1.0).sum(axis=1)
     ks = [2**i for i in range(1, 11) if 2**i <= samples]

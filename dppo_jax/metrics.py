@@ -26,7 +26,7 @@ class Metrics:
     minima: dict[str, Array] = struct.field(default_factory=dict)
 
     def __or__(self, other: "Metrics") -> "Metrics":
-        """Both, of the same tokens under different names."""
+        """The metrics of both, which measure the same tokens under different names."""
         return Metrics(
             sums=self.sums | other.sums,
             maxima=self.maxima | other.maxima,
@@ -41,7 +41,7 @@ def mean(value: Array, where: Array) -> tuple[Array, Array]:
 
 
 def merge(first: Metrics, *others: Metrics) -> Metrics:
-    """All of them together. They must hold the same names."""
+    """The metrics of several microbatches as one. All must hold the same names."""
     for other in others:
         first = Metrics(
             sums={name: (s + other.sums[name][0], n + other.sums[name][1]) for name, (s, n) in first.sums.items()},
@@ -74,8 +74,8 @@ def trust_region_metrics(
     has_advantage = mask & (advantage != 0)
     masked = has_advantage & ~output.keep
 
-    def fraction(which: Bool[Array, "B R"]) -> tuple[Array, Array]:
-        return mean(which.astype(jnp.float32), has_advantage)
+    def fraction(selected: Bool[Array, "B R"]) -> tuple[Array, Array]:
+        return mean(selected.astype(jnp.float32), has_advantage)
 
     sums = {
         "loss/surrogate": (jnp.sum(jnp.where(mask, weights * output.coef, 0.0)), jnp.float32(0.0)),
@@ -120,42 +120,42 @@ def routing_metrics(routing: Routing) -> Metrics:
 def shadow_loss_metrics(
     inputs: LossInputs, shadow_losses: Mapping[str, functools.partial], weights: Float32[Array, "B R"]
 ) -> Metrics:
-    """What each trust region would have masked of these tokens, had it been the one that trains.
+    """What each shadow loss would have masked of these tokens, had it been the one that trains.
 
-    Of region NAME: `region/NAME/masked`, `_positive`, `_negative`: fractions of the tokens with A != 0;
+    Of shadow loss NAME: `region/NAME/masked`, `_positive`, `_negative`: fractions of the tokens with A != 0;
     `region/NAME/removed`: its share of the gradient, sum |w min(r, C) A| over what it masks, C its own `ratio_cap`.
-    The histogram `region_agreement` counts, for every pair, the tokens that both keep or both mask.
+    The histogram `region_agreement` counts, for every pair of them, the tokens that both keep or both mask.
     """
     mask = inputs.mask
     advantage = jnp.where(mask, inputs.advantages, 0.0)
     has_advantage = mask & (advantage != 0)
     logs = jnp.where(mask, log_ratio(inputs.logp, inputs.behavior_logp), 0.0)
-    sums, kept = {}, []
+    sums, keeps = {}, []
     for name, shadow_loss in shadow_losses.items():
         keep = shadow_loss(inputs).keep
         masked = has_advantage & ~keep
         cap = shadow_loss.keywords.get("ratio_cap", jnp.inf)
         size = jnp.where(has_advantage, jnp.abs(weights * jnp.minimum(bounded_exp(logs), cap) * advantage), 0.0)
         by_sign = {"": masked, "_positive": masked & (advantage > 0), "_negative": masked & (advantage < 0)}
-        for suffix, which in by_sign.items():
-            sums[f"region/{name}/masked{suffix}"] = mean(which.astype(jnp.float32), has_advantage)
+        for suffix, selected in by_sign.items():
+            sums[f"region/{name}/masked{suffix}"] = mean(selected.astype(jnp.float32), has_advantage)
         sums[f"region/{name}/removed"] = jnp.sum(jnp.where(masked, size, 0.0)), jnp.sum(size)
-        kept.append(keep)
-    both = jnp.stack(kept).reshape(len(kept), -1)
-    same = (both[:, None] == both[None]) & has_advantage.reshape(-1)
-    return Metrics(sums, {}, {"region_agreement": jnp.sum(same, axis=-1, dtype=jnp.float32)})
+        keeps.append(keep)
+    stacked = jnp.stack(keeps).reshape(len(keeps), -1)
+    agree = (stacked[:, None] == stacked[None]) & has_advantage.reshape(-1)
+    return Metrics(sums, {}, {"region_agreement": jnp.sum(agree, axis=-1, dtype=jnp.float32)})
 
 
 def token_counts(inputs: LossInputs, output: LossOutput, tokens: Int32[Array, "B R"], vocabulary: int) -> Metrics:
-    """How often each token of the vocabulary stood there with A != 0, and how often it was masked, by the sign of A."""
+    """How often each token of the vocabulary has A != 0, and how often it is masked, by the sign of A: f32[3, V]."""
     has_advantage = inputs.mask & (jnp.where(inputs.mask, inputs.advantages, 0.0) != 0)
     masked = has_advantage & ~output.keep
-    which = [has_advantage, masked & (inputs.advantages > 0), masked & (inputs.advantages < 0)]
+    selections = [has_advantage, masked & (inputs.advantages > 0), masked & (inputs.advantages < 0)]
 
     def count(where: Array) -> Array:
         return jnp.zeros(vocabulary, jnp.float32).at[tokens.ravel()].add(where.ravel().astype(jnp.float32))
 
-    return Metrics({}, {}, {"token_counts": jnp.stack([count(where) for where in which])})
+    return Metrics({}, {}, {"token_counts": jnp.stack([count(where) for where in selections])})
 
 
 def summary(metrics: Metrics) -> dict[str, float]:

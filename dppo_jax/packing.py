@@ -31,21 +31,22 @@ class Plan:
     A sample's tokens are numbered from 0, its prompt first.
     """
 
-    batch_rows: Int32[Array, "b"]  # of the TrainBatch
-    sample_of: Int32[Array, "I M T"]  # each token's: 0 .. b-1; -1: no token
+    batch_rows: Int32[Array, "b"]  # each sample's row of the TrainBatch
+    sample_of: Int32[Array, "I M T"]  # the sample that a token belongs to, 0 .. b-1; -1: no token
     offset: Int32[Array, "I M T"]  # the token's number in its sample
-    response_columns: Int32[Array, "I M Q"]  # where response tokens stand, in order; 0 beyond the last
+    response_columns: Int32[Array, "I M Q"]  # columns of the row's response tokens, in order; 0 beyond the last
     responses_per_row: Int32[Array, "I M"]  # response tokens in the row
-    num_microbatches: Int32[Array, ""]  # that hold any token
+    num_microbatches: Int32[Array, ""]  # microbatches that hold any token
 
 
 def pack_shape(
     *, prompt_length: int, max_new_tokens: int, rows: int, mean_prompt: float | None = None, multiple: int = 1
 ) -> PackShape:
-    """Rows that hold any sample, their length a multiple of `multiple`.
+    """The shape of a microbatch of `rows` rows, each long enough for any sample.
 
-    The token head works on `responses` columns of each row. With prompts of `mean_prompt` tokens (None: all of
-    `prompt_length`) a full row seldom has more response tokens than that.
+    T is P + R, rounded up to a multiple of `multiple`. Q is the number of response tokens in a row that is filled with
+    prompts of `mean_prompt` tokens (None: `prompt_length`) and responses of R = `max_new_tokens`, and at least R. A row
+    takes no more than Q response tokens, since the token head computes Q columns of each row.
     """
     length = math.ceil((prompt_length + max_new_tokens) / multiple) * multiple
     mean = prompt_length if mean_prompt is None else mean_prompt
@@ -65,7 +66,7 @@ def minibatch_rows(groups: int, group_size: int, minibatches: int, *, key: tuple
 
 
 def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: PackShape) -> list[list[int]]:
-    """The samples of every row: first fit, the longest first."""
+    """The samples of every row, by number: the longest sample first, each into the first row that has room for it."""
     lengths = prompt_lengths + response_lengths
     tokens: np.ndarray = np.zeros(len(lengths), int)
     responses: np.ndarray = np.zeros(len(lengths), int)
@@ -87,43 +88,43 @@ def assign(prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: Pack
 def plan(
     rows: np.ndarray, prompt_lengths: np.ndarray, response_lengths: np.ndarray, shape: PackShape, *, packed: bool = True
 ) -> Plan:
-    """The plan of the minibatch of these rows; lengths i[B] are those of the whole batch.
+    """The plan of the minibatch of these rows of the batch; lengths i[B] are those of all its rows, in tokens.
 
-    Not `packed`, every sample has a row of its own.
+    With `packed` False every sample has a packed row of its own.
     """
     prompts, responses = np.asarray(prompt_lengths)[rows], np.asarray(response_lengths)[rows]
     prompts = np.where(responses > 0, prompts, 0)  # a sample without a response is not computed
     bins = assign(prompts, responses, shape) if packed else [[sample] for sample in range(len(rows))]
-    microbatches = math.ceil(len(rows) / shape.rows)
-    sample: np.ndarray = np.full((microbatches * shape.rows, shape.length), -1, np.int32)
+    capacity = math.ceil(len(rows) / shape.rows)
+    sample: np.ndarray = np.full((capacity * shape.rows, shape.length), -1, np.int32)
     offset: np.ndarray = np.zeros(sample.shape, np.int32)
     columns: np.ndarray = np.zeros((len(sample), shape.responses), np.int32)
-    used: np.ndarray = np.zeros(len(sample), np.int32)
+    filled: np.ndarray = np.zeros(len(sample), np.int32)
     for row, members in enumerate(bins):
         at = 0
         for member in members:
             first, end = at + prompts[member], at + prompts[member] + responses[member]
             sample[row, at:end] = member
             offset[row, at:end] = np.arange(end - at)
-            columns[row, used[row] : used[row] + responses[member]] = np.arange(first, end)
-            used[row] += responses[member]
+            columns[row, filled[row] : filled[row] + responses[member]] = np.arange(first, end)
+            filled[row] += responses[member]
             at = end
 
     def cut(x: np.ndarray) -> np.ndarray:
-        return x.reshape(microbatches, shape.rows, *x.shape[1:])
+        return x.reshape(capacity, shape.rows, *x.shape[1:])
 
-    count = math.ceil(len(bins) / shape.rows)
-    return Plan(np.asarray(rows, np.int32), cut(sample), cut(offset), cut(columns), cut(used), np.int32(count))
+    num_microbatches = np.int32(math.ceil(len(bins) / shape.rows))
+    return Plan(np.asarray(rows, np.int32), cut(sample), cut(offset), cut(columns), cut(filled), num_microbatches)
 
 
 def occupancy(*plans: Plan) -> float:
-    """Real tokens among the positions that these plans make the model compute."""
+    """The share of real tokens among the positions that the model computes under these plans."""
     real = sum(int((plan.sample_of >= 0).sum()) for plan in plans)
     return real / sum(int(plan.num_microbatches) * math.prod(plan.sample_of.shape[1:]) for plan in plans)
 
 
 def microbatch(plan: Plan, number: Int32[Array, ""]) -> Plan:
-    """The plan with one microbatch of its arrays."""
+    """The plan with microbatch `number` alone: [M, T] and [M, Q] in place of [I, M, T] and [I, M, Q]."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
     return Plan(
         plan.batch_rows,
@@ -164,8 +165,8 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
     def take(x):
         if x is None:
             return None
-        taken = x[source, column]
-        return jnp.where(mask.reshape(mask.shape + (1,) * (taken.ndim - 2)), taken, 0)
+        values = x[source, column]
+        return jnp.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
 
     at = jnp.take_along_axis(sample, plan.response_columns, axis=1)
     advantages = batch.advantages
@@ -190,12 +191,15 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
 
 
 def take(batch: TrainBatch, plan: Plan, values: Shaped[Array, "B R"]) -> Shaped[Array, "M Q"]:
-    """Other values of the response tokens, as `pack` places them; 0 where there is none."""
+    """Values [B, R] of the response tokens at their positions [M, Q] in one microbatch; 0 beyond a row's last."""
     row, column, mask = _sources(batch, plan)
     return jnp.where(mask, values[row, column], 0)
 
 
 def unpack(batch: TrainBatch, plan: Plan, values: Array, into: Array) -> Array:
-    """`into` [B, R, ...] with the values [M, Q, ...] of one microbatch at their rows and columns."""
+    """The inverse of `take`: `into` [B, R, ...] with one microbatch's values [M, Q, ...] at their response tokens.
+
+    Rows of `into` that have no sample in the microbatch stay as they are.
+    """
     row, column, mask = _sources(batch, plan)
     return into.at[jnp.where(mask, row, len(into)), column].set(values, mode="drop")

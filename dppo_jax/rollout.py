@@ -43,7 +43,7 @@ from dppo_jax.types import PromptBatch, RolloutBatch
 
 @struct.dataclass
 class _Drawn:
-    """Tokens with what is recorded of them."""
+    """Sampled tokens, their behavior log-probabilities, and the top K tokens with theirs."""
 
     token: Int32[Array, "*n"]
     logp: Float32[Array, "*n"]
@@ -53,30 +53,34 @@ class _Drawn:
 
 @struct.dataclass
 class _Slots:
-    """The loop's state. An idle slot has row B; D shards of the batch hand out their own rows to their own slots."""
+    """The state of the decode loop: S slots, and the batch as it is filled in.
+
+    Slot s decodes row `row[s]` of the batch; row B says that it is idle. The slots and rows are cut into D shards, and
+    a slot decodes rows of its own shard only.
+    """
 
     row: Int32[Array, "S"]
-    drawn: Int32[Array, "S"]  # response tokens so far
-    token: Int32[Array, "S"]  # the last of them
-    limit: Int32[Array, "S"]  # of the row's tokens
+    drawn: Int32[Array, "S"]  # response tokens that the row has so far
+    token: Int32[Array, "S"]  # the row's last token, which the next step decodes from
+    limit: Int32[Array, "S"]  # most response tokens that the row may have
     prompt_mask: Bool[Array, "S P"]
-    cache: Cache | list[Cache]  # of all layers, or of each
-    handed: Int32[Array, "D"]  # how many of its waiting rows each shard has handed out
+    cache: Cache | list[Cache]  # scanned: one cache of all layers; unrolled: a list of L caches
+    handed: Int32[Array, "D"]  # how many rows of its queue each shard has given to slots
     out: _Drawn  # [B, R]
-    experts: Integer[Array, "B R Lk"] | None  # of the tokens that were decoded from, if they are recorded
+    experts: Integer[Array, "B R Lk"] | None  # of each token that was decoded from; None: not recorded
 
 
 @struct.dataclass
 class _Waiting:
-    """What the prefill leaves for the slots: which rows need more than their first token, what they begin with."""
+    """What the prefill gives to the decode loop: every row's first token, and the queue of rows that need more."""
 
     first: _Drawn  # [B]
     limit: Int32[Array, "B"]
     prompt_mask: Bool[Array, "N P"]
     prompts: Any  # keys [L, N, KV, D, P] and values [L, N, KV, P, D]; of unrolled layers, a list of L pairs
-    queue: Int32[Array, "D b"]  # the rows of each shard, those that wait first
-    count: Int32[Array, "D"]  # that wait
-    uniforms: Float32[Array, "B R 2"]
+    queue: Int32[Array, "D b"]  # each shard's b = B / D rows; the first `count` need more than their first token
+    count: Int32[Array, "D"]
+    uniforms: Float32[Array, "B R 2"]  # the random numbers of every token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,10 +90,10 @@ class Rollout:
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
     `topk` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
-    `shards` is D, how many pieces the batch is cut into over the mesh; it divides S and the number of prompts.
+    `shards` is D, the number of shards of the batch over the mesh; it divides S and the number of prompts.
     `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
-    `record_experts` of a mixture, so that training can go through the same ones.
-    `weights` and `round_inputs` round what they are given to a narrower format (dppo_jax.precision).
+    `record_experts`: the batch has the experts of every token of a mixture, so that training can take the same ones.
+    `weights` rounds the parameters to a narrower format, `round_inputs` the inputs of linear layers (precision.py).
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
 
@@ -138,8 +142,10 @@ class Rollout:
             return self._result(prompts, waiting, state, prompt_experts)
 
     def publish(self, params: Params) -> Params:
-        """The training parameters as the rollout holds them: rounded, cast, and laid out by its own table, all on the
-        devices. Beside them, under "head_float32", the head as it was, where it is wanted in float32."""
+        """The training parameters rounded, cast to `dtype` and laid out by the table `ROLLOUT`, all on the devices.
+
+        With `head_float32`, the key "head_float32" holds the head in the parameters' own dtype.
+        """
         with using(ROLLOUT):
             axes = param_axes(self.config)
             params = params if self.weights is None else self.weights(params)
@@ -152,7 +158,7 @@ class Rollout:
     def prefill(
         self, published: Params, prompts: PromptBatch, key: Key[Array, ""]
     ) -> tuple[_Waiting, Integer[Array, "N P L k"] | None]:
-        """Every prompt through the model once: what waits, and the prompts' experts."""
+        """Every prompt through the model once: the queue of rows, and the experts of the prompts' tokens."""
         with using(ROLLOUT):
             return self._prefill(published, prompts, key)
 
@@ -163,11 +169,11 @@ class Rollout:
 
     def _layers(self, published: Params) -> Params:
         """The model's parameters, layer by layer where they are unrolled: before the loop, which would copy them."""
-        own = {name: value for name, value in published.items() if name != "head_float32"}
-        return unstack(own) if self.unrolled else own
+        stacked = {name: value for name, value in published.items() if name != "head_float32"}
+        return unstack(stacked) if self.unrolled else stacked
 
     def _distribution(self, published: Params, hidden: Array) -> Array:
-        """What is drawn from, up to a constant."""
+        """Logits [b, V] of the distribution that tokens are drawn from."""
         weight = published["head_float32"] if self.head_float32 else head_weight(published)
         hidden = hidden.astype(jnp.float32) if self.head_float32 else hidden
         z = token_head.logits(hidden, weight, temperature=self.temperature or 1.0, softcap=self.config.logit_softcap)
@@ -182,7 +188,8 @@ class Rollout:
             token, lse = sampling.draw(z, uniforms)
         return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
 
-    def _track(self, z: Array, lse: Array) -> tuple[Array, Array]:
+    def _topk(self, z: Array, lse: Array) -> tuple[Array, Array]:
+        """Ids and logp [b, K] of the K likeliest tokens."""
         top, ids = jax.lax.top_k(z, self.topk)
         return ids.astype(jnp.int32), top - lse[:, None]
 
@@ -206,15 +213,17 @@ class Rollout:
         return jnp.where(self._local(row) < batch, self._local(row) - first, batch // self.shards)
 
     def _look_up(self, table: Array, row: Array, column: Array | None = None) -> Array:
+        """table[row], or table[row, column], where `row` [D, S / D] counts from each shard's first row."""
         if column is None:
-            found = jax.vmap(lambda table, row: table[row])(self._local(table), row)
-            return found.reshape(row.size, *table.shape[1:])
-        one = jax.vmap(lambda table, row, column: table[row, column])
-        return one(self._local(table), row, self._local(column)).reshape(row.size, *table.shape[2:])
+            values = jax.vmap(lambda table, row: table[row])(self._local(table), row)
+            return values.reshape(row.size, *table.shape[1:])
+        in_shard = jax.vmap(lambda table, row, column: table[row, column])
+        return in_shard(self._local(table), row, self._local(column)).reshape(row.size, *table.shape[2:])
 
     def _put(self, table: Array, row: Array, column: Array, value: Array) -> Array:
-        one = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
-        return one(self._local(table), row, self._local(column), self._local(value)).reshape(table.shape)
+        """`table` with table[row, column] = value, `row` as in `_look_up`; rows of idle slots are dropped."""
+        in_shard = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
+        return in_shard(self._local(table), row, self._local(column), self._local(value)).reshape(table.shape)
 
     def _prefill(self, published: Params, prompts: PromptBatch, key: Key[Array, ""]):
         prompt_count, group, limit_all = len(prompts.tokens), self.group_size, self.max_new_tokens
@@ -233,16 +242,16 @@ class Rollout:
             return mixed, cache, kv_cache.of_prompt(k, v, one_layer=self.unrolled)
 
         stacked = as_module(self.config, {k: v for k, v in published.items() if k != "head_float32"})
-        hidden, _, filled, routed = stacked(
+        hidden, _, prompts_cache, routed = stacked(
             prompts.tokens, positions(prompts.mask), attend, None, round_inputs=self.round_inputs
         )
         if self.unrolled:
-            filled = list(zip(*filled, strict=True))
+            prompts_cache = list(zip(*prompts_cache, strict=True))
         z = self._distribution(published, hidden[:, -1])
         by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group, 2), 0, 1)
         token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
-        top = (jnp.repeat(x, group, 0) for x in self._track(z, lse[0]))
-        first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *top)
+        topk = (jnp.repeat(x, group, 0) for x in self._topk(z, lse[0]))
+        first = _Drawn(token.T.reshape(-1), logp.T.reshape(-1), *topk)
 
         # Rows that need more than their first token wait, shard by shard, in order.
         waits = self._local(~self._is_end(first.token) & (limit > 1))
@@ -251,7 +260,7 @@ class Rollout:
             first=first,
             limit=limit,
             prompt_mask=prompts.mask,
-            prompts=filled,
+            prompts=prompts_cache,
             queue=queue,
             count=jnp.sum(waits, axis=1, dtype=jnp.int32),
             uniforms=uniforms,
@@ -259,7 +268,10 @@ class Rollout:
         return waiting, self._recorded(routed) if self.record_experts else None
 
     def _responses(self, prompt_length: int) -> int:
-        """Columns of the cache after the prompt's: no last token is attended to. A TPU copies what has odd sides."""
+        """Response columns of the cache: R - 1, since nothing attends to a response's last token.
+
+        Scanned, the columns of prompt and response are rounded up to 128: a TPU copies arrays with other sides.
+        """
         columns = prompt_length + self.max_new_tokens - 1
         return (columns if self.unrolled else -(-columns // 128) * 128) - prompt_length
 
@@ -290,27 +302,27 @@ class Rollout:
         )
 
     def _admit(self, waiting: _Waiting, state: _Slots) -> _Slots:
-        """Idle slots take the next rows that wait."""
+        """Idle slots take the next rows of their shard's queue."""
         batch, group = len(waiting.limit), self.group_size
         idle = self._local(state.row == batch)
         index = state.handed[:, None] + jnp.cumsum(idle, axis=1) - 1
-        taken = idle & (index < waiting.count[:, None])
+        admitted = idle & (index < waiting.count[:, None])
         next_row = jnp.take_along_axis(waiting.queue, jnp.clip(index, 0, waiting.queue.shape[1] - 1), axis=1)
-        fresh, row = taken.reshape(-1), jnp.where(taken, next_row, self._local(state.row)).reshape(-1)
+        fresh, row = admitted.reshape(-1), jnp.where(admitted, next_row, self._local(state.row)).reshape(-1)
         index = jnp.minimum(self._within(row, batch), batch // self.shards - 1)
 
         def choose(new: Array, old: Array) -> Array:
             return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        def filled_anew(cache: Cache, prompt: tuple[Array, Array], layer: Any = None) -> Cache:
+        def refilled(cache: Cache, prompt: tuple[Array, Array], layer: Any = None) -> Cache:
             return kv_cache.fill(cache, fresh, tuple(self._look_up(x, index // group) for x in prompt), layer)
 
         if self.unrolled:
-            cache: Any = [filled_anew(*pair) for pair in zip(state.cache, waiting.prompts, strict=True)]
+            cache: Any = [refilled(*pair) for pair in zip(state.cache, waiting.prompts, strict=True)]
         else:
 
             def fill_layer(layer: Array, cache: Cache) -> Cache:
-                return filled_anew(cache, tuple(x[layer] for x in waiting.prompts), layer)
+                return refilled(cache, tuple(x[layer] for x in waiting.prompts), layer)
 
             cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
         return dataclasses.replace(
@@ -321,7 +333,7 @@ class Rollout:
             limit=choose(self._look_up(waiting.limit, index), state.limit),
             prompt_mask=choose(self._look_up(waiting.prompt_mask, index // group), state.prompt_mask),
             cache=cache,
-            handed=state.handed + jnp.sum(taken, axis=1, dtype=jnp.int32),
+            handed=state.handed + jnp.sum(admitted, axis=1, dtype=jnp.int32),
         )
 
     def _step(self, published: Params, layers: Params, waiting: _Waiting, state: _Slots) -> _Slots:
@@ -331,7 +343,7 @@ class Rollout:
         column = state.prompt_mask.shape[1] + state.drawn - 1
         responses = jnp.arange(self._responses(state.prompt_mask.shape[1])) < state.drawn[:, None]
         visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
-        used = jnp.max(jnp.where(live, column, 0)) + 1
+        cached_length = jnp.max(jnp.where(live, column, 0)) + 1
 
         # A prompt ends where its response begins: columns are as far apart as positions.
         near = visible
@@ -341,12 +353,12 @@ class Rollout:
 
         def attend(q, k, v, cache, number):
             q, k, v, sliding = q[:, 0], k[:, 0], v[:, 0], slides(self.config, number)
-            seen = visible if sliding is None else jnp.where(sliding, near, visible)
+            attended = visible if sliding is None else jnp.where(sliding, near, visible)
             if self.unrolled:
                 cache = kv_cache.write(cache, column, k, v)
-                mixed = kv_cache.attend(q, cache, seen, used, **settings)
+                mixed = kv_cache.attend(q, cache, attended, cached_length, **settings)
             else:
-                mixed, cache = kv_cache.step_of_all(q, k, v, cache, column, seen, used, number, **settings)
+                mixed, cache = kv_cache.step_of_all(q, k, v, cache, column, attended, cached_length, number, **settings)
             return mixed[:, None], cache, None
 
         position = jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32) + state.drawn - 1
@@ -356,7 +368,7 @@ class Rollout:
         z, row = self._distribution(published, hidden[:, 0]), self._within(state.row, batch)
         index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
         token, logp, lse = self._draw(z, self._look_up(waiting.uniforms, *index))
-        new = _Drawn(token, logp, *self._track(z, lse))
+        new = _Drawn(token, logp, *self._topk(z, lse))
         drawn = state.drawn + live
         experts = state.experts
         if experts is not None:
@@ -373,7 +385,7 @@ class Rollout:
         )
 
     def _decoding(self, waiting: _Waiting, state: _Slots) -> Array:
-        """Until a sixteenth of the slots can be filled anew, or all that wait can be."""
+        """True until a sixteenth of the slots, or as many as rows remain in the queues, can take another row."""
         batch, remaining = len(waiting.limit), waiting.count - state.handed
         idle = jnp.sum(self._local(state.row == batch), axis=1)
         enough = jnp.clip(jnp.sum(remaining), 1, max(1, len(state.row) // 16))

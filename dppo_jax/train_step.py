@@ -41,7 +41,7 @@ from dppo_jax.types import (
 class TrainState:
     """Float32 master weights and optimizer state; `updates` counts optimizer steps.
 
-    `params` are those that are trained. `frozen` are the others, where adapters are trained alone.
+    `params` are the trained parameters. `frozen` are the others, where only adapters are trained.
     """
 
     params: Params
@@ -56,13 +56,13 @@ class TrainState:
 
     def saved(self, **extras: Any) -> dict[str, Any]:
         """What a checkpoint holds: this state, and whatever else the run needs to go on (None: nothing)."""
-        own = {"params": self.params, "opt_state": self.opt_state, "updates": self.updates}
-        return own | {name: value for name, value in extras.items() if value is not None}
+        state = {"params": self.params, "opt_state": self.opt_state, "updates": self.updates}
+        return state | {name: value for name, value in extras.items() if value is not None}
 
 
 @struct.dataclass
 class BehaviorHead:
-    """The behavior policy on packed samples: what the head makes its distributions of."""
+    """What the behavior policy's distributions on packed samples are computed from."""
 
     hidden: Float[Array, "M Q E"]  # before each response token
     weight: Float[Array, "V E"]
@@ -79,8 +79,10 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 def states_before(
     config: ModelConfig, params: Params, packed: PackedBatch, **settings: Any
 ) -> tuple[Float[Array, "M Q E"], Routed | None]:
-    """The hidden states that predict the response tokens, teacher-forced, and where all tokens went in a mixture of
-    experts; `settings` are those of `forward_routed`."""
+    """The hidden states that predict the response tokens, teacher-forced, and the routes of all tokens [B = M].
+
+    `settings` are keyword arguments of `forward_routed`. The routes are None for a model without experts.
+    """
     hidden, routed = forward_routed(
         config, params, packed.tokens, packed.segments, packed.positions, experts=packed.experts, **settings
     )
@@ -122,14 +124,19 @@ def make_policy_logprobs(
     behavior_temperature: float | None = None,
     head_float32: bool = False,
 ) -> PolicyLogprobs:
-    """A pure function (params, packed) -> logp, entropy and top-K logp of every response token, teacher-forced.
+    """A pure function (params, packed, behavior=None, noise_key=None) -> HeadOutput, by a teacher-forced pass.
 
-    At the rollout's parameters this is the proximal policy; inside the update it is the policy. With a BehaviorHead
-    it adds the exact divergences from it; `behavior_temperature` is the rollout's, where it is another. `head_float32`
-    as in `Rollout`. Given a `noise_key`, the policy is perturbed (ALP, 2603.19470).
+    The HeadOutput [M, Q] has the logp of every response token and the entropy, in nats, and the logp of the top-K
+    tokens where `packed` has them. With a `behavior` head it has the exact divergences from the behavior policy, too.
+    With a `noise_key` the policy is perturbed (ALP, 2603.19470).
+
+    At the rollout's parameters this is the proximal policy; inside the update it is the policy.
+    `temperature` divides the policy's logits, `behavior_temperature` the behavior policy's (None: `temperature`).
+    `head_float32` is as in `Rollout`, `remat` and `attention` are as in `forward_routed`, `vocab_chunks` as in
+    `token_head`.
     """
 
-    def score(
+    def policy_logprobs(
         params: Params,
         packed: PackedBatch,
         behavior: BehaviorHead | None = None,
@@ -164,11 +171,11 @@ def make_policy_logprobs(
         )
         return dataclasses.replace(head, exact=exact)
 
-    return score
+    return policy_logprobs
 
 
 def routing(routed: Routed, mask: Bool[Array, "M T"], experts: int) -> Routing:
-    """What the real tokens of a pass did."""
+    """Load and router entropy over the tokens where `mask` is true; `experts` is their number X."""
     chosen = jnp.where(mask[..., None], routed.experts, experts)[..., None] == jnp.arange(experts)
     return jax.lax.stop_gradient(
         Routing(
@@ -179,10 +186,10 @@ def routing(routed: Routed, mask: Bool[Array, "M T"], experts: int) -> Routing:
     )
 
 
-def make_recompute(score: PolicyLogprobs, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
+def make_recompute(policy_logprobs: PolicyLogprobs, policy: str) -> Callable[[Params, TrainBatch, Plan], TrainBatch]:
     """A pure function (params, batch, plan of all its rows) -> the batch with another policy's logp.
 
-    `policy` "proximal": the training pass at the rollout's parameters, tracked tokens too. "reference": at fixed ones.
+    `policy` "proximal": at the rollout's parameters, top-K tokens too. "reference": at the run's first parameters.
     """
     fields = {"proximal": ("proximal_logp", "topk_proximal_logp"), "reference": ("reference_logp",)}[policy]
 
@@ -190,14 +197,14 @@ def make_recompute(score: PolicyLogprobs, policy: str) -> Callable[[Params, Trai
         ones = jnp.ones((len(plan.batch_rows), batch.tokens.shape[1]), jnp.float32)
         shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else len(fields)]
 
-        def one(number, found):
-            part = packing.microbatch(plan, number)
-            head = score(params, packing.pack(batch, ones, part))
-            values = (head.logp, head.ids_logp)[: len(found)]
-            return tuple(packing.unpack(batch, part, x, into) for x, into in zip(values, found, strict=True))
+        def fill_in(number, filled):
+            microbatch = packing.microbatch(plan, number)
+            head = policy_logprobs(params, packing.pack(batch, ones, microbatch))
+            values = (head.logp, head.ids_logp)[: len(filled)]
+            return tuple(packing.unpack(batch, microbatch, x, into) for x, into in zip(values, filled, strict=True))
 
-        found = jax.lax.fori_loop(0, plan.num_microbatches, one, tuple(jnp.zeros_like(x) for x in shapes))
-        return dataclasses.replace(batch, **dict(zip(fields, found, strict=False)))
+        filled = jax.lax.fori_loop(0, plan.num_microbatches, fill_in, tuple(jnp.zeros_like(x) for x in shapes))
+        return dataclasses.replace(batch, **dict(zip(fields, filled, strict=False)))
 
     return recompute
 
@@ -222,7 +229,7 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
 
 
 def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
-    """What the loss may see, from a batch and the policy's scores of it."""
+    """What the loss may see, from a packed batch and the policy's head on it."""
     topk = None
     if packed.topk_ids is not None:
         topk = TopKPair(
@@ -245,7 +252,7 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
 
 
 def make_update(
-    score: PolicyLogprobs,
+    policy_logprobs: PolicyLogprobs,
     loss: BoundLoss,
     weigh: Callable[..., Array],
     optimizer: optax.GradientTransformation,
@@ -269,7 +276,7 @@ def make_update(
     ) -> tuple[Array, Metrics]:
         extras = {"behavior": behavior, "noise_key": noise_key}
         extras = {name: value for name, value in extras.items() if value is not None}
-        head = score(joined(frozen, params), packed, **extras)
+        head = policy_logprobs(joined(frozen, params), packed, **extras)
         inputs = loss_inputs(packed, head)
         output = loss(inputs)
         measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
@@ -314,7 +321,7 @@ def make_update(
 
 
 def sum_of_microbatches(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
-    """Gradients and metrics of every piece of a plan, added up."""
+    """Gradients and metrics of every microbatch of a plan, added up."""
     if plan.sample_of.shape[0] == 1:
         return gradient(0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
@@ -327,23 +334,28 @@ def sum_of_microbatches(gradient: Callable[[Any], tuple[Params, Metrics]], plan:
 
 
 def state_shardings(
-    axes: Params, optimizer: optax.GradientTransformation, abstract: Params, mesh: Mesh, frozen: Params | None = None
+    axes: Params,
+    optimizer: optax.GradientTransformation,
+    param_shapes: Params,
+    mesh: Mesh,
+    frozen: Params | None = None,
 ):
-    """Where a TrainState lives: optimizer moments beside their parameters, counters everywhere.
+    """The shardings of a TrainState: optimizer moments as their parameters, counters replicated.
 
-    `axes` are the logical axis names of the `abstract` parameters, `frozen` those of parameters that are not trained.
+    `axes` are the logical axis names of the trained parameters, `frozen` those of the others; `param_shapes` are the
+    shapes and dtypes of the trained ones.
     """
     params = named_shardings(mesh, axes)
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, abstract),
+        jax.eval_shape(optimizer.init, param_shapes),
         params,
-        transform_non_params=lambda _: everywhere,
+        transform_non_params=lambda _: replicated,
     )
     untrained = named_shardings(mesh, frozen or {})
-    return TrainState(params=params, opt_state=opt_state, updates=everywhere, frozen=untrained)
+    return TrainState(params=params, opt_state=opt_state, updates=replicated, frozen=untrained)
 
 
 def init_state(
@@ -356,7 +368,7 @@ def init_state(
     frozen = {} if frozen is None else frozen
     if shardings is None:
         return TrainState(params, optimizer.init(params), jnp.int32(0), frozen)
-    # updates donate them; the caller's stay
+    # Copies, since updates donate the state's arrays and the caller may go on using its own.
     params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen), may_alias=False)
     make = jax.jit(
         lambda p: init_state(p, optimizer), out_shardings=dataclasses.replace(shardings, frozen={}), donate_argnums=0
@@ -378,7 +390,10 @@ def jit_finite() -> Callable[[Any], Array]:
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, needs_exact: bool = False) -> Update:
-    """The update compiled for the mesh, its state donated; `needs_exact`: with its fourth argument."""
-    everywhere = NamedSharding(mesh, P())
-    places = (shardings, batch_sharding(mesh), everywhere, *([shardings.params] if needs_exact else []))
-    return jax.jit(update, in_shardings=places, out_shardings=(shardings, everywhere), donate_argnums=0)
+    """The update compiled for the mesh, its state donated.
+
+    `needs_exact`: it takes its fourth argument, the behavior parameters.
+    """
+    replicated = NamedSharding(mesh, P())
+    shardings_in = (shardings, batch_sharding(mesh), replicated, *([shardings.params] if needs_exact else []))
+    return jax.jit(update, in_shardings=shardings_in, out_shardings=(shardings, replicated), donate_argnums=0)

@@ -1,8 +1,10 @@
 """What crosses a boundary: frozen pytree dataclasses, with the shape and dtype of every field.
 
 N = prompts, G = responses per prompt, B = N * G rows (row b answers prompt b // G), P = prompt length,
-R = response length, K = tracked tokens; a mixture has k experts a token in each of L layers, Lk in all, those of a
-layer after those of the one before. Prompts are padded on the left, responses on the right.
+R = response length, K = top-K tokens (`rollout.tracked`). Prompts are padded on the left, responses on the right.
+
+L = layers, X = experts of a mixture, k = experts per token. Lk = L * k: the experts of a token in all layers, where
+column l * k + j is choice j of layer l.
 
 A training pass sees M packed rows of T tokens, several samples (a prompt and its response) in each, and Q of each
 row's columns as response tokens.
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Integer
 
-Rounding = Callable[[Array], Array]  # to what a narrower format can hold, given back in the array's own dtype
+Rounding = Callable[[Array], Array]  # rounds to the values of a narrower format; shape and dtype stay
 
 
 @struct.dataclass
@@ -33,12 +35,12 @@ class RolloutBatch:
     tokens: Int32[Array, "B R"]
     response_mask: Bool[Array, "B R"]  # the end-of-sequence token counts; what follows it does not
     behavior_logp: Float32[Array, "B R"]  # of the distribution drawn from, temperature included; 0 outside the mask
-    truncated: Bool[Array, "B"]  # ran into R without an end-of-sequence token
+    truncated: Bool[Array, "B"]  # reached its limit without an end-of-sequence token
     group: Int32[Array, "B"]
     topk_ids: Int32[Array, "B R K"] | None = None  # the K likeliest tokens under the behavior policy
     topk_logp: Float32[Array, "B R K"] | None = None  # their behavior log-probabilities
-    prompt_experts: Integer[Array, "N P Lk"] | None = None  # that each token went through
-    experts: Integer[Array, "B R Lk"] | None = None  # a response's last token went through none: 0
+    prompt_experts: Integer[Array, "N P Lk"] | None = None  # experts of each prompt token
+    experts: Integer[Array, "B R Lk"] | None = None  # of each response token; 0 at the last, which is not decoded from
 
 
 @struct.dataclass
@@ -70,7 +72,7 @@ class PackedBatch:
     positions: Int32[Array, "M T"]  # from 0 in each sample
     columns: Int32[Array, "M Q"]  # where the response tokens stand
     targets: Int32[Array, "M Q"]  # the response tokens
-    mask: Bool[Array, "M Q"]  # False where a row has fewer response tokens than Q; what follows is 0 there
+    mask: Bool[Array, "M Q"]  # False where a row has fewer response tokens than Q; all fields below are 0 there
     weights: Float32[Array, "M Q"]  # aggregation weights
     behavior_logp: Float32[Array, "M Q"]
     advantages: Float32[Array, "M Q"]
@@ -79,7 +81,7 @@ class PackedBatch:
     proximal_logp: Float32[Array, "M Q"] | None = None
     topk_proximal_logp: Float32[Array, "M Q K"] | None = None
     reference_logp: Float32[Array, "M Q"] | None = None
-    experts: Integer[Array, "M T Lk"] | None = None  # to be gone through again
+    experts: Integer[Array, "M T Lk"] | None = None  # the rollout's experts of each token, which this pass takes again
 
 
 @struct.dataclass
@@ -135,10 +137,10 @@ class Routing:
 
 @struct.dataclass
 class HeadOutput:
-    """What the token head says of each position."""
+    """The policy at each response position, from the token head."""
 
     logp: Float32[Array, "B R"]  # of the target token
     entropy: Float32[Array, "B R"]
-    ids_logp: Float32[Array, "B R K"] | None = None  # of the given token ids
-    exact: ExactDivergence | None = None  # from the behavior policy, where it was asked for
+    ids_logp: Float32[Array, "B R K"] | None = None  # of the K token ids that were passed
+    exact: ExactDivergence | None = None  # from the behavior policy; None unless its hidden states were passed
     routing: Routing | None = None  # of a mixture of experts

@@ -22,14 +22,17 @@ T = TypeVar("T")
 
 
 class Share(NamedTuple):
-    """Rows of an array [size, ...], as one process sees them; numbers i[...], increasing."""
+    """The rows of a global array [size, ...] that one process holds, and those that it owns.
 
-    size: int
-    held: np.ndarray  # on devices of this process
-    owned: np.ndarray  # of those, the ones that no earlier process holds
+    A process holds the rows that lie on its devices. The first process that holds a row owns it.
+    """
+
+    size: int  # rows of the global array
+    held: np.ndarray  # i[...], increasing: numbers of the rows that lie on devices of this process
+    owned: np.ndarray  # i[...], increasing: those of `held` that no process before this one holds
 
     def grouped(self, members: int) -> "Share":
-        """The same of an array whose rows are groups of `members`, each in place of one row here."""
+        """The share of an array [size * members, ...] that has `members` rows in place of each row of this one."""
 
         def spread(index: np.ndarray) -> np.ndarray:
             return (index[:, None] * members + np.arange(members)).reshape(-1)
@@ -37,7 +40,7 @@ class Share(NamedTuple):
         return Share(self.size * members, spread(self.held), spread(self.owned))
 
     def of_owned(self, items: Sequence[T]) -> list[T]:
-        """Those of the owned rows, from one for each row held; a shorter list is of the first rows."""
+        """The items of the owned rows, where `items` has one for each row held, or for the first of them."""
         owned = set(self.owned.tolist())
         return [item for row, item in zip(self.held.tolist(), items, strict=False) if row in owned]
 
@@ -50,69 +53,69 @@ def share_over(mesh: Mesh | None, count: int) -> Share:
 
 @functools.lru_cache
 def share(sharding: Sharding, count: int) -> Share:
-    """This process's share of the rows of an array [count, ...] that is laid out so."""
+    """This process's share of the rows of an array [count, ...] with this sharding."""
     holders = first_holders(sharding, count)
     me = jax.process_index()
     held: np.ndarray = np.zeros(count, bool)
-    for part, *_ in sharding.addressable_devices_indices_map((count,)).values():
-        held[part] = True
+    for rows, *_ in sharding.addressable_devices_indices_map((count,)).values():
+        held[rows] = True
     return Share(count, np.flatnonzero(held), np.flatnonzero(holders == me))
 
 
 def first_holders(sharding: Sharding, count: int) -> np.ndarray:
     """The owner of every row: the first process that holds it, i[count]."""
     owners: np.ndarray = np.full(count, np.iinfo(np.int32).max)
-    for device, (part, *_) in sharding.devices_indices_map((count,)).items():
-        owners[part] = np.minimum(owners[part], device.process_index)
+    for device, (rows, *_) in sharding.devices_indices_map((count,)).items():
+        owners[rows] = np.minimum(owners[rows], device.process_index)
     return owners
 
 
-def to_global(tree: Any, mesh: Mesh | None, mine: Share) -> Any:
+def to_global(tree: Any, mesh: Mesh | None, share: Share) -> Any:
     """Global arrays, their rows over the mesh, from what each process has: NumPy arrays of the rows it holds."""
     if jax.process_count() == 1:
         return tree
     assert mesh is not None
 
-    def one(x: np.ndarray) -> jax.Array:
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            first, end, _ = index[0].indices(mine.size)
-            at = np.searchsorted(mine.held, first)
+    def global_array(x: np.ndarray) -> jax.Array:
+        def rows_at(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(share.size)
+            at = np.searchsorted(share.held, first)
             return x[at : at + end - first]
 
-        return jax.make_array_from_callback((mine.size, *x.shape[1:]), batch_sharding(mesh), piece)
+        return jax.make_array_from_callback((share.size, *x.shape[1:]), batch_sharding(mesh), rows_at)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(global_array, tree)
 
 
-def owned(tree: Any, mine: Share) -> Any:
-    """The rows that this process owns of arrays laid out by rows, in NumPy; nothing is sent."""
+def owned(tree: Any, share: Share) -> Any:
+    """The rows that this process owns of global arrays sharded by rows, in NumPy; nothing is sent."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def one(x: jax.Array) -> np.ndarray:
-        pieces = {}
+    def owned_rows(x: jax.Array) -> np.ndarray:
+        shards = {}
         for shard in x.addressable_shards:
             first, _, _ = shard.index[0].indices(len(x))
-            if first in mine.owned:
-                pieces[first] = shard.data
-        found = [np.asarray(pieces[first]) for first in sorted(pieces)]
-        return np.concatenate(found) if found else np.zeros((0, *x.shape[1:]), x.dtype)
+            if first in share.owned:
+                shards[first] = shard.data
+        blocks = [np.asarray(shards[first]) for first in sorted(shards)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, *x.shape[1:]), x.dtype)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(owned_rows, tree)
 
 
-def gather(tree: Any, mine: Share) -> Any:
+def gather(tree: Any, share: Share) -> Any:
     """Small NumPy arrays [size, ...] on every process, which must all call this, from those of the rows each owns."""
     if jax.process_count() == 1:
         return tree
 
-    def whole(x: np.ndarray) -> np.ndarray:
-        spread: np.ndarray = np.zeros((mine.size, *x.shape[1:]), x.dtype)
-        spread[mine.owned] = x
-        return spread
+    def spread_out(x: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = np.zeros((share.size, *x.shape[1:]), x.dtype)
+        rows[share.owned] = x
+        return rows
 
-    found = multihost_utils.process_allgather(jax.tree.map(whole, tree))
-    return jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), found)  # every row has one owner: the others add 0
+    by_process = multihost_utils.process_allgather(jax.tree.map(spread_out, tree))
+    return jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), by_process)  # every row has one owner: the others add 0
 
 
 def total(counts: dict[str, int]) -> dict[str, int]:
@@ -120,34 +123,34 @@ def total(counts: dict[str, int]) -> dict[str, int]:
     if jax.process_count() == 1:
         return counts
     names = sorted(counts)
-    found = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
-    return dict(zip(names, found.tolist(), strict=True))
+    by_process = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
+    return dict(zip(names, by_process.tolist(), strict=True))
 
 
-def agree(what: str, mine: Mapping[str, Any], may_differ: Sequence[str]) -> None:
-    """Compares small JSON values by name with those of process 0; names matching `may_differ` (* for any) may differ.
+def agree(kind: str, values: Mapping[str, Any], may_differ: Sequence[str]) -> None:
+    """Compares small JSON values by name with those of process 0, except names that match `may_differ` (* for any).
 
-    Raises: UserError, the same on all processes, which must all call this.
+    Raises: UserError that calls the values a `kind`, the same on all processes, which must all call this.
     """
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
     padded = np.pad(text, (0, int(lengths.max()) - len(text)))
     texts = multihost_utils.process_allgather(padded)
-    first, *others = (json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
-    for number, other in enumerate(others, start=1):
+    first, *rest = (json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    for number, theirs in enumerate(rest, start=1):
         differing = [
             name
-            for name in sorted({*first, *other})
-            if first.get(name) != other.get(name) and not any(fnmatchcase(name, pattern) for pattern in may_differ)
+            for name in sorted({*first, *theirs})
+            if first.get(name) != theirs.get(name) and not any(fnmatchcase(name, pattern) for pattern in may_differ)
         ]
         if differing:
-            named = [f"{name} is {first.get(name)!r} there and {other.get(name)!r} here" for name in differing[:3]]
+            sentences = [f"{name} is {first.get(name)!r} there and {theirs.get(name)!r} here" for name in differing[:3]]
             more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
             raise UserError(
-                f"process {number} has another {what} than process 0 (there, against process {number}, here): "
-                f"{'; '.join(named)}{more}; start all hosts with the same"
+                f"process {number} has another {kind} than process 0 (there, against process {number}, here): "
+                f"{'; '.join(sentences)}{more}; start all hosts with the same"
             )
 
 

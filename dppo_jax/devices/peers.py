@@ -73,20 +73,20 @@ def settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> S
             raise UserError(f"--{name} must be at least 1 second, not {getattr(arguments, name)}")
         if getattr(arguments, name) > MOST:
             raise UserError(f"--{name} must be at most {MOST:,} seconds")
-    found: dict[str, str | None] = {}
+    values: dict[str, str | None] = {}
     for name, variables in VARIABLES.items():
         variable = next((variable for variable in variables if environment.get(variable)), None)
-        there = None if variable is None else environment[variable]
-        if flags[name] is not None and there is not None and variable == variables[0] and flags[name] != there:
-            raise UserError(f"--{name} is {flags[name]}, but {variable} is {there}; leave one of them out")
-        found[name] = there if flags[name] is None else flags[name]
-    missing = [f"--{name}" for name, value in found.items() if value is None]
-    if missing and not arguments.distributed:
-        raise UserError(f"{' and '.join(missing)} must be given too, or --distributed, to have the rest detected")
-    address = found["coordinator"]
+        from_env = None if variable is None else environment[variable]
+        if flags[name] is not None and from_env is not None and variable == variables[0] and flags[name] != from_env:
+            raise UserError(f"--{name} is {flags[name]}, but {variable} is {from_env}; leave one of them out")
+        values[name] = from_env if flags[name] is None else flags[name]
+    unset = [f"--{name}" for name, value in values.items() if value is None]
+    if unset and not arguments.distributed:
+        raise UserError(f"{' and '.join(unset)} must be given too, or --distributed, to have the rest detected")
+    address = values["coordinator"]
     if address is not None and not re.fullmatch(r".+:[0-9]+", address):
         raise UserError(f"--coordinator must be HOST:PORT, not {address!r}")
-    count, number = (_whole(name, found[name]) for name in ("num_processes", "process_id"))
+    count, number = (_whole(name, values[name]) for name in ("num_processes", "process_id"))
     if count is not None and count < 1:
         raise UserError(f"--num_processes must be at least 1, not {count}")
     if number is not None and (number < 0 or (count is not None and number >= count)):
@@ -110,11 +110,13 @@ _group: "Group | None" = None
 def join(arguments: argparse.Namespace) -> None:
     """Joins the processes that the flags name, if they name any. UserError where they do not come together."""
     global _group
-    found = settings(arguments, os.environ)
-    if found is None:
+    meeting = settings(arguments, os.environ)
+    if meeting is None:
         return
-    known = None not in found
-    where = f"process {found.process_id} of {found.num_processes}, at {found.coordinator}" if known else "all processes"
+    complete = None not in meeting
+    where = "all processes"
+    if complete:
+        where = f"process {meeting.process_id} of {meeting.num_processes}, at {meeting.coordinator}"
     print(f"joining: {where}", file=sys.stderr, flush=True)
     # A process that is gone is for us to report: jax's client would abort the others with a stack trace.
     jax.config.update("jax_enable_recoverability", True)
@@ -122,13 +124,13 @@ def join(arguments: argparse.Namespace) -> None:
         _on_abort(lambda: quiet.end(2, f"error: {where}: not all of them came within {arguments.join_timeout} s"))
         try:
             jax.distributed.initialize(
-                *found,
-                cluster_detection_method="deactivate" if known else None,
+                *meeting,
+                cluster_detection_method="deactivate" if complete else None,
                 initialization_timeout=arguments.join_timeout,
                 heartbeat_timeout_seconds=arguments.peer_timeout,
             )
         except Exception as error:
-            hint = "" if known else "; give --coordinator, --num_processes and --process_id"
+            hint = "" if complete else "; give --coordinator, --num_processes and --process_id"
             raise UserError(f"{where} could not be joined: {first_line(error)}{hint}") from error
     state = distributed.global_state
     _group = Group(state.client, state.process_id, state.num_processes, state.coordinator_address, arguments)
@@ -166,20 +168,20 @@ class Group:
     def _watch(self) -> None:
         """Until another process has no heartbeat any more, or is a new one."""
         everyone = list(range(self.count))
-        first: dict[int, int] = {}
-        answered = time.monotonic()
+        incarnations: dict[int, int] = {}
+        last_answer = time.monotonic()
         while not self._ending:
             time.sleep(1.0)
             try:
                 alive = self._client.get_live_nodes(everyone)
             except Exception as error:
-                if time.monotonic() - answered > self._timeout_s:
+                if time.monotonic() - last_answer > self._timeout_s:
                     self._end(f"process 0 ({self._coordinator}) does not answer ({first_line(error)})")
                 continue
-            answered, first = time.monotonic(), first or alive
-            lost = [number for number in everyone if number not in alive or alive[number] != first.get(number)]
+            last_answer, incarnations = time.monotonic(), incarnations or alive
+            lost = [number for number in everyone if number not in alive or alive[number] != incarnations.get(number)]
             if lost:
-                self._end(f"{_named(lost)} lost: no heartbeat for {self._timeout_s} s")
+                self._end(f"{_processes_were(lost)} lost: no heartbeat for {self._timeout_s} s")
 
     def _aborted(self) -> None:
         """jax's client aborts as soon as process 0 is gone or silent; it printed what it knows before this."""
@@ -204,12 +206,12 @@ class Group:
             time.sleep(self._timeout_s + 10.0)  # most likely another process is gone: `_watch` will know
         self._ending = True
         if isinstance(error, UserError):
-            status, said = 2, f"error: {error}"
+            status, message = 2, f"error: {error}"
         elif isinstance(error, KeyboardInterrupt):
-            status, said = 130, "interrupted"
+            status, message = 130, "interrupted"
         else:
-            status, said = 1, "".join(traceback.format_exception(error)).rstrip()
-        print(said, file=sys.stderr)
+            status, message = 1, "".join(traceback.format_exception(error)).rstrip()
+        print(message, file=sys.stderr)
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(Exception):  # another was first, or process 0 is gone
             self._client.key_value_set(FAILED, f"process {self.process} stopped: {reason}")
@@ -242,9 +244,9 @@ class Group:
             self._client.wait_at_barrier(f"dppo_jax/{name}", int(1000 * seconds))
 
 
-def _named(numbers: list[int]) -> str:
-    one = len(numbers) == 1
-    return f"process {numbers[0]} was" if one else f"processes {', '.join(map(str, numbers))} were"
+def _processes_were(numbers: list[int]) -> str:
+    single = len(numbers) == 1
+    return f"process {numbers[0]} was" if single else f"processes {', '.join(map(str, numbers))} were"
 
 
 def _answers(address: str) -> bool:
@@ -297,7 +299,7 @@ def asked_to_stop(step: int) -> bool:
 def run_main(main: Callable[[], None]) -> None:
     """`errors.run_main` for entry points that may `join` others."""
 
-    def whole() -> None:
+    def with_peers() -> None:
         try:
             main()
         except BaseException as error:
@@ -307,7 +309,7 @@ def run_main(main: Callable[[], None]) -> None:
         if _group is not None:
             _group.finish()
 
-    run_alone(whole)
+    run_alone(with_peers)
 
 
 # --- aborts from C++ ---
@@ -329,8 +331,8 @@ class _Quiet:
 
     def __enter__(self) -> "_Quiet":
         sys.stderr.flush()
-        self._stderr, self._kept = os.dup(2), tempfile.TemporaryFile()
-        os.dup2(self._kept.fileno(), 2)
+        self._stderr, self._captured = os.dup(2), tempfile.TemporaryFile()
+        os.dup2(self._captured.fileno(), 2)
         return self
 
     def end(self, status: int, sentence: str) -> None:
@@ -341,4 +343,4 @@ class _Quiet:
     def __exit__(self, *_: object) -> None:
         os.dup2(self._stderr, 2)
         os.close(self._stderr)
-        self._kept.close()
+        self._captured.close()

@@ -95,14 +95,14 @@ def spec(*axes: str | None, rules: Rules | None = None) -> P:
     """The PartitionSpec of an array whose dimensions have these logical names, by the table in force unless given."""
     rules = _RULES.get() if rules is None else rules
     mapped = [() if axis is None else rules[axis] for axis in axes]
-    flat = [m for part in mapped for m in part]
-    if len(flat) != len(set(flat)):
+    used_axes = [axis for axes_of in mapped for axis in axes_of]
+    if len(used_axes) != len(set(used_axes)):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {mapped}")
-    return P(*(part[0] if len(part) == 1 else part or None for part in mapped))
+    return P(*(axes_of[0] if len(axes_of) == 1 else axes_of or None for axes_of in mapped))
 
 
 def num_shards(mesh: Mesh | jax.sharding.AbstractMesh, *mesh_axes: str) -> int:
-    """Into how many pieces these mesh axes cut."""
+    """The product of the sizes of these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
@@ -124,7 +124,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def cuts_evenly(size: int, name: str) -> bool:
-    """Whether the mesh in force cuts a dimension of this size and logical name into equal pieces."""
+    """Whether the mesh in force cuts a dimension of this size and logical name into equal shards."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or size % num_shards(mesh, *mesh_axes(name)) == 0
 
@@ -136,30 +136,31 @@ def is_cut(name: str) -> bool:
 
 
 def summed_product(left: Array, right: Array, across: str | None, *, dtype: Any = None) -> Array:
-    """The gradient of a weight [embed, across]: left^T right over their rows, [B, T, embed] and [B, T, across].
+    """sum over b, t of left[b, t, :]^T right[b, t, :], laid out over ("embed", across): a weight's gradient.
 
-    `across` may be two dimensions, of which the second is whole; then it is in the result, too.
+    `left` is [B, T, embed] and `right` [B, T, across]. `right` may have one more dimension, which is not sharded; the
+    result then has it too. `dtype` is the dtype of the products, the sum and the result (None: that of the inputs).
 
-    Each device adds up its own rows, and keeps its part of the sum over all: asked for the sum and its layout, XLA may
-    make it slice by slice, in narrow products, or leave the whole of it on every device.
+    Each device multiplies its own rows, and a reduce-scatter over the mesh axes of "embed" adds the products up. XLA by
+    itself may make the sum slice by slice, in narrow products, or leave all of it on every device.
     """
-    batch, embed, whole = mesh_axes("batch"), mesh_axes("embed"), (None,) * (right.ndim - 3)
-    others = tuple(axis for axis in batch if axis not in embed)
+    batch, embed, unsharded = mesh_axes("batch"), mesh_axes("embed"), (None,) * (right.ndim - 3)
+    batch_only = tuple(axis for axis in batch if axis not in embed)
 
     def local(left: Array, right: Array) -> Array:
-        own = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
-        # Of other than leading axes, XLA would sum the whole.
-        own = own.reshape(jax.lax.axis_size(embed), -1, *own.shape[1:])
-        own = jax.lax.psum_scatter(own, embed)
-        return jax.lax.psum(own, others) if others else own
+        product = jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=dtype)
+        # Scattered along any axis but a leading one, XLA would sum the whole on every device.
+        product = product.reshape(jax.lax.axis_size(embed), -1, *product.shape[1:])
+        product = jax.lax.psum_scatter(product, embed)
+        return jax.lax.psum(product, batch_only) if batch_only else product
 
-    share = jax.shard_map(
+    sharded = jax.shard_map(
         local,
-        in_specs=(spec("batch", None, None), spec("batch", None, across, *whole)),
-        out_specs=spec("embed", across, *whole),
+        in_specs=(spec("batch", None, None), spec("batch", None, across, *unsharded)),
+        out_specs=spec("embed", across, *unsharded),
         check_vma=False,
     )
-    return share(left, right)
+    return sharded(left, right)
 
 
 def named_shardings(mesh: Mesh, axes_tree, rules: Rules = TRAINING):
@@ -176,7 +177,7 @@ def reshard(tree, axes_tree):
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many pieces the batch dimension is cut into."""
+    """The number of shards of the batch dimension."""
     return num_shards(mesh, *TRAINING["batch"])
 
 
