@@ -18,7 +18,7 @@ LOG_MIN = 1e4
 LOG_TINY = 1e-18
 
 
-def _held(logp: Array) -> Array:
+def _clipped(logp: Array) -> Array:
     return jnp.clip(logp.astype(jnp.float32), -LOG_MIN, -LOG_TINY)
 
 
@@ -38,7 +38,7 @@ def prob_diff(logp: Float32[Array, "*n"], anchor_logp: Float32[Array, "*n"]) -> 
 
     Taken from the complements where both are likely, so that two nearly certain tokens keep their digits.
     """
-    logp, anchor_logp = _held(logp), _held(anchor_logp)
+    logp, anchor_logp = _clipped(logp), _clipped(anchor_logp)
     likely = (logp > -0.6931472) & (anchor_logp > -0.6931472)
     return jnp.where(likely, jnp.expm1(logp) - jnp.expm1(anchor_logp), jnp.exp(logp) - jnp.exp(anchor_logp))
 
@@ -50,7 +50,7 @@ def binary_tv(logp: Float32[Array, "*n"], anchor_logp: Float32[Array, "*n"]) -> 
 
 def binary_kl(logp: Float32[Array, "*n"], anchor_logp: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     """KL(Bern(mu) || Bern(pi)) in nats: mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)), at least 0."""
-    logp, anchor_logp = _held(logp), _held(anchor_logp)
+    logp, anchor_logp = _clipped(logp), _clipped(anchor_logp)
     sampled = jnp.exp(anchor_logp) * (anchor_logp - logp)
     others = -jnp.expm1(anchor_logp) * (log1mexp(anchor_logp) - log1mexp(logp))
     return jnp.maximum(sampled + others, 0.0)
@@ -61,7 +61,7 @@ def _union(logp: Array, anchor_logp: Array, topk: TopKPair, topk_anchor_logp: Ar
     in_use = jnp.concatenate([jnp.ones_like(topk.logp, bool), ~topk.has_sampled[..., None]], axis=-1)
     policy = jnp.concatenate([topk.logp, logp[..., None]], axis=-1)
     anchor = jnp.concatenate([topk_anchor_logp, anchor_logp[..., None]], axis=-1)
-    return _held(policy), _held(anchor), in_use
+    return _clipped(policy), _clipped(anchor), in_use
 
 
 def _log_rest(entries: Array, in_use: Array) -> Array:

@@ -29,9 +29,9 @@ def merged(params: Params, scale: float) -> Params:
     a, b = ADAPTER
     layers = params["layers"]
 
-    def whole(name: str):
+    def without_adapter(name: str):
         if name + a not in layers:
             return layers[name]
         return add_adapter(layers[name], layers[name + a], layers[name + b], scale)
 
-    return {**params, "layers": {name: whole(name) for name in layers if not name.endswith(ADAPTER)}}
+    return {**params, "layers": {name: without_adapter(name) for name in layers if not name.endswith(ADAPTER)}}

@@ -1,6 +1,6 @@
 """Narrower numbers for the rollout: the mismatch between the two policies, on demand.
 
-A format rounds values to what it can hold and gives them back as they came: "bfloat16", "float16", "float8" (e4m3),
+A format rounds values to those that it can hold; shape and dtype stay: "bfloat16", "float16", "float8" (e4m3),
 "int8", "int4", or "m<n>": n bits of mantissa with float32's exponent. Integers and float8 are scaled by the largest
 magnitude: of each output channel of a weight, of each token's activations.
 """
@@ -26,8 +26,8 @@ def _rounding(name: str, key: str, channels: Callable[[Array], tuple[int, ...]])
     if name in SCALED:
 
         def scaled(x: Array) -> Array:
-            found = qwix.quantize(x.astype(jnp.float32), SCALED[name], channelwise_axes=channels(x))
-            return qwix.dequantize(found).astype(x.dtype)
+            quantized = qwix.quantize(x.astype(jnp.float32), SCALED[name], channelwise_axes=channels(x))
+            return qwix.dequantize(quantized).astype(x.dtype)
 
         return scaled
     bits = FLOATS.get(name)
@@ -35,14 +35,14 @@ def _rounding(name: str, key: str, channels: Callable[[Array], tuple[int, ...]])
         bits = (8, int(match[1]))
     if bits is None or not 1 <= bits[1] <= 23:
         names = [*FLOATS, *SCALED, "m4"]
-        known = ", ".join(names)
-        raise UserError(f"{key} = {name!r} is not a format{nearest(name, names)}; formats: {known} (m1 to m23)")
+        formats = ", ".join(names)
+        raise UserError(f"{key} = {name!r} is not a format{nearest(name, names)}; formats: {formats} (m1 to m23)")
     exponent, mantissa = bits
     return lambda x: jax.lax.reduce_precision(x, exponent, mantissa)
 
 
 def activations(name: str) -> Rounding | None:
-    """What the inputs of every linear layer go through; None for ""."""
+    """The rounding of the inputs of every linear layer; None for ""."""
     if not name:
         return None
     return _rounding(name, "rollout.activations", lambda x: tuple(range(x.ndim - 1)))

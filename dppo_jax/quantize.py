@@ -26,13 +26,13 @@ def quantized(params: dict[str, Any], name: str) -> dict[str, Any]:
     layers = dict(params["layers"])
     for matrix in MATRICES:
         w = layers[matrix]
-        found = _narrow(w, name, (*range(w.ndim - 2), w.ndim - 1))
-        layers[matrix], layers[matrix + SCALE] = found.qvalue, found.scale
+        quantized_w = _quantize(w, name, (*range(w.ndim - 2), w.ndim - 1))
+        layers[matrix], layers[matrix + SCALE] = quantized_w.qvalue, quantized_w.scale
     return {**params, "layers": layers}
 
 
-def _narrow(x: Array, name: str, channels: tuple[int, ...]) -> qwix.QArray:
-    """x with a scale for each place along the `channels` axes."""
+def _quantize(x: Array, name: str, channels: tuple[int, ...]) -> qwix.QArray:
+    """x in the format `name`, with a scale for each index along the `channels` axes."""
     return qwix.quantize(
         x.astype(jnp.float32), FORMATS[name], channelwise_axes=channels, calibration_method=CALIBRATION[name]
     )
@@ -47,9 +47,9 @@ def product(
     weight, contracting = qwix.QArray(values, scales), (((2,), (0,)), ((), ()))
     if not activations:
         return qwix.dot_general(x, weight.astype(x.dtype), contracting)
-    return qwix.dot_general(_narrow(x, name, (0, 1)), weight, contracting).astype(x.dtype)
+    return qwix.dot_general(_quantize(x, name, (0, 1)), weight, contracting).astype(x.dtype)
 
 
 def dequantized(values: Shaped[Array, "*n I O"], scales: Float[Array, "*n 1 O"], dtype: Any) -> Float[Array, "*n I O"]:
-    """W."""
+    """W = values * scales, in `dtype`."""
     return qwix.dequantize(qwix.QArray(values, scales)).astype(dtype)

@@ -61,5 +61,5 @@ def nucleus(z: Float32[Array, "B V"], top_p: float) -> Float32[Array, "B V"]:
     order = jnp.argsort(-z, axis=-1)
     p = jnp.take_along_axis(jnp.exp(z - log_normaliser(z)[:, None]), order, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    kept = jnp.put_along_axis(jnp.zeros(z.shape, bool), order, before < top_p, axis=-1, inplace=False)
-    return jnp.where(kept, z, -jnp.inf)
+    in_nucleus = jnp.put_along_axis(jnp.zeros(z.shape, bool), order, before < top_p, axis=-1, inplace=False)
+    return jnp.where(in_nucleus, z, -jnp.inf)

@@ -1,6 +1,6 @@
 """The token head: hidden states to log-probabilities. The only log-softmax.
 
-It takes the vocabulary in pieces and never holds logits of [B, R, V]; the backward pass computes each piece's logits
+It takes the vocabulary in chunks and never holds logits of [B, R, V]; the backward pass computes each chunk's logits
 once more. With z = softcap(h W^T) / temperature, per position,
 
     logp = z[target] - lse(z),      entropy = lse(z) - sum_v p_v z_v,      ids_logp = z[ids] - lse(z)
@@ -9,8 +9,9 @@ and, for incoming gradients a, b, c_k of these three,
 
     dL/dz_v = a (1[v = target] - p_v) - b p_v (log p_v + entropy) + sum_k c_k (1[v = ids_k] - p_v).
 
-Pieces of the vocabulary, not of the positions: each piece of the weight's gradient is then written once, where pieces
-of the positions would read and write all of it again and again. Where one piece is enough, its logits are kept.
+Chunks of the vocabulary, not of the positions: each chunk of the weight's gradient is then written once, where chunks
+of the positions would read and write all of it again and again. With one chunk, its logits are kept for the backward
+pass.
 
 The product with W takes the dtype of the hidden states and accumulates in float32; everything after it is float32.
 """
@@ -45,16 +46,16 @@ def log_normaliser(z: Float32[Array, "*n V"]) -> Float32[Array, "*n"]:
 
 
 def vocab_chunk_count(tokens: int, vocabulary: int, memory: int | None = None) -> int:
-    """In how many pieces the vocabulary passes through the head, for `tokens` positions and the share of the vocabulary
-    of one device.
+    """The number of vocabulary chunks, for `tokens` positions and `vocabulary` tokens of the vocabulary on one device.
 
-    As many as make one piece's logits 1/64 of the device's `memory` in bytes. Where that is not known: one if all
-    logits are 64 MiB, else 48. From there up to twice as many, if such a number divides the vocabulary.
+    So many that the float32 logits of one chunk take 1/64 of the device's `memory` in bytes. Where that is not known:
+    one chunk if all logits take 64 MiB or less, else 48. The count is raised, to at most twice as many, to the first
+    that divides the vocabulary, if there is one.
     """
-    whole = 4 * tokens * vocabulary
-    if whole <= (2**26 if memory is None else memory // 64):
+    logits_bytes = 4 * tokens * vocabulary
+    if logits_bytes <= (2**26 if memory is None else memory // 64):
         return 1
-    least = min(48 if memory is None else math.ceil(64 * whole / memory), vocabulary)
+    least = min(48 if memory is None else math.ceil(64 * logits_bytes / memory), vocabulary)
     return next((count for count in range(least, min(2 * least, vocabulary) + 1) if vocabulary % count == 0), least)
 
 
@@ -70,7 +71,7 @@ def token_head(
 ) -> HeadOutput:
     """logp of `targets`, entropy in nats and, if `ids` are given, their logp; differentiable in `hidden` and `weight`.
 
-    `vocab_chunks`: the vocabulary passes through in so many parts; None: `vocab_chunk_count` of these shapes.
+    `vocab_chunks`: the number of chunks of the vocabulary; None: `vocab_chunk_count` of these shapes.
     """
     if vocab_chunks is None:
         vocab_chunks = vocab_chunk_count(math.prod(targets.shape), len(weight))
@@ -92,7 +93,7 @@ def exact_divergence(
 ) -> ExactDivergence:
     """TV and KL(mu || pi), in nats, over the whole vocabulary, from the hidden states of both policies; no gradient.
 
-    Two passes over the vocabulary in pieces, the first for the two normalisers: never a buffer of all logits.
+    Two passes over the vocabulary in chunks, the first for the two normalisers: never a buffer of all logits.
     """
     inputs = jax.lax.stop_gradient((hidden, weight, behavior_hidden, behavior_weight))
     hidden, weight, behavior_hidden, behavior_weight = inputs
@@ -102,22 +103,23 @@ def exact_divergence(
     sides = [(temperature, hidden, weight), (behavior_temperature, behavior_hidden, behavior_weight)]
     cuts = [_cut(w, vocab_chunks) for _, _, w in sides]
 
-    def both(number):
+    def both_logits(number):
         return [
-            _piece_logits((float(t), softcap, vocab_chunks), h, cut, number, len(weight))
+            _chunk_logits((float(t), softcap, vocab_chunks), h, cut, number, len(weight))
             for (t, h, _), cut in zip(sides, cuts, strict=True)
         ]
 
     def normalise(number, states):
         return [
-            jnp.logaddexp(state, jax.nn.logsumexp(z, axis=-1)) for state, z in zip(states, both(number), strict=True)
+            jnp.logaddexp(state, jax.nn.logsumexp(z, axis=-1))
+            for state, z in zip(states, both_logits(number), strict=True)
         ]
 
     start = jnp.full(hidden.shape[:-1], -jnp.inf, jnp.float32)
     lse, behavior_lse = jax.lax.fori_loop(0, vocab_chunks, normalise, [start, start])
 
     def add(number, sums):
-        z, behavior_z = both(number)
+        z, behavior_z = both_logits(number)
         logp = jnp.maximum(z - lse[..., None], LOWEST)
         behavior_logp = jnp.maximum(behavior_z - behavior_lse[..., None], LOWEST)
         mu = jnp.exp(behavior_logp)
@@ -129,31 +131,32 @@ def exact_divergence(
     return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0))
 
 
-# Piece j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of
-# every piece.
+# Chunk j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of
+# every chunk.
 
 
 def _cut(weight: Array, vocab_chunks: int) -> Array:
-    """[V, E] -> [V / pieces, pieces, E], zeros at the end where it does not divide."""
+    """[V, E] -> [ceil(V / chunks), chunks, E], zeros at the end where the count does not divide V."""
     padded = jnp.pad(weight, [(0, -len(weight) % vocab_chunks), (0, 0)])
     return constrain(padded.reshape(-1, vocab_chunks, weight.shape[1]), "vocab", None, None)
 
 
-def _piece_logits(static, hidden: Array, cut: Array, number: Array | int, vocabulary: int) -> Array:
+def _chunk_logits(static, hidden: Array, cut: Array, number: Array | int, vocabulary: int) -> Array:
+    """Logits of chunk `number`, -inf where it goes beyond the vocabulary."""
     temperature, softcap, vocab_chunks = static
-    part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False)
-    z = logits(hidden, part, temperature=temperature, softcap=softcap)
-    if len(part) * vocab_chunks > vocabulary:
-        z = jnp.where(jnp.arange(len(part)) * vocab_chunks + number < vocabulary, z, -jnp.inf)
+    weight_chunk = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False)
+    z = logits(hidden, weight_chunk, temperature=temperature, softcap=softcap)
+    if len(weight_chunk) * vocab_chunks > vocabulary:
+        z = jnp.where(jnp.arange(len(weight_chunk)) * vocab_chunks + number < vocabulary, z, -jnp.inf)
     return constrain(z, "batch", None, "vocab")
 
 
 def _pick(z: Array, token: Array, number: Array | int, vocab_chunks: int) -> Array:
-    """z of the tokens [B, R, K] that are in this piece, 0 for the others."""
+    """Logits [B, R, K] of the tokens [B, R, K] that are in chunk `number`, 0 for the others."""
     if vocab_chunks == 1:
         return jnp.take_along_axis(z, token, axis=-1)
-    found = jnp.take_along_axis(z, token // vocab_chunks, axis=-1)
-    return jnp.where(token % vocab_chunks == number, found, 0.0)
+    picked = jnp.take_along_axis(z, token // vocab_chunks, axis=-1)
+    return jnp.where(token % vocab_chunks == number, picked, 0.0)
 
 
 def _head_of(static, hidden, weight, targets, ids):
@@ -161,90 +164,91 @@ def _head_of(static, hidden, weight, targets, ids):
 
 
 def _values(static, hidden, weight, targets, ids):
-    """((logp, entropy, ids_logp), lse, the logits if there is one piece)"""
+    """((logp, entropy, ids_logp), lse, the logits if there is one chunk, else None)"""
     vocab_chunks, vocabulary = static[2], len(weight)
     tokens = targets[..., None] if ids is None else jnp.concatenate([targets[..., None], ids], axis=-1)
     cut = _cut(weight, vocab_chunks)
 
-    def one(number, state):
-        z = _piece_logits(static, hidden, cut, number, vocabulary)
+    def merge_chunk(number, state):
+        z = _chunk_logits(static, hidden, cut, number, vocabulary)
         return z, _merge(state, z, _pick(z, tokens, number, vocab_chunks))
 
-    # With m the largest logit so far: m, sum exp(z - m), sum exp(z - m) (z - m), and the logits asked for.
+    # With m the largest logit so far: m, sum exp(z - m), sum exp(z - m) (z - m), and the logits of `tokens`.
     zero = jnp.zeros(targets.shape, jnp.float32)
     state = (jnp.full(targets.shape, -jnp.inf, jnp.float32), zero, zero, jnp.zeros(tokens.shape, jnp.float32))
     if vocab_chunks == 1:
-        kept, state = one(0, state)
+        z, state = merge_chunk(0, state)
     else:
-        kept, state = None, jax.lax.fori_loop(0, vocab_chunks, lambda number, state: one(number, state)[1], state)
-    largest, total, moment, found = state
-    lse = largest + jnp.log(total)
-    logp = found - lse[..., None]
+        z, state = None, jax.lax.fori_loop(0, vocab_chunks, lambda number, state: merge_chunk(number, state)[1], state)
+    largest, sum_exp, moment, picked = state
+    lse = largest + jnp.log(sum_exp)
+    logp = picked - lse[..., None]
     # Both terms are at least 0: nothing cancels, however peaked the distribution.
-    entropy = jnp.log(total) - moment / total
-    return (logp[..., 0], entropy, None if ids is None else logp[..., 1:]), lse, kept
+    entropy = jnp.log(sum_exp) - moment / sum_exp
+    return (logp[..., 0], entropy, None if ids is None else logp[..., 1:]), lse, z
 
 
-def _merge(state, z, found):
-    """The state with one more piece of logits."""
-    old, total, moment, so_far = state
-    new = jnp.maximum(old, jnp.max(z, axis=-1))
-    shift = jnp.where(old == -jnp.inf, 0.0, old - new)
-    scale = jnp.where(old == -jnp.inf, 0.0, jnp.exp(shift))
-    gap = jnp.maximum(z - new[..., None], LOWEST)
+def _merge(state, z, picked):
+    """The state after one more chunk: its logits z, and those of them that belong to the picked tokens."""
+    largest, sum_exp, moment, so_far = state
+    new_largest = jnp.maximum(largest, jnp.max(z, axis=-1))
+    shift = jnp.where(largest == -jnp.inf, 0.0, largest - new_largest)
+    scale = jnp.where(largest == -jnp.inf, 0.0, jnp.exp(shift))
+    gap = jnp.maximum(z - new_largest[..., None], LOWEST)
     p = jnp.exp(gap)
-    moment = scale * (moment + total * shift) + jnp.sum(p * gap, axis=-1)
-    return new, scale * total + jnp.sum(p, axis=-1), moment, so_far + found
+    moment = scale * (moment + sum_exp * shift) + jnp.sum(p * gap, axis=-1)
+    return new_largest, scale * sum_exp + jnp.sum(p, axis=-1), moment, so_far + picked
 
 
 def _head_forward(static, hidden, weight, targets, ids):
     hidden, weight, targets, ids = (None if x is None else x.value for x in (hidden, weight, targets, ids))
-    outputs, lse, kept = _values(static, hidden, weight, targets, ids)
-    return outputs, (hidden, weight, targets, ids, lse, outputs[1], kept)
+    outputs, lse, whole_logits = _values(static, hidden, weight, targets, ids)
+    return outputs, (hidden, weight, targets, ids, lse, outputs[1], whole_logits)
 
 
 def _head_backward(static, residuals, cotangents):
     temperature, softcap, vocab_chunks = static
-    hidden, weight, targets, ids, lse, entropy, kept = residuals
+    hidden, weight, targets, ids, lse, entropy, whole_logits = residuals
     # A loss through logp alone, as every policy loss is, pays nothing for the other two.
     d_logp, d_entropy, d_ids = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     d_logp = jnp.zeros(lse.shape, jnp.float32) if d_logp is None else d_logp
-    total = (d_logp if d_ids is None else d_logp + jnp.sum(d_ids, axis=-1))[..., None]
+    d_logp_sum = (d_logp if d_ids is None else d_logp + jnp.sum(d_ids, axis=-1))[..., None]
     cut = _cut(weight, vocab_chunks)
 
-    def one(number, z):
-        z = _piece_logits(static, hidden, cut, number, len(weight)) if z is None else z
+    def chunk_gradients(number, z):
+        z = _chunk_logits(static, hidden, cut, number, len(weight)) if z is None else z
         log_p = z - lse[..., None]
-        through = total
+        through = d_logp_sum
         if d_entropy is not None:
             log_p = jnp.maximum(log_p, LOWEST)
-            through = total + d_entropy[..., None] * (log_p + entropy[..., None])
-        here = jnp.arange(z.shape[-1]) * vocab_chunks + number == targets[..., None]
-        d_z = jnp.where(here, d_logp[..., None], 0.0) - jnp.exp(log_p) * through
+            through = d_logp_sum + d_entropy[..., None] * (log_p + entropy[..., None])
+        is_target = jnp.arange(z.shape[-1]) * vocab_chunks + number == targets[..., None]
+        d_z = jnp.where(is_target, d_logp[..., None], 0.0) - jnp.exp(log_p) * through
         if d_ids is not None:
             row, column = jnp.indices(targets.shape)
-            share = jnp.where(ids % vocab_chunks == number, d_ids, 0.0)
-            d_z = d_z.at[row[..., None], column[..., None], ids // vocab_chunks].add(share)
+            in_chunk = jnp.where(ids % vocab_chunks == number, d_ids, 0.0)
+            d_z = d_z.at[row[..., None], column[..., None], ids // vocab_chunks].add(in_chunk)
         d_z = d_z / temperature
         if softcap is not None:
             d_z = d_z * (1 - jnp.square(jnp.where(jnp.isfinite(z), z, 0.0) * temperature / softcap))
         d_z = d_z.astype(hidden.dtype)
-        part = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
-        d_hidden = jnp.einsum("brv,ve->bre", d_z, part, preferred_element_type=jnp.float32)
+        weight_chunk = jax.lax.dynamic_index_in_dim(cut, number, axis=1, keepdims=False).astype(hidden.dtype)
+        d_hidden = jnp.einsum("brv,ve->bre", d_z, weight_chunk, preferred_element_type=jnp.float32)
         if is_cut("embed"):
-            d_part = summed_product(hidden, d_z, "vocab", dtype=jnp.float32).T
+            d_weight_chunk = summed_product(hidden, d_z, "vocab", dtype=jnp.float32).T
         else:
             flat = [x.reshape(-1, x.shape[-1]) for x in (d_z, hidden)]  # in one dimension XLA's CPU copies less
-            d_part = jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
-        return constrain(d_hidden, "batch", None, None), d_part
+            d_weight_chunk = jnp.einsum("nv,ne->ve", *flat, preferred_element_type=jnp.float32)
+        return constrain(d_hidden, "batch", None, None), d_weight_chunk
 
     if vocab_chunks == 1:
-        d_hidden, d_weight = one(0, kept)
+        d_hidden, d_weight = chunk_gradients(0, whole_logits)
     else:
 
         def add(number, carry):
-            d_hidden, d_part = one(number, None)
-            d_weight = jax.lax.dynamic_update_index_in_dim(carry[1], d_part.astype(weight.dtype), number, axis=1)
+            d_hidden, d_weight_chunk = chunk_gradients(number, None)
+            d_chunk = d_weight_chunk.astype(weight.dtype)
+            d_weight = jax.lax.dynamic_update_index_in_dim(carry[1], d_chunk, number, axis=1)
             return carry[0] + d_hidden, constrain(d_weight, "vocab", None, "embed")
 
         zeros = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(cut.shape, weight.dtype)

@@ -110,18 +110,20 @@ def hyperparameters(loss: Loss) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
 
 
-def bind_loss(name: str, given: Mapping[str, float]) -> functools.partial:
-    """The loss called `name` with its hyperparameters fixed. UserError for an unknown name, and for a hyperparameter
-    that is unknown or missing."""
+def bind_loss(name: str, values: Mapping[str, float]) -> functools.partial:
+    """The loss called `name` with its hyperparameters fixed to `values`, by name.
+
+    UserError for an unknown loss, and for a hyperparameter that is unknown or missing.
+    """
     loss = lookup(LOSSES, name, "loss")
-    wanted = hyperparameters(loss)
-    for key in given:
-        if key not in wanted:
-            raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, wanted)}")
-    if missing := sorted(wanted - set(given)):
+    names = hyperparameters(loss)
+    for key in values:
+        if key not in names:
+            raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, names)}")
+    if missing := sorted(names - set(values)):
         keys = ", ".join(f"loss.{key}" for key in missing)
-        raise UserError(f"loss {name!r} needs {keys}, which nothing sets; its hyperparameters are {sorted(wanted)}")
-    return functools.partial(loss, **given)
+        raise UserError(f"loss {name!r} needs {keys}, which nothing sets; its hyperparameters are {sorted(names)}")
+    return functools.partial(loss, **values)
 
 
 def corrects_mismatch(loss: Loss) -> bool:

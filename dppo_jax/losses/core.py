@@ -138,11 +138,11 @@ class Sequences:
     def quantile(self, x: Float32[Array, "B R"], q: float) -> Float32[Array, "B R"]:
         """The q-quantile of each sequence, interpolated linearly between its values."""
         by_value = jax.vmap(lambda x, key: x[jnp.lexsort((x, key))])(x, self._key)
-        place = q * (self._sum(jnp.ones_like(by_value)) - 1)
-        low = jnp.floor(place)
-        at = jnp.clip(self._start + jnp.stack([low, jnp.ceil(place)]).astype(jnp.int32), 0, x.shape[1] - 1)
-        first, second = (jnp.take_along_axis(by_value, i, axis=1) for i in at)
-        return self._back(first + (place - low) * (second - first))
+        rank = q * (self._sum(jnp.ones_like(by_value)) - 1)
+        low = jnp.floor(rank)
+        at = jnp.clip(self._start + jnp.stack([low, jnp.ceil(rank)]).astype(jnp.int32), 0, x.shape[1] - 1)
+        lower, upper = (jnp.take_along_axis(by_value, i, axis=1) for i in at)
+        return self._back(lower + (rank - low) * (upper - lower))
 
 
 def policy_objective(

@@ -51,8 +51,8 @@ def sequence_mis(inputs: LossInputs, *, eps_low: float, eps_high: float, correct
     """c = M q prod(rho) A, a response dropped where the product > correction_cap (Liu, Li et al., 2025)."""
 
     def correct(mismatch, inputs):
-        total = Sequences(inputs).sum(mismatch)
-        return bounded_exp(total), jnp.exp(total) <= correction_cap
+        log_product = Sequences(inputs).sum(mismatch)
+        return bounded_exp(log_product), jnp.exp(log_product) <= correction_cap
 
     return _corrected(inputs, eps_low, eps_high, correct)
 

@@ -85,8 +85,8 @@ def sapo(inputs: LossInputs, *, tau_low: float, tau_high: float) -> LossOutput:
     logs = log_ratio(inputs.logp, inputs.behavior_logp)
     tau = jnp.where(inputs.advantages > 0, tau_high, tau_low)
     gate = jax.nn.sigmoid(tau * (jnp.exp(logs) - 1))
-    other = jax.nn.sigmoid(-tau * (jnp.exp(logs) - 1))
-    return output(inputs, 4 * gate * other * bounded_exp(logs))
+    complement = jax.nn.sigmoid(-tau * (jnp.exp(logs) - 1))
+    return output(inputs, 4 * gate * complement * bounded_exp(logs))
 
 
 def kimi_k25(inputs: LossInputs, *, eps_low: float, eps_high: float, tau: float) -> LossOutput:

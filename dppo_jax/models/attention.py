@@ -67,27 +67,27 @@ def dot_product(
     window: int | Array | None = None,
 ) -> Array:
     """JAX's own. XLA holds [B, H, T, T] scores; cuDNN holds the mask, [B, 1, T, T] in q's dtype, and its gradient."""
-    seen = segments[:, None, :, None] == segments[:, None, None, :]
+    allowed = segments[:, None, :, None] == segments[:, None, None, :]
     if window is not None:
         column = jnp.arange(q.shape[1])
-        seen &= column[:, None] - column < window
+        allowed &= column[:, None] - column < window
     if softcap is not None:
         if implementation != "xla":
             raise UserError(f"{implementation} attention cannot cap scores, as this model does at {softcap}; use xla")
-        return capped(q, k, v, seen, scale=scale, softcap=softcap)
+        return capped(q, k, v, allowed, scale=scale, softcap=softcap)
     # Told of the causal half, cuDNN leaves the blocks above the diagonal out.
-    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, scale=scale, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True, scale=scale, implementation=implementation)
 
 
-def capped(q: Array, k: Array, v: Array, seen: Array, *, scale: float | None, softcap: float) -> Array:
+def capped(q: Array, k: Array, v: Array, allowed: Array, *, scale: float | None, softcap: float) -> Array:
     """Causal attention with a cap on its scores, which `jax.nn.dot_product_attention` lacks."""
     batch, length, heads, head_dim = q.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)
     score = scale * jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     score = softcap * jnp.tanh(score / softcap)
-    seen = jnp.tril(seen)[:, :, None]
-    p = jax.nn.softmax(jnp.where(seen, score, -1e30), axis=-1).astype(v.dtype)
+    allowed = jnp.tril(allowed)[:, :, None]
+    p = jax.nn.softmax(jnp.where(allowed, score, -1e30), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", p, v).reshape(batch, length, heads, head_dim)
 
 
@@ -133,7 +133,7 @@ def splash_kernel(
 def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel, **options: Any) -> Array:
     """The kernel on each device's rows and heads of the mesh in force: XLA cannot partition a kernel by itself.
 
-    Where the mesh cuts the heads into more pieces than there are key heads, key heads are repeated to fill them.
+    Where the mesh has more shards of the heads than there are key heads, key heads are repeated to fill them.
     """
     kernel = functools.partial(kernel, **options)
     mesh = jax.sharding.get_abstract_mesh()

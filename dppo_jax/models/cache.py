@@ -32,20 +32,20 @@ def edges(columns: int) -> list[int]:
 
 
 def empty(rows: int, kv_heads: int, head_dim: int, columns: int, dtype, layers: int | None = None) -> Cache:
-    """All zero: of one layer, or of so many."""
+    """A cache of zeros, of one layer, or of `layers` layers."""
     widths = [end - start for start, end in itertools.pairwise(edges(columns))]
 
     def zeros(*shape: int) -> Array:
-        return place(jnp.zeros(shape, dtype))
+        return constrain_cache(jnp.zeros(shape, dtype))
 
     if layers is None:
-        own = (rows, kv_heads)
-        return tuple((zeros(*own, head_dim, width), zeros(*own, width, head_dim)) for width in widths)
+        per_layer = (rows, kv_heads)
+        return tuple((zeros(*per_layer, head_dim, width), zeros(*per_layer, width, head_dim)) for width in widths)
     shape = (layers, rows, kv_heads)
     return tuple((zeros(*shape, width, head_dim), zeros(*shape, width, head_dim)) for width in widths)
 
 
-def place(x: Array) -> Array:
+def constrain_cache(x: Array) -> Array:
     """Keys or values laid out over the mesh, of one layer or of all."""
     return constrain(x, *["layers"] * (x.ndim - 4), "batch", "kv_heads", None, None)
 
@@ -55,19 +55,19 @@ def of_prompt(
 ) -> tuple[Float[Array, "B KV ..."], Float[Array, "B KV P D"]]:
     """Keys and values of a prompt as a cache holds them."""
     keys = jnp.einsum("btkd->bkdt" if one_layer else "btkd->bktd", k)
-    return place(keys), place(jnp.einsum("btkd->bktd", v))
+    return constrain_cache(keys), constrain_cache(jnp.einsum("btkd->bktd", v))
 
 
 def fill(cache: Cache, rows: Bool[Array, "B"], prompt: tuple[Array, Array], layer: Any = None) -> Cache:
     """The cache with columns 0 .. P-1 of the given rows replaced; of this `layer`, where it holds all."""
     keys, values = prompt
     at, blocks = 0, []
-    chosen, own = rows[:, None, None, None], () if layer is None else (layer,)
+    chosen, of_layer = rows[:, None, None, None], () if layer is None else (layer,)
 
-    def filled(block: Array, new: Array, axis: int, width: int) -> Array:
-        here = (*own, *[slice(None)] * (axis % 4), slice(width))
-        part = jax.lax.slice_in_dim(new, at, at + width, axis=axis)
-        return block.at[here].set(jnp.where(chosen, part, block[here]))
+    def filled(block: Array, prompt_side: Array, axis: int, width: int) -> Array:
+        columns = (*of_layer, *[slice(None)] * (axis % 4), slice(width))
+        prompt_columns = jax.lax.slice_in_dim(prompt_side, at, at + width, axis=axis)
+        return block.at[columns].set(jnp.where(chosen, prompt_columns, block[columns]))
 
     for k, v in cache:
         width = min(v.shape[-2], values.shape[-2] - at)
@@ -100,56 +100,56 @@ def attend(
     q: Float[Array, "B H D"],
     cache: Cache,
     visible: Bool[Array, "B C"],
-    used: Int32[Array, ""],
+    cached_length: Int32[Array, ""],
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B H D"]:
-    """Attention of one query per row to the cache of one layer; none sees beyond the first `used` columns.
+    """Attention of one query per row to the cache of one layer; none sees beyond the first `cached_length` columns.
 
     Scores are scale q . k (None: 1 / sqrt(D)), or softcap tanh(scale q . k / softcap). Softmax in float32.
     """
     batch, heads, size = q.shape
     q = (q * (size**-0.5 if scale is None else scale)).reshape(batch, cache[0][0].shape[1], -1, size)
-    mixed = _attend(q, cache, visible, used, softcap, "bkgd,bkdc->bkgc", "bkgc,bkcd->bkgd", None)
+    mixed = _attend(q, cache, visible, cached_length, softcap, "bkgd,bkdc->bkgc", "bkgc,bkcd->bkgd", None)
     return mixed.reshape(batch, heads, size)
 
 
-def _attend(q, cache, visible, used, softcap, scores: str, mix: str, layer) -> Array:
-    """Products by rows and heads, as `scores` and `mix` say. Of all layers' cache, `layer` is taken out within them:
-    they read it there.
+def _attend(q, cache, visible, cached_length, softcap, scores: str, mix: str, layer) -> Array:
+    """`attend`, with the two products as the einsums `scores` and `mix`. Where the cache holds all layers, `layer` is
+    sliced out beside the products, so that XLA reads it in place; None: the cache holds one layer.
 
-    Blocks are never put together: the largest score of each is found within the product that makes its scores, and the
-    mixed values are divided by the softmax's sum, as they are fewer than its terms.
+    Blocks are never concatenated: each has its own scores and largest score. The mixed values are divided by the
+    softmax's sum, which is less work than dividing the weights.
     """
     at = edges(visible.shape[-1])
 
-    def score(q, keys, seen):
+    def score(q, keys, attended):
         score = jnp.einsum(scores, q, keys, preferred_element_type=jnp.float32)
         if softcap is not None:
             score = softcap * jnp.tanh(score / softcap)
-        by_row = score.reshape(len(seen), -1, *score.shape[-2:])
-        return jnp.where(seen[:, None, None], by_row, -1e30).reshape(score.shape)
+        by_row = score.reshape(len(attended), -1, *score.shape[-2:])
+        return jnp.where(attended[:, None, None], by_row, -1e30).reshape(score.shape)
 
-    def over(count: int):
+    def over_blocks(count: int):
         def read(q, cache, visible):
             blocks = cache[:count]
             if layer is not None:
                 blocks = [tuple(jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in pair) for pair in blocks]
             keys, values = zip(*blocks, strict=True)
-            seen = jnp.split(visible[:, : at[count]], at[1:count], axis=-1)
-            scored = [score(q, k, s) for k, s in zip(keys, seen, strict=True)]
-            most = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scored])
-            weights = [jnp.exp(s - most) for s in scored]
-            total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+            attended = jnp.split(visible[:, : at[count]], at[1:count], axis=-1)
+            scored = [score(q, k, s) for k, s in zip(keys, attended, strict=True)]
+            largest = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scored])
+            weights = [jnp.exp(s - largest) for s in scored]
+            normaliser = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
             weights = [w.astype(q.dtype) for w in weights]
             product = functools.partial(jnp.einsum, mix, preferred_element_type=jnp.float32)
-            return (sum(map(product, weights, values)) / total).astype(q.dtype)
+            return (sum(map(product, weights, values)) / normaliser).astype(q.dtype)
 
         return read
 
-    which = jnp.searchsorted(jnp.asarray(at[1:]), used)
-    return jax.lax.switch(which, [over(count + 1) for count in range(len(cache))], q, cache, visible)
+    last_block = jnp.searchsorted(jnp.asarray(at[1:]), cached_length)
+    return jax.lax.switch(last_block, [over_blocks(count + 1) for count in range(len(cache))], q, cache, visible)
 
 
 def step_of_all(
@@ -159,45 +159,45 @@ def step_of_all(
     cache: Cache,
     column: Int32[Array, "B"],
     visible: Bool[Array, "B C"],
-    used: Int32[Array, ""],
+    cached_length: Int32[Array, ""],
     layer: Int32[Array, ""],
     *,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B H D"], Cache]:
     """`write` and `attend` in the cache of all layers, each device with its own rows and heads."""
-    local = functools.partial(_step_of_all, scale=scale, softcap=softcap)
+    step = functools.partial(_step_of_all, scale=scale, softcap=softcap)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        # Where the mesh cuts the heads into more pieces than there are key heads, every device has all of them.
-        share = key.shape[1] % num_shards(mesh, *mesh_axes("kv_heads")) == 0
-        heads, kv_heads = ("heads", "kv_heads") if share else (None, None)
+        # Where the mesh has more shards of the heads than there are key heads, every device has all heads.
+        divides = key.shape[1] % num_shards(mesh, *mesh_axes("kv_heads")) == 0
+        heads, kv_heads = ("heads", "kv_heads") if divides else (None, None)
         blocks = jax.tree.map(lambda _: spec(None, "batch", kv_heads, None, None), cache)
-        own = spec("batch", kv_heads, None)
-        local = jax.shard_map(
-            local,
-            in_specs=(spec("batch", heads, None), own, own, blocks, spec("batch"), spec("batch", None), spec(), spec()),
-            out_specs=(spec("batch", heads, None), blocks),
-            check_vma=False,  # branches on `used`, which is the same everywhere
+        q_spec, row_spec = spec("batch", heads, None), spec("batch", kv_heads, None)
+        step = jax.shard_map(
+            step,
+            in_specs=(q_spec, row_spec, row_spec, blocks, spec("batch"), spec("batch", None), spec(), spec()),
+            out_specs=(q_spec, blocks),
+            check_vma=False,  # branches on `cached_length`, which is the same on every device
         )
-    return local(q, key, value, cache, column, visible, used, layer)
+    return step(q, key, value, cache, column, visible, cached_length, layer)
 
 
-def _step_of_all(q, key, value, cache, column, visible, used, layer, *, scale, softcap):
+def _step_of_all(q, key, value, cache, column, visible, cached_length, layer, *, scale, softcap):
     (batch, kv_heads, size), heads = key.shape, q.shape[1]
-    rows, each = jnp.arange(batch * kv_heads), jnp.repeat(column, kv_heads)
+    rows, columns = jnp.arange(batch * kv_heads), jnp.repeat(column, kv_heads)
     at, blocks = 0, []
     for pair in cache:
         width = pair[0].shape[3]
-        where = _column_in(each, at, width)
+        where = _column_in(columns, at, width)
 
-        def put(block: Array, new: Array, where: Array = where) -> Array:
+        def written(block: Array, values: Array, where: Array = where) -> Array:
             flat = block.reshape(block.shape[0], -1, *block.shape[3:])
-            return flat.at[layer, rows, where].set(new.reshape(-1, size), mode="drop")
+            return flat.at[layer, rows, where].set(values.reshape(-1, size), mode="drop")
 
-        blocks.append((put(pair[0], key), put(pair[1], value)))
+        blocks.append((written(pair[0], key), written(pair[1], value)))
         at += width
     q = (q * (size**-0.5 if scale is None else scale)).reshape(1, batch * kv_heads, -1, size)
-    mixed = _attend(q, tuple(blocks), visible, used, softcap, "lbgd,lbcd->lbgc", "lbgc,lbcd->lbgd", layer)
-    whole = jax.tree.map(lambda x, old: x.reshape(old.shape), tuple(blocks), cache)
-    return mixed.reshape(batch, heads, size), whole
+    mixed = _attend(q, tuple(blocks), visible, cached_length, softcap, "lbgd,lbcd->lbgc", "lbgc,lbcd->lbgd", layer)
+    cache_after = jax.tree.map(lambda x, before: x.reshape(before.shape), tuple(blocks), cache)
+    return mixed.reshape(batch, heads, size), cache_after

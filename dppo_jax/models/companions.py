@@ -53,12 +53,12 @@ def write_generation_config(staging: Path, source: Path | None, tokens: dict[str
     ends = _listed(tokens["eos_token_id"])
     if source is not None and is_file(source / GENERATION):
         fields = read_json_object(source / GENERATION)
-        named = _listed(fields.get("eos_token_id"))
-        missing = [token for token in ends if token not in named]
-        if not missing:
+        listed = _listed(fields.get("eos_token_id"))
+        lacking = [token for token in ends if token not in listed]
+        if not lacking:
             shutil.copyfile(source / GENERATION, staging / GENERATION)
             return
-        fields["eos_token_id"] = _one_or_all([*named, *missing])
+        fields["eos_token_id"] = _one_or_all([*listed, *lacking])
     elif ends:
         fields = {name: value for name, value in tokens.items() if value is not None}
     else:
@@ -86,14 +86,14 @@ def publish(staging: Path, directory: Path, weights: str, replaces: Sequence[str
     An old config goes first if anything but the weights changes, so that a kill leaves the old model, the new one, or
     none. `replaces`: names that are removed where they are not among the new files.
     """
-    written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-    old = [path.relative_to(directory) for name in replaces for path in _files(directory / name)]
-    gone = [name for name in old if name not in written]
-    if gone or any(_differ(staging / name, directory / name) for name in written if str(name) != weights):
+    new_files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    old_files = [path.relative_to(directory) for name in replaces for path in _files(directory / name)]
+    gone = [name for name in old_files if name not in new_files]
+    if gone or any(_differ(staging / name, directory / name) for name in new_files if str(name) != weights):
         (directory / config).unlink(missing_ok=True)
     for name in gone:
         (directory / name).unlink()
-    for name in sorted(written, key=lambda name: str(name) == config):
+    for name in sorted(new_files, key=lambda name: str(name) == config):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, directory / name)
 

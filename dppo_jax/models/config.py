@@ -294,10 +294,10 @@ def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
 
 def _mixture(d: Mapping[str, Any], size: Callable[[str], int], source: str) -> dict[str, Any]:
     """The fields of a mixture of experts."""
-    both = [size(name) for name in ("num_experts", "num_local_experts") if name in d]
-    if len(set(both)) > 1:
-        raise UserError(f"{source}: num_experts {both[0]} and num_local_experts {both[1]} disagree")
-    experts = both[0] if both else size("num_experts")
+    counts = [size(name) for name in ("num_experts", "num_local_experts") if name in d]
+    if len(set(counts)) > 1:
+        raise UserError(f"{source}: num_experts {counts[0]} and num_local_experts {counts[1]} disagree")
+    experts = counts[0] if counts else size("num_experts")
     chosen = size("num_experts_per_tok")
     if chosen > experts:
         raise UserError(f"{source}: num_experts_per_tok {chosen} is more than the {experts} experts")
@@ -309,15 +309,15 @@ def _gemma2(d: Mapping[str, Any], num_layers: int, source: str) -> dict[str, Any
     d = {**DEFAULTS["gemma2"], **d}
     window = _positive_int(d["sliding_window"], "sliding_window", source)
     if d.get("sliding_window_size", window) != window:
-        other = d["sliding_window_size"]
-        raise UserError(f"{source}: sliding_window {window} and sliding_window_size {shown(other)} disagree")
+        size = d["sliding_window_size"]
+        raise UserError(f"{source}: sliding_window {window} and sliding_window_size {shown(size)} disagree")
     types = d.get("layer_types")
     if types is None:
         types = ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != num_layers or not all(kind in known for kind in types):
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != num_layers or not all(kind in kinds for kind in types):
         raise UserError(
-            f"{source}: layer_types {shown(types)} is not supported; it must be {' or '.join(map(repr, known))} for "
+            f"{source}: layer_types {shown(types)} is not supported; it must be {' or '.join(map(repr, kinds))} for "
             f"each of the {num_layers} layers"
         )
     caps = {
@@ -451,10 +451,10 @@ def _rope(d: Mapping[str, Any], max_position: int, source: str) -> RopeConfig:
     spelled = {name: d[name] for name in ("rope_parameters", "rope_scaling") if d.get(name) not in (None, {})}
     if not spelled:
         return RopeConfig(theta=_theta(d, {}, "rope_theta", source))
-    found = [_rope_block(d, block, name, max_position, source) for name, block in spelled.items()]
-    if len(set(found)) > 1:
+    configs = [_rope_block(d, block, name, max_position, source) for name, block in spelled.items()]
+    if len(set(configs)) > 1:
         raise UserError(f"{source}: rope_parameters and rope_scaling disagree; leave one out")
-    return found[0]
+    return configs[0]
 
 
 def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int, source: str) -> RopeConfig:
@@ -505,10 +505,10 @@ def _rope_block(d: Mapping[str, Any], block: Any, where: str, max_position: int,
 
 
 def _theta(d: Mapping[str, Any], block: Mapping[str, Any], where: str, source: str) -> float:
-    found = [_positive(p["rope_theta"], "rope_theta", source) for p in (block, d) if p.get("rope_theta") is not None]
-    if len(set(found)) > 1:
-        raise UserError(f"{source}: rope_theta is {found[0]!r} in {where} but {found[1]!r} beside it")
-    return found[0] if found else DEFAULT_THETA
+    thetas = [_positive(p["rope_theta"], "rope_theta", source) for p in (block, d) if p.get("rope_theta") is not None]
+    if len(set(thetas)) > 1:
+        raise UserError(f"{source}: rope_theta is {thetas[0]!r} in {where} but {thetas[1]!r} beside it")
+    return thetas[0] if thetas else DEFAULT_THETA
 
 
 def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:

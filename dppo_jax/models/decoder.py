@@ -1,6 +1,6 @@
 """One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma-2, in Flax NNX at the edges.
 
-`Decoder` is split once: parameters are a plain nested dict from then on, and `bind(config, params)` gives back the
+`Decoder` is split once: parameters are a plain nested dict from then on, and `as_module(config, params)` gives back the
 module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so
 that every layer's cache is a buffer of its own. The block code is the same.
 """
@@ -24,11 +24,11 @@ from dppo_jax.models.rotary import positions, rotate, rotation
 from dppo_jax.types import Rounding
 
 Params = dict[str, Any]
-# attend(q, k, v, cache, number of the layer) -> (mixed values, cache, what is kept of this layer)
+# attend(q, k, v, cache, number of the layer) -> (mixed values, cache, output that is stacked over the layers)
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 
-ADAPTER = ("_lora_a", "_lora_b")  # after a weight's name: those of its adapter
-LOG_SIGMA = "log_sigma"  # beside the model's parameters: of the noise that training adds, f32[L]
+ADAPTER = ("_lora_a", "_lora_b")  # suffixes to a weight's name: the two matrices of its adapter
+LOG_SIGMA = "log_sigma"  # f32[L], beside the model's parameters: log deviation of the noise that training adds
 
 
 @struct.dataclass
@@ -49,8 +49,8 @@ REMAT = {
 
 @struct.dataclass
 class Noise:
-    """Gaussian noise for the input of each of L layers. Its keys are data: what the backward pass recomputes, it draws
-    again."""
+    """Gaussian noise for the input of each of L layers. The keys are stored, so that a recomputation in the backward
+    pass draws the same noise."""
 
     sigma: Float[Array, "*L"]
     key_data: UInt32[Array, "*L k"]
@@ -79,15 +79,15 @@ def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
 def linear(
     x: Float[Array, "B T *I"], w: Float[Array, "I O"], axes: tuple[str, str], heads: int | None = None
 ) -> Float[Array, "B T *O"]:
-    """x w, for a weight with these logical axes, whose residual side is gathered first.
+    """x w, for a weight with these logical axes, whose "embed" axis is gathered first.
 
-    x may be [B, T, H, D]; what comes out is, with so many `heads`, if they are given.
+    x is [B, T, I], or [B, T, H, D] with H D = I. The result is [B, T, O], or [B, T, heads, O / heads] with `heads`.
     """
     inner = x.shape[2] if x.ndim == 4 else None
-    whole = [n is None or cuts_evenly(n, axis) for n, axis in zip((inner, heads), axes, strict=True)]
-    if x.shape[1] > 1 and all(whole):
+    even = [n is None or cuts_evenly(n, axis) for n, axis in zip((inner, heads), axes, strict=True)]
+    if x.shape[1] > 1 and all(even):
         return _linear(x, w, axes, heads)
-    # The tokens of a decode step are less than the weight, which would be laid out anew.
+    # A decode step has fewer values in x than in w: reshaping the result avoids a new layout of the weight.
     y = _linear(x.reshape(*x.shape[:2], -1), w, axes, None)
     return y if heads is None else y.reshape(*y.shape[:2], heads, -1)
 
@@ -112,16 +112,16 @@ def _uncut(axes: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def _linear_forward(x: Array, w: Array, axes: tuple[str, str], heads: int | None):
-    whole = _gathered(w, axes, x.shape[2:], heads)
+    gathered = _gathered(w, axes, x.shape[2:], heads)
     inner = tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))
-    return jax.lax.dot_general(x, whole, (inner, ((), ()))), (x, w)
+    return jax.lax.dot_general(x, gathered, (inner, ((), ()))), (x, w)
 
 
-def _linear_backward(axes: tuple[str, str], heads: int | None, kept: tuple[Array, Array], g: Array):
-    x, w = kept
-    whole = _gathered(w, axes, x.shape[2:], heads)
-    outer = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, whole.ndim))
-    d_x = jax.lax.dot_general(g, whole, (outer, ((), ())))
+def _linear_backward(axes: tuple[str, str], heads: int | None, residuals: tuple[Array, Array], g: Array):
+    x, w = residuals
+    gathered = _gathered(w, axes, x.shape[2:], heads)
+    outer = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, gathered.ndim))
+    d_x = jax.lax.dot_general(g, gathered, (outer, ((), ())))
     if is_cut("embed") and "embed" in axes:
         if axes[0] == "embed":
             return d_x, summed_product(x, g, axes[1]).reshape(w.shape)
@@ -212,7 +212,10 @@ class Layer(nnx.Module):
         round_inputs: Rounding | None,
         experts: Integer[Array, "B T k"] | None,
     ):
-        """(x, cache, what `attend` keeps, routed): through the experts chosen, or given; None without a mixture."""
+        """(x, cache, output of `attend` to stack, routes). `experts`: the experts to take; None: the router's choice.
+
+        The routes are None without a mixture.
+        """
         c, round_inputs = self.config, (lambda x: x) if round_inputs is None else round_inputs
         h = constrain(round_inputs(self._norm("attn_norm", x)), "batch", "length", "residual")
         q = self._product("q", h, c.num_heads)
@@ -225,7 +228,7 @@ class Layer(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        mixed, cache, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
+        mixed, cache, attend_output = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, number)
         mixed = round_inputs(mixed.reshape(*x.shape[:2], -1)).reshape(*x.shape[:2], c.num_heads, -1)
         mixed = constrain(mixed, "batch", "length", "heads", None)
         mixed = constrain(self._product("o", mixed), "batch", "stream", "residual")
@@ -235,14 +238,14 @@ class Layer(nnx.Module):
         h, routed = self._mixture(h, round_inputs, experts) if c.num_experts else (self._mlp(h, round_inputs), None)
         h = constrain(h, "batch", "stream", "residual")
         h = self._norm("mlp_post_norm", h) if c.gemma else h
-        return x + h, cache, kept, routed
+        return x + h, cache, attend_output, routed
 
     def _norm(self, name: str, x: Array) -> Array:
         """x through the norm of that name."""
         return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def _product(self, name: str, x: Array, heads: int | None = None) -> Array:
-        """x times the weight of that name, and its adapter; x may be [B, T, H, D], and y is if `heads` are named."""
+        """x times the weight of that name, plus its adapter's product; shapes as in `linear`."""
         if how := self.config.quantization:
             w, scales = getattr(self, name)[...], getattr(self, name + quantize.SCALE)[...]
             y = quantize.product(x.reshape(*x.shape[:2], -1), w, scales, how.format, activations=how.activations)
@@ -258,8 +261,8 @@ class Layer(nnx.Module):
         a, b = (name + suffix for suffix in ADAPTER)
         return y + lora.scale * times(times(x, a), b, heads)
 
-    def _whole(self, name: str, dtype: Any) -> Array:
-        """The weight of that name with its adapter added, or dequantised: of experts, whose products are grouped."""
+    def _merged_weight(self, name: str, dtype: Any) -> Array:
+        """The weight of that name, with its adapter added or dequantised: grouped products of experts take it so."""
         w = getattr(self, name)[...]
         if self.config.quantization:
             return quantize.dequantized(w, getattr(self, name + quantize.SCALE)[...], dtype)
@@ -276,10 +279,10 @@ class Layer(nnx.Module):
 
     def _mixture(self, h: Array, round_inputs: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
         c = self.config
-        given = None if experts is None else experts.astype(jnp.int32)
-        weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=given)
-        own = tuple(self._whole(name, h.dtype) for name in ("gate", "up", "down"))
-        return mixture(h, weights, chosen, own, round_inputs), Routed(chosen, entropy)
+        replayed = None if experts is None else experts.astype(jnp.int32)
+        weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=replayed)
+        matrices = tuple(self._merged_weight(name, h.dtype) for name in ("gate", "up", "down"))
+        return mixture(h, weights, chosen, matrices, round_inputs), Routed(chosen, entropy)
 
 
 class Decoder(nnx.Module):
@@ -308,9 +311,9 @@ class Decoder(nnx.Module):
         noise: Noise | None = None,
         experts: Integer[Array, "L B T k"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Any, Any, Routed | None]:
-        """Hidden states after the final norm, the cache, what `attend` kept of the layers, and a mixture's routes.
+        """Hidden states after the final norm, the cache, `attend`'s outputs stacked over the layers, and the routes.
 
-        Stacked layers hand one cache, of all layers, from each to the next; of a list, each has its own.
+        Stacked layers hand one cache of all layers on from each to the next; unstacked ones take a list, a cache each.
         Given `experts`, every token goes through those (a replay of the rollout's; stacked layers only).
         `round_inputs` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state
         that enters each layer (stacked layers only).
@@ -324,24 +327,24 @@ class Decoder(nnx.Module):
             def block(layer, carried, number, noise, experts):
                 x, cache = carried
                 x = x if noise is None else noise.added(x)
-                x, cache, *found = layer(x, cos, sin, attend, cache, number, round_inputs, experts)
-                return (x, cache), tuple(found)
+                x, cache, *outputs = layer(x, cos, sin, attend, cache, number, round_inputs, experts)
+                return (x, cache), tuple(outputs)
 
             if remat != "none":
                 block = nnx.remat(block, prevent_cse=False, policy=REMAT[remat])
             scan = nnx.scan(block, in_axes=(0, nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0))
             numbers = jnp.arange(self.config.num_layers)
-            (x, cache), (kept, routed) = scan(self.layers, (x, cache), numbers, noise, experts)
+            (x, cache), (attend_outputs, routed) = scan(self.layers, (x, cache), numbers, noise, experts)
         else:
-            caches, found = [], []
-            for number, (layer, own) in enumerate(zip(self.layers, cache, strict=True)):
-                x, own, *rest = layer(x, cos, sin, attend, own, number, round_inputs, None)
-                caches.append(own)
-                found.append(tuple(rest))
-            cache, (kept, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *found)
+            caches, outputs = [], []
+            for number, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+                x, layer_cache, *output = layer(x, cos, sin, attend, layer_cache, number, round_inputs, None)
+                caches.append(layer_cache)
+                outputs.append(tuple(output))
+            cache, (attend_outputs, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
         x = constrain(x, "batch", "length", "residual")
-        return x if round_inputs is None else round_inputs(x), cache, kept, routed
+        return x if round_inputs is None else round_inputs(x), cache, attend_outputs, routed
 
 
 @functools.cache
@@ -385,11 +388,11 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def in_dtype(params: Params, dtype: Any) -> Params:
-    """Parameters in a dtype; what is quantised stays so, with its scales."""
+    """Parameters cast to a dtype, except quantised matrices and their scales."""
     layers = params["layers"]
-    kept = {name for name in layers if name.endswith(quantize.SCALE) or name + quantize.SCALE in layers}
+    quantized = {name for name in layers if name.endswith(quantize.SCALE) or name + quantize.SCALE in layers}
     cast = jax.tree.map(lambda p: p.astype(dtype), {name: p for name, p in params.items() if name != "layers"})
-    return cast | {"layers": {name: p if name in kept else p.astype(dtype) for name, p in layers.items()}}
+    return cast | {"layers": {name: p if name in quantized else p.astype(dtype) for name, p in layers.items()}}
 
 
 def unstack(params: Params) -> Params:
@@ -404,7 +407,7 @@ def head_weight(params: Params) -> Float[Array, "V E"]:
 
 
 def scores(config: ModelConfig) -> dict[str, Any]:
-    """How attention's scores come about, as `self_attention` takes it."""
+    """Scale, cap and window of attention's scores, as keyword arguments of `self_attention`."""
     return dict(scale=config.attn_scale, softcap=config.attn_softcap, window=config.window)
 
 
@@ -413,9 +416,11 @@ def slides(config: ModelConfig, number: Any) -> Bool[Array, ""] | None:
     return None if config.window is None else jnp.asarray(config.sliding)[number]
 
 
-def forward(config: ModelConfig, params: Params, tokens: Array, *places: Array, **settings: Any) -> Array:
-    """The hidden states f[B, T, E] of `forward_routed`, which says what the arguments are."""
-    return forward_routed(config, params, tokens, *places, **settings)[0]
+def forward(
+    config: ModelConfig, params: Params, tokens: Array, *segments_and_position: Array, **settings: Any
+) -> Array:
+    """The hidden states f[B, T, E] of `forward_routed`, whose arguments it takes."""
+    return forward_routed(config, params, tokens, *segments_and_position, **settings)[0]
 
 
 def forward_routed(
@@ -432,12 +437,13 @@ def forward_routed(
     noise_key: Key[Array, ""] | None = None,
     experts: Integer[Array, "B T Lk"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Routed | None]:
-    """Teacher-forced hidden states after the final norm: causal, within equal `segments`, of which 0 is padding.
+    """Hidden states after the final norm, by a teacher-forced pass, and the routes of a mixture (None without experts).
 
-    And where tokens went in a mixture of experts. With a `noise_key`, each layer's input is perturbed with deviation
-    exp(params["log_sigma"]). Given the `experts` of every layer, tokens go through those.
-
-    A mask will do for segments where each row holds one sample; `position` is then counted from its first token.
+    Attention is causal and stays among tokens with equal `segments`; 0 is padding. Where each row holds one sample,
+    `segments` may be a mask. `position` None counts from the first token of each row that is not padding.
+    `dtype` is what parameters are cast to; `remat` a key of `REMAT`; `attention` a key of `attention.KERNELS`.
+    With a `noise_key`, Gaussian noise of deviation exp(params["log_sigma"]) is added to the input of each layer.
+    Given `experts`, tokens go through those in place of the router's choice.
     """
     position = positions(segments > 0) if position is None else position
     segments = segments.astype(jnp.int32)

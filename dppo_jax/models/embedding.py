@@ -23,14 +23,14 @@ def embed(table: Float[Array, "V E"], tokens: Int32[Array, "B T"]) -> Float[Arra
         if not rows:
             return table[tokens]
         index = tokens - jax.lax.axis_index(rows) * len(table)
-        here = (index >= 0) & (index < len(table))
-        found = jnp.where(here[..., None], table[jnp.clip(index, 0, len(table) - 1)], 0)
+        on_device = (index >= 0) & (index < len(table))
+        embedded = jnp.where(on_device[..., None], table[jnp.clip(index, 0, len(table) - 1)], 0)
         if scattered:
-            return jax.lax.psum_scatter(found, rows, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(found, rows)
+            return jax.lax.psum_scatter(embedded, rows, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(embedded, rows)
 
     out = spec(by_token[0], "stream" if scattered else None, None)
-    share = jax.shard_map(
+    sharded = jax.shard_map(
         local, in_specs=(spec("vocab", "embed"), spec(by_token[0], None)), out_specs=out, check_vma=False
     )
-    return share(table, tokens)
+    return sharded(table, tokens)

@@ -98,9 +98,9 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
             names = list(_hf_names(path, config))
             if path.startswith("layers/"):
                 stacked: np.ndarray = np.empty(shape, np.float32)
-                one = shape[_stacked_axes(path, config) :]
-                for place, name in zip(stacked.reshape(len(names), *one), names, strict=True):
-                    place[...] = read_tensor(name, tensors, one, transpose=len(one) == 2)
+                tensor_shape = shape[_stacked_axes(path, config) :]
+                for target, name in zip(stacked.reshape(len(names), *tensor_shape), names, strict=True):
+                    target[...] = read_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2)
                 params["layers"][path.removeprefix("layers/")] = stacked
             else:
                 params[path] = read_tensor(names[0], tensors, shape, transpose=False).astype(np.float32)
@@ -144,13 +144,13 @@ def save_hf(
     Raises:
       UserError: an unknown dtype, a config that its architecture cannot say, or params that do not fit the config.
     """
-    stored = np.dtype(lookup(DTYPES, dtype, "dtype"))
+    weight_dtype = np.dtype(lookup(DTYPES, dtype, "dtype"))
     origin = None if source is None else folder(source)
-    before = {} if origin is None else _config_fields(origin)
-    tokens = companions.token_fields(tokenizer, before, [int(token) for token in eos_ids])
-    kept = {name: value for name, value in before.items() if name in INERT - companions.OF_THE_FILE}
-    fields = kept | config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True} | tokens
-    tensors = {name: np.ascontiguousarray(array, stored) for name, array in _unstack(config, params)}
+    source_fields = {} if origin is None else _config_fields(origin)
+    tokens = companions.token_fields(tokenizer, source_fields, [int(token) for token in eos_ids])
+    kept_fields = {name: value for name, value in source_fields.items() if name in INERT - companions.OF_THE_FILE}
+    fields = kept_fields | config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True} | tokens
+    tensors = {name: np.ascontiguousarray(array, weight_dtype) for name, array in _unstack(config, params)}
 
     directory = user_path(directory, "model directory")
     if directory.exists() and not directory.is_dir():
@@ -169,16 +169,16 @@ def save_hf(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def folder(directory: str | Path, what: str = "model directory") -> Path:
+def folder(directory: str | Path, kind: str = "model directory") -> Path:
     """The path of a directory that is there and can be read. UserError."""
-    path = user_path(directory, what)
+    path = user_path(directory, kind)
     if not os.path.isdir(path):
-        raise UserError(f"{what} {directory} {'is not a directory' if os.path.lexists(path) else 'does not exist'}")
+        raise UserError(f"{kind} {directory} {'is not a directory' if os.path.lexists(path) else 'does not exist'}")
     try:
         os.listdir(path)
         os.stat(os.path.join(path, "."))
     except OSError as error:
-        raise UserError(f"{what} {directory} cannot be read: {error.strerror}") from None
+        raise UserError(f"{kind} {directory} cannot be read: {error.strerror}") from None
     return path
 
 
@@ -206,10 +206,10 @@ def _template(path: str, config: ModelConfig) -> str:
 def _hf_names(path: str, config: ModelConfig) -> Iterator[str]:
     """In the order of the stacked tensor's leading axes: layers, and experts within them."""
     template = _template(path, config)
-    return (template.format(*place) for place in places(config, template.count("{}")))
+    return (template.format(*index) for index in leading_indices(config, template.count("{}")))
 
 
-def places(config: ModelConfig, axes: int) -> Iterator[tuple[int, ...]]:
+def leading_indices(config: ModelConfig, axes: int) -> Iterator[tuple[int, ...]]:
     """All indices of a parameter's leading axes, of which the first is the layer and the second the expert. One by
     one: a config may claim any number of them."""
     if axes == 0:
@@ -249,10 +249,10 @@ def _open_tensors(directory: Path, stack: ExitStack) -> Tensors:
         path = directory / shard
         if path.name != shard or not os.path.isfile(path):
             raise UserError(f"shard {shown(shard)}, listed in {index}, does not exist in {directory}")
-        held = open_tensors(path, stack)
-        for name in sorted(held.keys() & tensors.keys()):
+        in_shard = open_tensors(path, stack)
+        for name in sorted(in_shard.keys() & tensors.keys()):
             raise UserError(f"tensor {shown(name)} is in {tensors[name][0]} and in {path}")
-        tensors |= held
+        tensors |= in_shard
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name][0].name != shard:
             raise UserError(f"tensor {shown(name)} is not in {shown(shard)}, where {index} puts it")
@@ -278,11 +278,11 @@ def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config:
     """That they are those of the config, all and no others: by what the files' headers say."""
     expected = set()
     for path, shape in shapes.items():
-        one = shape[_stacked_axes(path, config) :]
+        tensor_shape = shape[_stacked_axes(path, config) :]
         for name in _hf_names(path, config):
             if name not in tensors:
                 raise UserError(f"tensor {name!r} is missing from {directory}; its {CONFIG} asks for it")
-            check_tensor(name, tensors, one, transpose=len(one) == 2 and path.startswith("layers/"))
+            check_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2 and path.startswith("layers/"))
             expected.add(name)
     for name in sorted(tensors.keys() - expected):
         if config.tie_embeddings and name == HF_NAMES["head"]:
@@ -296,9 +296,9 @@ def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose:
     """UserError for a tensor that is not of this shape, which is ours, or of a type that is not read."""
     path, handle = tensors[name]
     entry = handle.get_slice(name)
-    found, wanted = tuple(entry.get_shape()), shape[::-1] if transpose else shape
-    if found != wanted:
-        raise UserError(f"tensor {name!r} in {path} has shape {shown(list(found))}; {CONFIG} says {list(wanted)}")
+    actual, expected = tuple(entry.get_shape()), shape[::-1] if transpose else shape
+    if actual != expected:
+        raise UserError(f"tensor {name!r} in {path} has shape {shown(list(actual))}; {CONFIG} says {list(expected)}")
     if entry.get_dtype() not in READABLE:
         raise UserError(
             f"tensor {name!r} in {path} has dtype {entry.get_dtype()}; supported: {', '.join(sorted(READABLE))}"
@@ -314,11 +314,11 @@ def read_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: 
 
 def _unstack(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, tensor in its orientation) for every tensor; checks params against the config."""
-    given, shapes = _flat(params), _shapes(config)
-    for path in sorted(shapes.keys() ^ given.keys()):
+    leaves, shapes = _flat(params), _shapes(config)
+    for path in sorted(shapes.keys() ^ leaves.keys()):
         raise UserError(f"parameter {path!r} is {'missing' if path in shapes else 'not in this model'}")
     for path, shape in shapes.items():
-        array = np.asarray(given[path])
+        array = np.asarray(leaves[path])
         if array.shape != shape:
             raise UserError(f"parameter {path!r} has shape {list(array.shape)}; the config says {list(shape)}")
         stacked = _stacked_axes(path, config)

@@ -22,8 +22,8 @@ from dppo_jax.types import Rounding
 
 Weights = tuple[Array, ...]  # gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]
 
-FIRST, MORE = 1.2, 0.3  # of an equal share of the load: what a device works through at once, and then, if it has more
-FEW = 256  # tokens: of no more, reading the experts costs more than all experts' products of all tokens
+FIRST, MORE = 1.2, 0.3  # sizes of a device's first expert chunk and of further ones, in equal shares of the load
+FEW = 256  # up to so many tokens, reading the experts costs more than every expert's product with every token
 TILE = 512  # rows that the kernels of the gradients take at a time
 
 
@@ -54,16 +54,16 @@ def mixture(
     """sum_j weights_j down_j(silu(gate_j h) * up_j h) over each token's experts."""
     mesh, weights = jax.sharding.get_abstract_mesh(), weights.astype(h.dtype)
     if mesh.empty:
-        return _local(h, weights, chosen, experts, round_inputs=round_inputs, gather=(), same=())
+        return _local(h, weights, chosen, experts, round_inputs=round_inputs, gather_axes=(), sum_axes=())
     holders = mesh_axes("holder")
     by_token = dividing(mesh, h, "batch", "stream", None)
-    differ = {axis for name in by_token if name for axis in mesh_axes(name)}  # mesh axes along which the tokens do
-    share = jax.shard_map(
+    token_axes = {axis for name in by_token if name for axis in mesh_axes(name)}  # mesh axes that cut the tokens
+    sharded = jax.shard_map(
         functools.partial(
             _local,
             round_inputs=round_inputs,
-            gather=tuple(axis for axis in holders if axis in differ),
-            same=tuple(axis for axis in holders if axis not in differ),
+            gather_axes=tuple(axis for axis in holders if axis in token_axes),
+            sum_axes=tuple(axis for axis in holders if axis not in token_axes),
         ),
         in_specs=(
             *[spec(*by_token)] * 3,
@@ -76,46 +76,54 @@ def mixture(
         out_specs=spec(*by_token),
         check_vma=False,  # the grouped product is a kernel on a TPU, and does not say over which axes it varies
     )
-    return share(h, weights, chosen, experts)
+    return sharded(h, weights, chosen, experts)
 
 
 def _local(
-    h: Array, weights: Array, chosen: Array, experts: Weights, *, round_inputs: Rounding, gather: tuple, same: tuple
+    h: Array,
+    weights: Array,
+    chosen: Array,
+    experts: Weights,
+    *,
+    round_inputs: Rounding,
+    gather_axes: tuple[str, ...],
+    sum_axes: tuple[str, ...],
 ) -> Array:
-    """One device's part. Tokens are gathered over the mesh axes `gather`, and are the same over `same`."""
+    """`mixture` on one device. Tokens differ along the mesh axes `gather_axes`, and not along `sum_axes`."""
     shape, k = h.shape, chosen.shape[-1]
-    holders = gather + same
+    holders = gather_axes + sum_axes
     if cut := tuple(axis for axis in mesh_axes("expert") if holders and axis not in mesh_axes("holder")):
         gate, up, down = experts
-        beside = jnp.concatenate([gate, up], axis=-1)  # one product in place of two
-        experts = tuple(jax.lax.all_gather(w, cut, tiled=True) for w in (beside, down))
+        gate_up = jnp.concatenate([gate, up], axis=-1)  # one product in place of two
+        experts = tuple(jax.lax.all_gather(w, cut, tiled=True) for w in (gate_up, down))
     count = len(experts[0])
     tokens, weights, chosen = h.reshape(-1, shape[-1]), weights.reshape(-1, k), chosen.reshape(-1, k)
-    if gather:
+    if gather_axes:
         tokens = _by_row(tokens)
-        tokens, weights, chosen = (jax.lax.all_gather(x, gather, tiled=True) for x in (tokens, weights, chosen))
+        tokens, weights, chosen = (jax.lax.all_gather(x, gather_axes, tiled=True) for x in (tokens, weights, chosen))
     holders = mesh_axes("holder") if holders else ()
     first = jax.lax.axis_index(holders) * count if holders else 0
-    here = (chosen >= first) & (chosen < first + count)
-    chosen = jnp.where(here, chosen - first, count)
+    on_device = (chosen >= first) & (chosen < first + count)
+    chosen = jnp.where(on_device, chosen - first, count)
     shares = jax.lax.axis_size(holders) if holders else 1
     out = _grouped(tokens, weights, chosen, experts, round_inputs, shares)
-    out = _by_row(jax.lax.psum_scatter(out, gather, tiled=True)) if gather else out
-    return (jax.lax.psum(out, same) if same else out).reshape(shape)
+    out = _by_row(jax.lax.psum_scatter(out, gather_axes, tiled=True)) if gather_axes else out
+    return (jax.lax.psum(out, sum_axes) if sum_axes else out).reshape(shape)
 
 
 def _by_row(x: Array) -> Array:
-    """x, laid out row by row: XLA for TPUs would exchange it laid out by columns, and turn all of it behind that."""
+    """x, laid out row by row: XLA for TPUs would exchange it laid out by columns, and then transpose all of it."""
     return with_layout_constraint(x, Layout((0, 1)))
 
 
 def _grouped(
     tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding, shares: int
 ) -> Array:
-    """f[n, E]: of each token [n, E], the sum over those of its `chosen` [n, k] experts that are here; X: elsewhere.
+    """f[n, E]: for each of `tokens` [n, E], the weighted sum over those of its `chosen` experts that this device holds.
 
-    With 1 / `shares` of the load expected here, the pairs of token and expert are worked through in a large piece and
-    as many small ones as there turn out to be.
+    `chosen` i[n, k] numbers the device's X experts from 0; X stands for an expert of another device. The pairs of token
+    and expert are computed in expert chunks: a large one, sized for 1 / `shares` of all pairs, then as many small ones
+    as the pairs need.
     """
     if len(tokens) <= FEW:
         return _dense(tokens, weights, chosen, experts, round_inputs)
@@ -125,13 +133,13 @@ def _grouped(
     if shares == 1:
         sizes = (len(flat), 0)
     else:
-        first, more = (math.ceil(part * len(flat) / shares / TILE) * TILE for part in (FIRST, MORE))
+        first, more = (math.ceil(fraction * len(flat) / shares / TILE) * TILE for fraction in (FIRST, MORE))
         sizes = (min(first, len(flat)), more)
     return _of_pairs((round_inputs, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts)
 
 
 def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding) -> Array:
-    """`_grouped` by every expert of every token, those not chosen with weight 0: nothing is sorted or moved."""
+    """`_grouped` by every expert of every token, with weight 0 where it is not chosen: nothing is sorted or moved."""
     *into, down = experts
     share = jnp.sum(jnp.where(chosen[..., None] == jnp.arange(len(down)), weights[..., None], 0), axis=1)  # [n, X]
     hidden = _hidden(round_inputs, *(jnp.einsum("ne,xef->xnf", tokens, w) for w in into))
@@ -139,40 +147,40 @@ def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, round
 
 
 def _hidden(round_inputs: Rounding, *products: Array) -> Array:
-    """What goes into `down`, of the products with gate and up, or with both side by side."""
+    """The input of `down`, from the products with gate and up, or from one product with both side by side."""
     gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
     return round_inputs(jax.nn.silu(gate) * up)
 
 
 class _ExpertChunk(NamedTuple):
-    """Some of the pairs, those of one expert after those of another; that of token i and its choice j is i k + j."""
+    """Some of the pairs of token and expert, sorted by expert. Pair i k + j is token i with its choice j."""
 
     pair: Int32[Array, "p"]
     token: Int32[Array, "p"]
-    there: Bool[Array, "p 1"]  # false behind the last
-    sizes: Int32[Array, "X"]  # how many are of each expert
+    valid: Bool[Array, "p 1"]  # false beyond the last pair
+    sizes: Int32[Array, "X"]  # pairs of each expert
 
-    def only(self, x: Array) -> Array:
-        """x with 0 behind the last pair, where grouped products leave what they find."""
-        return jnp.where(self.there, x, 0)
+    def zero_invalid(self, x: Array) -> Array:
+        """x with 0 beyond the last pair, where grouped products leave arbitrary values."""
+        return jnp.where(self.valid, x, 0)
 
-    def taken(self, x: Float[Array, "n E"]) -> Float[Array, "p E"]:
+    def rows_of(self, x: Float[Array, "n E"]) -> Float[Array, "p E"]:
         """Each pair's row of x."""
         return x.at[self.token].get(mode="promise_in_bounds")
 
     def add(self, total: Float[Array, "n E"], rows: Float[Array, "p E"]) -> Float[Array, "n E"]:
         """`total` and each pair's row, summed by token."""
-        return total.at[jnp.where(self.there[:, 0], self.token, len(total))].add(rows, mode="drop")
+        return total.at[jnp.where(self.valid[:, 0], self.token, len(total))].add(rows, mode="drop")
 
 
 def _over_chunks(sizes: tuple[int, int], k: int, order: Array, starts: Array, work: Callable, carry: Any) -> Any:
-    """carry = work(carry, piece) for a first piece and, while there are pairs left, further ones."""
+    """carry = work(carry, chunk) for a first expert chunk and, while there are pairs left, further ones."""
 
     def chunk(begin, size: int) -> _ExpertChunk:
         bounds = jnp.clip(starts - begin, 0, size)
         pair = jax.lax.dynamic_slice_in_dim(order, begin, size)
-        there = jnp.arange(size) < bounds[-1]
-        return _ExpertChunk(pair, pair // k, there[:, None], bounds[1:] - bounds[:-1])
+        valid = jnp.arange(size) < bounds[-1]
+        return _ExpertChunk(pair, pair // k, valid[:, None], bounds[1:] - bounds[:-1])
 
     first, more = sizes
     carry = work(carry, chunk(0, first))
@@ -191,15 +199,15 @@ def _of_pairs(
     order: Array,
     starts: Array,
 ) -> Float[Array, "n E"]:
-    """The sum by token over the pairs in this `order`, of which those from starts[x] to starts[x + 1] are expert x's.
+    """The sum by token over the pairs in this `order`, where pairs starts[x] to starts[x + 1] - 1 are expert x's.
 
-    Its backward pass keeps none of the pairs' rows: it takes them anew.
+    No row of a pair is kept for the backward pass, which looks them up again.
     """
     round_inputs, sizes = static
     *into, down = experts
 
     def work(out, chunk):
-        rows = chunk.taken(tokens)
+        rows = chunk.rows_of(tokens)
         hidden = _weighted(round_inputs, chunk, _weight(weights, chunk), *(_times(rows, w, chunk.sizes) for w in into))
         return chunk.add(out, _times(hidden, down, chunk.sizes))
 
@@ -211,8 +219,8 @@ def _weight(weights: Array, chunk: _ExpertChunk) -> Array:
 
 
 def _weighted(round_inputs: Rounding, chunk: _ExpertChunk, weight: Array, *products: Array) -> Array:
-    """The hidden values times their pair's weight, as good as the outputs times it, and narrower."""
-    return chunk.only(_hidden(round_inputs, *products) * weight)
+    """The hidden values times their pair's weight: as the outputs times it, on narrower arrays."""
+    return chunk.zero_invalid(_hidden(round_inputs, *products) * weight)
 
 
 def _of_pairs_forward(static, *inputs):
@@ -225,16 +233,16 @@ def _of_pairs_backward(static, inputs, g):
 
     def work(carry, chunk):
         d_tokens, d_weights, d_experts = carry
-        rows, g_rows = chunk.taken(tokens), chunk.taken(g)
+        rows, g_rows = chunk.rows_of(tokens), chunk.rows_of(g)
         products = [_times(rows, w, chunk.sizes) for w in into]
         hidden, pull = jax.vjp(functools.partial(_weighted, round_inputs, chunk), _weight(weights, chunk), *products)
         d_weight, *d_products = pull(_times_transposed(g_rows, down, chunk.sizes))
-        found = [*(_by_group(rows, d, chunk.sizes) for d in d_products), _by_group(hidden, g_rows, chunk.sizes)]
+        d_chunk = [*(_by_group(rows, d, chunk.sizes) for d in d_products), _by_group(hidden, g_rows, chunk.sizes)]
         back = (_times_transposed(d, w, chunk.sizes) for d, w in zip(d_products, into, strict=True))
         return (
             chunk.add(d_tokens, functools.reduce(jnp.add, back)),
             d_weights.at[chunk.pair].add(d_weight[:, 0]),
-            [total + one for total, one in zip(d_experts, found, strict=True)],
+            [summed + gradient for summed, gradient in zip(d_experts, d_chunk, strict=True)],
         )
 
     zeros = jnp.zeros_like(tokens), jnp.zeros_like(weights.reshape(-1)), [jnp.zeros_like(w) for w in experts]
@@ -247,7 +255,7 @@ _of_pairs.defvjp(_of_pairs_forward, _of_pairs_backward)
 
 
 def _times(x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]) -> Float[Array, "n O"]:
-    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; of rows beyond them, anything."""
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; arbitrary in the rows beyond."""
     return jax.lax.ragged_dot(x, w, sizes)
 
 
@@ -284,7 +292,7 @@ def _tiling(*widths: int) -> tuple[int, ...]:
 
 
 def _on_tpu(by_kernel: Callable, by_xla: Callable, x: Array, other: Array, sizes: Array) -> Array:
-    """One of two ways to the same, by platform; the kernel wants whole tiles of bfloat16."""
+    """The kernel on a TPU, where x has whole tiles of bfloat16; else XLA's way to the same."""
     if len(x) % TILE or x.dtype != jnp.bfloat16 or min(x.shape[1], *other.shape[-2:]) < 128:
         return by_xla(x, other, sizes)
     return jax.lax.platform_dependent(x, other, sizes, tpu=by_kernel, default=by_xla)

@@ -18,7 +18,7 @@ from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_p
 from dppo_jax.models.companions import publish
 from dppo_jax.models.config import LARGEST, MATRICES, Lora, ModelConfig
 from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
-from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, check_tensor, folder, open_tensors, places, read_tensor
+from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, check_tensor, folder, leading_indices, open_tensors, read_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, HALVES = "base_model.model.", ("lora_A", "lora_B")
@@ -34,13 +34,13 @@ UNSET: tuple = (None, False, {}, [])  # of every other field
 
 
 def _modules(name: str, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(place in the stacked weight, PEFT's module name) of every tensor that a weight of ours is made of."""
+    """(index into the stacked weight, PEFT's module name) of every tensor that a weight of ours is made of."""
     template = (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[f"layers/{name}"].removesuffix(".weight")
-    for place in places(config, template.count("{}")):
-        yield place, PREFIX + template.format(*place)
+    for index in leading_indices(config, template.count("{}")):
+        yield index, PREFIX + template.format(*index)
 
 
-def _last(name: str, config: ModelConfig) -> str:
+def _module_name(name: str, config: ModelConfig) -> str:
     """What PEFT calls a weight, in any layer: "q_proj"."""
     return next(_modules(name, config))[1].rpartition(".")[2]
 
@@ -52,15 +52,15 @@ def save_adapters(directory: str | Path, config: ModelConfig, params: Params, ba
     for name in config.lora.targets:
         for suffix, half in zip(ADAPTER, HALVES, strict=True):
             stacked = np.asarray(params["layers"][name + suffix], np.float32)
-            for place, module in _modules(name, config):
-                tensors[f"{module}.{half}.weight"] = np.ascontiguousarray(stacked[place].T)
+            for index, module in _modules(name, config):
+                tensors[f"{module}.{half}.weight"] = np.ascontiguousarray(stacked[index].T)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
-        "target_modules": [_last(name, config) for name in config.lora.targets],
+        "target_modules": [_module_name(name, config) for name in config.lora.targets],
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -90,26 +90,26 @@ def load_adapters(directory: str | Path, config: ModelConfig) -> tuple[Lora, Par
             raise UserError(f"{directory} holds no adapters that can be read: it has no {name}")
     chosen = _lora(read_json_object(directory / CONFIG), config, str(directory / CONFIG))
     shapes = abstract_params(dataclasses.replace(config, lora=chosen))["layers"]
-    found = {
-        target + suffix: {place: f"{module}.{half}.weight" for place, module in _modules(target, config)}
+    tensor_names = {
+        target + suffix: {index: f"{module}.{half}.weight" for index, module in _modules(target, config)}
         for target in chosen.targets
         for suffix, half in zip(ADAPTER, HALVES, strict=True)
     }
     with ExitStack() as stack:
         tensors = open_tensors(directory / WEIGHTS, stack)
-        for leaf, names in found.items():
-            for place, name in names.items():
+        for leaf, names in tensor_names.items():
+            for index, name in names.items():
                 if name not in tensors:
                     raise UserError(f"{directory / WEIGHTS} has no {name!r}")
-                check_tensor(name, tensors, shapes[leaf].shape[len(place) :], transpose=True)
-        expected = {name for names in found.values() for name in names.values()}
+                check_tensor(name, tensors, shapes[leaf].shape[len(index) :], transpose=True)
+        expected = {name for names in tensor_names.values() for name in names.values()}
         for name in sorted(tensors.keys() - expected):
             raise UserError(f"{directory / WEIGHTS} has {shown(name)}, which this model has no place for")
         layers: dict[str, np.ndarray] = {}
-        for leaf, names in found.items():
+        for leaf, names in tensor_names.items():
             layers[leaf] = np.empty(shapes[leaf].shape, np.float32)
-            for place, name in names.items():
-                layers[leaf][place] = read_tensor(name, tensors, shapes[leaf].shape[len(place) :], transpose=True)
+            for index, name in names.items():
+                layers[leaf][index] = read_tensor(name, tensors, shapes[leaf].shape[len(index) :], transpose=True)
     return chosen, {"layers": layers}
 
 
@@ -130,7 +130,7 @@ def _lora(fields: dict[str, Any], config: ModelConfig, source: str) -> Lora:
         raise UserError(f"{source}: lora_alpha must be a positive number, not {shown(alpha)}")
     if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
         raise UserError(f"{source}: target_modules must be a list of names, not {shown(modules)}")
-    ours = {_last(name, config): name for name in MATRICES}
+    ours = {_module_name(name, config): name for name in MATRICES}
     for name in modules:
         if name not in ours:
             raise UserError(f"{source}: unknown name {shown(name)} in target_modules{nearest(name, ours)}")
