@@ -22,9 +22,9 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 60
 def check_path(path: str | os.PathLike[str], key: str) -> str:
     """The path as text. UserError for an address of a bucket (not read yet), or a character that no file name has."""
     text = os.fspath(path)
-    if found := _BUCKET.match(text):
+    if match := _BUCKET.match(text):
         raise UserError(
-            f"{key} = {text!r:.200}: {found[1]}:// addresses are neither read nor written yet; mount the bucket, or "
+            f"{key} = {text!r:.200}: {match[1]}:// addresses are neither read nor written yet; mount the bucket, or "
             "copy it to a folder, and name that"
         )
     if "\0" in text or _SURROGATES.search(text):
@@ -115,16 +115,16 @@ def parse_json(
 
 def check_text(value: Any, where: str) -> None:
     """UserError where a text, or one inside lists and objects, holds a lone surrogate: it cannot be encoded."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
+    to_check = [value]
+    while to_check:
+        item = to_check.pop()
         if isinstance(item, str):
-            if found := _SURROGATES.search(item):
-                raise UserError(f"{where}: a lone surrogate, \\u{ord(found[0]):04x}, which is no character")
+            if match := _SURROGATES.search(item):
+                raise UserError(f"{where}: a lone surrogate, \\u{ord(match[0]):04x}, which is no character")
         elif isinstance(item, dict):
-            waiting += [*item, *item.values()]
+            to_check += [*item, *item.values()]
         elif isinstance(item, list | tuple):
-            waiting += item
+            to_check += item
 
 
 def read_json(path: Path) -> Any:
@@ -142,6 +142,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: a kill leaves the old one. OSError."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -100,11 +100,11 @@ class ChatRenderer:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
-            asked = json.dumps(question)
+            line_out = json.dumps(question)
         except (TypeError, ValueError) as error:
             raise UserError(f"the messages hold what is no JSON: {first_line(error):.200}") from None
         try:
-            stdin.write(asked + "\n")
+            stdin.write(line_out + "\n")
             stdin.flush()
             line = stdout.readline()
         except BrokenPipeError:
@@ -170,13 +170,13 @@ def _render(template: str, special: Mapping[str, str], messages: list[dict[str, 
     return text
 
 
-def _said(error: Exception) -> str:
+def _failure(error: Exception) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    said = f"{first_line(error):.300}"
+    sentence = f"{first_line(error):.300}"
     if isinstance(error, TemplateError) and not isinstance(error, TemplateSyntaxError):
-        return f"refuses the messages: {said}"
-    return f"fails: {said if isinstance(error, ValueError) else f'{type(error).__name__}: {said}'}"
+        return f"refuses the messages: {sentence}"
+    return f"fails: {sentence if isinstance(error, ValueError) else f'{type(error).__name__}: {sentence}'}"
 
 
 def _limit_memory() -> None:
@@ -211,7 +211,7 @@ def main() -> None:
                 text = _render(start["template"], start["special"], question["messages"])
             answer = {"text": text}
         except Exception as error:
-            answer = {"error": _said(error)}
+            answer = {"error": _failure(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         sys.stdout.write(json.dumps(answer) + "\n")

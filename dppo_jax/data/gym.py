@@ -86,12 +86,12 @@ def load_reasoning_gym(
     if path:
         raise UserError(f"data.kind='reasoning_gym' generates its examples; unset data.path={path!r}")
     _, config_class = lookup(DATASETS, name, "reasoning-gym data set")
-    known = {f.name for f in fields(config_class)} - {"seed", "size"}
+    allowed = {f.name for f in fields(config_class)} - {"seed", "size"}
     for key in settings:
         if key in ("seed", "size"):
             raise UserError(f"data.settings holds {key!r}; set data.{key} instead")
-        if key not in known:
-            raise UserError(f"data.settings: reasoning-gym {name!r} has no setting {key!r}{nearest(key, known)}")
+        if key not in allowed:
+            raise UserError(f"data.settings: reasoning-gym {name!r} has no setting {key!r}{nearest(key, allowed)}")
     size = 500 if size is None else size
     try:
         arguments = json.dumps({**settings, "seed": seed, "size": size})
@@ -100,7 +100,7 @@ def load_reasoning_gym(
         raise UserError(f"reasoning-gym {name!r} refuses data.settings={settings}: {first_line(error)}") from error
 
     examples: list[Example] = []
-    other: str | None = None  # the item before's label
+    previous_label: str | None = None  # the item before's label
     # list_functions draws from the global `random`, bf prints.
     with _global_randomness(seed), contextlib.redirect_stdout(io.StringIO()):
         for i in range(size):
@@ -112,9 +112,9 @@ def load_reasoning_gym(
                 ) from error
             _check_gym_label(name, i, dataset, entry, verifier)
             if verifier == "task":
-                _check_scorer(name, i, dataset, entry, other)
+                _check_scorer(name, i, dataset, entry, previous_label)
             if entry["answer"] is not None:
-                other = str(entry["answer"])
+                previous_label = str(entry["answer"])
             answer = "" if entry["answer"] is None else str(entry["answer"])
             examples.append(Example(entry["question"], answer, {"entry": entry}))
     if verifier == "task":
@@ -146,10 +146,10 @@ def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier
             )
 
 
-def _check_scorer(name: str, i: int, dataset, entry: dict[str, Any], other: str | None) -> None:
+def _check_scorer(name: str, i: int, dataset, entry: dict[str, Any], other_label: str | None) -> None:
     """Raises: UserError where the data set's own scorer gives a wrong answer a full score. other: another label."""
     label = None if entry["answer"] is None else str(entry["answer"])
-    for wrong in wrong_answers(name, label, other):
+    for wrong in wrong_answers(name, label, other_label):
         with warnings.catch_warnings(action="ignore"):
             score = full_score(dataset, name, wrong, copy.deepcopy(entry))
         if score == 1.0:

@@ -73,9 +73,9 @@ class PromptEncoder:
     def _messages(self, prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
         """The conversation, `template` applied."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        asked = [message for message in messages if message["role"] == "user"]
-        if asked:
-            asked[-1]["content"] = self._template.replace("{prompt}", asked[-1]["content"])
+        user_messages = [message for message in messages if message["role"] == "user"]
+        if user_messages:
+            user_messages[-1]["content"] = self._template.replace("{prompt}", user_messages[-1]["content"])
         return messages
 
 
@@ -109,12 +109,12 @@ def _check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:
     text = text if normalizer is None else normalizer.normalize_str(text).replace("\u2581", " ")
     special = "|".join(map(re.escape, tokenizer.added_tokens_encoder))
     words = _words(re.sub(rf"\s*({special})\s*", r"\1", text) if special else text)
-    seen = _words(read)
-    if "".join(words) == "".join(seen) and _ends(words) <= _ends(seen):
+    words_read = _words(read)
+    if "".join(words) == "".join(words_read) and _ends(words) <= _ends(words_read):
         return
-    lost = "".join(sorted({*text} - {*read}))
-    what = f"has no token for {lost[:20]!r}" if lost else "does not give its text back"
-    raise UserError(f"the tokenizer {what}, so the policy would see another prompt")
+    lacking = "".join(sorted({*text} - {*read}))
+    fault = f"has no token for {lacking[:20]!r}" if lacking else "does not give its text back"
+    raise UserError(f"the tokenizer {fault}, so the policy would see another prompt")
 
 
 def _words(text: str) -> list[str]:
@@ -198,8 +198,8 @@ class PromptStream:
                     continue
                 self.examples.append(example)
                 self._ids.append(ids)
-        asked, encoded = {str(example.prompt) for example in self.examples}, set(map(tuple, self._ids))
-        if chat and len(encoded) == 1 < len(asked):
+        distinct_prompts, distinct_ids = {str(example.prompt) for example in self.examples}, set(map(tuple, self._ids))
+        if chat and len(distinct_ids) == 1 < len(distinct_prompts):
             raise UserError(
                 f"{task.name}: all {len(self._ids)} prompts have the same tokens: the tokenizer's chat template leaves "
                 "the messages out"
@@ -232,8 +232,8 @@ class PromptStream:
     def left_out(self) -> str | None:
         """A sentence on what is not used of the data; None where all is."""
         counts = self.counts
-        found = [f"{counts[kind]} {what}" for kind, what in LEFT_OUT.items() if counts[kind]]
-        return f"{self._task.name}: {counts['examples']} examples; left out: {', '.join(found)}" if found else None
+        parts = [f"{counts[kind]} {description}" for kind, description in LEFT_OUT.items() if counts[kind]]
+        return f"{self._task.name}: {counts['examples']} examples; left out: {', '.join(parts)}" if parts else None
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> tuple[PromptBatch, list[Example]]:
         """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order.

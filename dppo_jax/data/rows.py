@@ -80,19 +80,19 @@ def _rows_file(kind: str, path: str | None, settings: dict[str, Any], verifier: 
     if not path:
         raise UserError(f"data.kind={kind!r} needs data.path, a file of rows")
     if settings:
-        given = f"{sorted(settings)!s:.200}"
+        names = f"{sorted(settings)!s:.200}"
         raise UserError(
-            f"data.kind={kind!r} takes no data.settings, but got {given}; clear them: --config.data.settings={{}}"
+            f"data.kind={kind!r} takes no data.settings, but got {names}; clear them: --config.data.settings={{}}"
         )
     if verifier == "task":
         raise UserError(f"data.kind={kind!r} has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
     file = user_path(path, "data.path")
     try:
-        found, several = file.is_file(), file.is_dir() or any(mark in str(file) for mark in "*?[,")
+        is_file, is_several = file.is_file(), file.is_dir() or any(mark in str(file) for mark in "*?[,")
     except OSError:  # a name that is too long
-        found = several = False
-    if not found:
-        hint = "; it names one file: lists, patterns and folders are not read yet" if several else ""
+        is_file = is_several = False
+    if not is_file:
+        hint = "; it names one file: lists, patterns and folders are not read yet" if is_several else ""
         raise UserError(f"data.path: there is no file {_shown(path, 200)}{hint}")
     return file
 
@@ -110,11 +110,11 @@ def _parse(line: bytes, where: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {_shown(next(key for key in keys if keys.count(key) > 1))} stands there twice")
-    return found
+    return fields
 
 
 def _check_depth(value: Any, where: str) -> None:
@@ -142,8 +142,8 @@ def _column(file: Path, name: str, column: Any) -> list[Any]:
             column, kind = column.cast(kind.value_type), kind.value_type
         values = column.to_pylist()
         if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):  # 0.1, not 0.10000000149011612
-            narrow = np.float32 if pyarrow.types.is_float32(kind) else np.float16
-            values = [None if value is None else Written(str(narrow(value))) for value in values]
+            float_type = np.float32 if pyarrow.types.is_float32(kind) else np.float16
+            values = [None if value is None else Written(str(float_type(value))) for value in values]
         for number, value in enumerate(values, start=1):
             if isinstance(value, list | dict):
                 _check_depth(value, f"{file}, row {number}")
@@ -157,13 +157,13 @@ def _column(file: Path, name: str, column: Any) -> list[Any]:
             return column.cast(pyarrow.string()).to_pylist()
         except Exception:
             pass
-    what, number = f"the column {_shown(name)} ({str(kind):.60}) cannot be read", 0
+    fault, number = f"the column {_shown(name)} ({str(kind):.60}) cannot be read", 0
     for number in range(1, len(column) + 1):
         try:
             column[number - 1].as_py()
         except Exception as error:
-            raise UserError(f"{file}, row {number}: {what}: {first_line(error):.200}") from None
-    raise UserError(f"{file}: {what}")
+            raise UserError(f"{file}, row {number}: {fault}: {first_line(error):.200}") from None
+    raise UserError(f"{file}: {fault}")
 
 
 def _rows_task(
@@ -223,13 +223,13 @@ def _messages(where: str, messages: Any) -> tuple[dict[str, str], ...]:
         raise UserError(f"{where}: 'messages' must be a list of role and content texts, not {_shown(messages)}")
     for number, message in enumerate(messages, start=1):
         _check_message(f"{where}, message {number}", message)
-    last, roles = messages[-1]["role"], [message["role"] for message in messages]
-    if last == "assistant":
+    last_role, roles = messages[-1]["role"], [message["role"] for message in messages]
+    if last_role == "assistant":
         raise UserError(
             f"{where}: 'messages' end with the assistant's turn, so the prompt would hold the reply; end them with "
             "the user's"
         )
-    if "user" not in roles or last == "system":
+    if "user" not in roles or last_role == "system":
         raise UserError(f"{where}: 'messages' must end with a user's or a tool's, after a user's, not {_shown(roles)}")
     return tuple({key: value for key, value in message.items() if value is not None} for message in messages)
 
@@ -241,8 +241,8 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
     if not isinstance(role, str) or content is None:
         raise UserError(f"{where}: needs texts 'role' and 'content', but is {_shown(message)}")
     if role not in ROLES:
-        right = f"; the nearest is {OTHER_ROLES[role]!r}" if role in OTHER_ROLES else nearest(role[:80], ROLES)
-        raise UserError(f"{where}: unknown role {_shown(role)}{right}")
+        hint = f"; the nearest is {OTHER_ROLES[role]!r}" if role in OTHER_ROLES else nearest(role[:80], ROLES)
+        raise UserError(f"{where}: unknown role {_shown(role)}{hint}")
     if isinstance(content, list | dict):
         raise UserError(f"{where}: 'content' must be one text; parts such as {{'type', 'text'}} are not supported")
     if not isinstance(content, str):

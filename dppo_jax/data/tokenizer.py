@@ -81,7 +81,7 @@ def _read(folder: Path, has_json: bool, own_code: bool) -> Any:
     if not has_json or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    if _pieces(tokenizer) == _pieces(plain):
+    if _probe_ids(tokenizer) == _probe_ids(plain):
         return tokenizer
     print(
         f"tokenizer: {type(tokenizer).__name__} splits text otherwise than {folder / 'tokenizer.json'}, which is what "
@@ -91,7 +91,7 @@ def _read(folder: Path, has_json: bool, own_code: bool) -> Any:
     return plain
 
 
-def _pieces(tokenizer: Any) -> list[int] | None:
+def _probe_ids(tokenizer: Any) -> list[int] | None:
     """Tokens of a text in which tokenizers differ; None if its vocabulary cannot say it."""
     try:
         return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
@@ -128,17 +128,17 @@ def _check(tokenizer: Any, vocabulary: dict[str, int], ids: list[int], files: di
                 f"{shown(lacking[0])}; a tokenizer.json is read as it stands"
             )
         return
-    known, settings = _tokens(files["tokenizer.json"]), files.get("tokenizer_config.json", {})
+    known_tokens, settings = _tokens(files["tokenizer.json"]), files.get("tokenizer_config.json", {})
     added = settings.get("added_tokens_decoder") or {}
     contents = {str(entry.get("content")): number for number, entry in added.items() if isinstance(entry, dict)}
     for token, number in contents.items():
-        if token not in known and vocabulary.get(token) != int(number):
+        if token not in known_tokens and vocabulary.get(token) != int(number):
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {shown(token)} the id {number}, but "
                 f"with tokenizer.json, which lacks it, it is {vocabulary.get(token)}"
             )
-    known |= contents.keys() | files.get("added_tokens.json", {}).keys()
-    if tokenizer.eos_token is not None and str(tokenizer.eos_token) not in known:
+    known_tokens |= contents.keys() | files.get("added_tokens.json", {}).keys()
+    if tokenizer.eos_token is not None and str(tokenizer.eos_token) not in known_tokens:
         raise UserError(f"tokenizer: the vocabulary in {folder} lacks its eos_token {shown(str(tokenizer.eos_token))}")
 
 
@@ -158,22 +158,22 @@ def eos_ids(
     Raises: UserError where one is no id, or beyond the vocab_size in config.json, and where there is none.
     """
     extra = list(extra)
-    named, size = (set(), 2**31) if model_dir is None else _named_ids(user_path(model_dir, "model directory"))
-    found = named | {tokenizer.eos_token_id} - {None}
+    from_files, size = (set(), 2**31) if model_dir is None else _named_ids(user_path(model_dir, "model directory"))
+    ends = from_files | {tokenizer.eos_token_id} - {None}
     vocabulary = tokenizer.get_vocab() if any(isinstance(token, str) for token in extra) else {}
     for token in extra:
         if isinstance(token, str) and token not in vocabulary:
             raise UserError(f"end-of-sequence token {token!r} is not in the tokenizer's vocabulary")
-        found.add(_token_id(vocabulary.get(token, token), size, "end-of-sequence tokens"))
-    if not found:
+        ends.add(_token_id(vocabulary.get(token, token), size, "end-of-sequence tokens"))
+    if not ends:
         where = "" if model_dir is None else f", nor {str(model_dir)!r}"
         raise UserError(f"no end-of-sequence token: the tokenizer names none{where}")
-    return tuple(sorted(found))
+    return tuple(sorted(ends))
 
 
 def _named_ids(folder: Path) -> tuple[set[int], int]:
     """The tokens that end a response by generation_config.json and config.json, and how many tokens there are."""
-    found, size = set(), 2**31
+    ends, size = set(), 2**31
     for name in ("config.json", "generation_config.json"):
         if not is_file(folder / name):
             continue
@@ -183,8 +183,8 @@ def _named_ids(folder: Path) -> tuple[set[int], int]:
             size = rows
         ids = fields.get("eos_token_id")
         for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            found.add(_token_id(token, size, f"{folder / name}: eos_token_id"))
-    return found, size
+            ends.add(_token_id(token, size, f"{folder / name}: eos_token_id"))
+    return ends, size
 
 
 def _token_id(value: Any, size: int, where: str) -> int:

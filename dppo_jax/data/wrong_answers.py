@@ -39,10 +39,10 @@ _OPPOSITES = {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}
 _FAR = 0.1  # relative: scorers may round, and need not agree on the last digits
 
 
-def wrong_answers(name: str, label: str | None, other: str | None) -> Iterator[str]:
+def wrong_answers(name: str, label: str | None, other_label: str | None) -> Iterator[str]:
     """Texts that are certainly wrong where the data set `name` has this label (None: it gives none).
 
-    other: another item's label, or None. What may be the same answer in another form is left out.
+    other_label: another item's label, or None. What may be the same answer in another form is left out.
     """
     yield from (text for text in (NONSENSE, "nan", "inf", "-inf") if label is None or says_other(text, label))
     if label is None:
@@ -53,13 +53,13 @@ def wrong_answers(name: str, label: str | None, other: str | None) -> Iterator[s
         yield from (text for text in ("0", "") if says_other(text, label))
     elif label.strip():
         yield ""
-    if name in GIVEN_NUMBERS and other is not None and sorted(numbers(other)) != sorted(numbers(label)):
-        yield other
+    if name in GIVEN_NUMBERS and other_label is not None and sorted(numbers(other_label)) != sorted(numbers(label)):
+        yield other_label
     if name in SEVERAL_ANSWERS:
         return
     changed = {label[:-1], label[1:], label[: len(label) // 2], _digit_changed(label), _OPPOSITES.get(label, "")}
-    if other is not None:
-        changed.add(other)
+    if other_label is not None:
+        changed.add(other_label)
     if _NUMBER.fullmatch(label):
         changed |= {label.lstrip("-") if label.startswith("-") else f"-{label}", label + label}
     elif label.isalpha():
@@ -89,8 +89,8 @@ def says_other(text: str, label: str) -> bool:
     """Whether the text certainly answers something else: other numbers; or, without any, other letters, or signs."""
     expected = numbers(label)
     if expected:
-        found = numbers(text)
-        return len(found) != len(expected) or any(map(_far, found, expected))
+        actual = numbers(text)
+        return len(actual) != len(expected) or any(map(_far, actual, expected))
     letters = _letters(label)
     return _letters(text) != letters if letters else "".join(text.split()) != "".join(label.split())
 
@@ -99,8 +99,8 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in _NUMBER.findall(text)]
 
 
-def _far(found: float, expected: float) -> bool:
-    return not abs(found - expected) <= _FAR * max(abs(found), abs(expected))
+def _far(actual: float, expected: float) -> bool:
+    return not abs(actual - expected) <= _FAR * max(abs(actual), abs(expected))
 
 
 def _letters(text: str) -> str:

@@ -22,12 +22,12 @@ _ANOTHER = 987654321
 
 def check_labels(verifier: str, labels: Sequence[tuple[str, str]]) -> None:
     """labels: where each label stands, such as file and row, and the label. UserError with the place of a bad one."""
-    first: dict[str, str] = {}
+    first_place: dict[str, str] = {}
     for where, label in labels:
-        first.setdefault(label, where)
-    for label, fault in _faults(verifier, list(first)):
+        first_place.setdefault(label, where)
+    for label, fault in _faults(verifier, list(first_place)):
         if fault:
-            raise UserError(f"{first[label]}: the answer {label!r:.200} {fault}")
+            raise UserError(f"{first_place[label]}: the answer {label!r:.200} {fault}")
 
 
 def answer_faults(verifier: str, answers: Sequence[str]) -> list[str | None]:

@@ -61,8 +61,8 @@ def read(text: str) -> list[Any]:
     if not text or notation.goes_on(text):
         return []
     wrapped = text if _DELIMITER.search(text) else f"${text} $" if text.endswith("\\") else f"${text}$"
-    found = parse(wrapped, [LatexExtractionConfig()], parsing_timeout=None)
-    return found if any(isinstance(one, Basic | MatrixBase) for one in found) else []
+    expressions = parse(wrapped, [LatexExtractionConfig()], parsing_timeout=None)
+    return expressions if any(isinstance(expression, Basic | MatrixBase) for expression in expressions) else []
 
 
 def read_reply(text: str) -> list[Any]:
@@ -72,11 +72,11 @@ def read_reply(text: str) -> list[Any]:
     boxed = last_box(text)
     if boxed is not None:
         return read(boxed)
-    for part in (text, said_last(text)):
-        if _is_expression(part):
-            found = read(part)
-            if found:
-                return found
+    for passage in (text, said_last(text)):
+        if _is_expression(passage):
+            expressions = read(passage)
+            if expressions:
+                return expressions
     if "$" in text.replace("\\$", ""):
         text = _MATHS.sub(lambda maths: f"${_rewritten(maths[1])}$", text)
     else:
@@ -86,15 +86,15 @@ def read_reply(text: str) -> list[Any]:
 
 def said_last(text: str) -> str:
     """What follows "the answer is" in the last line; "" without it."""
-    found = _SAID.search(text[text.rfind("\n") + 1 :][-1000:])
-    return found[1] if found else ""
+    match = _SAID.search(text[text.rfind("\n") + 1 :][-1000:])
+    return match[1] if match else ""
 
 
 def same_text(text: str, answer: str) -> bool:
     """Whether both are the same words or signs, delimiters, \\text, upper case and spaces at commas aside."""
     outer = "()" if is_text(answer) else ""
-    wanted = _plain(answer).casefold().strip(outer)
-    return bool(wanted) and any(_plain(part).casefold().strip(outer) == wanted for part in _answers(text))
+    expected = _plain(answer).casefold().strip(outer)
+    return bool(expected) and any(_plain(candidate).casefold().strip(outer) == expected for candidate in _answers(text))
 
 
 def is_text(answer: str) -> bool:
@@ -109,10 +109,10 @@ def base_of(answer: str) -> tuple[str, int] | None:
 
 def same_in_base(text: str, digits: str, base: int) -> bool:
     """Whether a reply gives the digits in this base, or without any."""
-    said = [_plain(part) for part in _answers(text)]
+    candidates = [_plain(candidate) for candidate in _answers(text)]
     if last_box(text) is None:
-        said += _LAST_BASED.findall(text.rstrip("$.*` \n)"))
-    return any(part.upper() == digits or notation.in_base(part) == (digits, base) for part in said)
+        candidates += _LAST_BASED.findall(text.rstrip("$.*` \n)"))
+    return any(candidate.upper() == digits or notation.in_base(candidate) == (digits, base) for candidate in candidates)
 
 
 def label_fault(answer: str) -> str | None:
@@ -134,19 +134,19 @@ def _plain(text: str) -> str:
 
 def last_box(text: str) -> str | None:
     """What stands in the \\boxed{...} that is closed last, a percent sign behind it included. Linear time."""
-    waiting: list[int] = []  # where the open braces' contents begin; -1 for those of no box
-    found = None
+    open_braces: list[int] = []  # where the open braces' contents begin; -1 for those of no box
+    contents = None
     for token in _BOX.finditer(text):
         if token[1]:
-            waiting.append(token.end())
+            open_braces.append(token.end())
         elif token[0] == "{":
-            waiting.append(-1)
-        elif token[0] == "}" and waiting and (start := waiting.pop()) >= 0:
-            found = start, token.start()
-    if found is None:
+            open_braces.append(-1)
+        elif token[0] == "}" and open_braces and (start := open_braces.pop()) >= 0:
+            contents = start, token.start()
+    if contents is None:
         return None
-    percent = _PERCENT.match(text, found[1] + 1)
-    return text[slice(*found)] + ("\\%" if percent else "")
+    percent = _PERCENT.match(text, contents[1] + 1)
+    return text[slice(*contents)] + ("\\%" if percent else "")
 
 
 def bare(text: str) -> str:
@@ -177,17 +177,17 @@ def _rewritten(text: str) -> str:
     if len(_DOLLAR.findall(text)) == 1:  # a price
         text = _DOLLAR.sub(r"\\$", text)
     for pattern, better in _REWRITE:
-        found = pattern.match(text)
-        if found:
-            text = found.expand(better) + text[found.end() :]
+        match = pattern.match(text)
+        if match:
+            text = match.expand(better) + text[match.end() :]
     return _REPEATING.sub(_fraction, text)
 
 
-def _fraction(found: re.Match) -> str:
+def _fraction(match: re.Match) -> str:
     """0.1\\overline{6} is 15/90."""
-    whole, once, period = found[1], found[2], found[3] or found[4]
-    numerator = int(f"0{whole}{once}{period}") - int(f"0{whole}{once}")
-    return f"\\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(once)}}}"
+    integer, fixed, repeated = match[1], match[2], match[3] or match[4]
+    numerator = int(f"0{integer}{fixed}{repeated}") - int(f"0{integer}{fixed}")
+    return f"\\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
 def _is_expression(text: str) -> bool:

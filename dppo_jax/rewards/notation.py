@@ -95,10 +95,10 @@ def plain_latex(text: str) -> str:
     if _UNDERSCORES.fullmatch(text):
         text = text.replace("_", "")
     for pattern, better in _WHOLE:
-        found = pattern.fullmatch(text)
-        text = found.expand(better).strip() if found else text
-    found = _GOES_ON.fullmatch(text) if len(text) < _LONGEST_DECIMAL else None
-    return found.expand(r"\1\2.\3\\overline{\4}") if found else text
+        match = pattern.fullmatch(text)
+        text = match.expand(better).strip() if match else text
+    match = _GOES_ON.fullmatch(text) if len(text) < _LONGEST_DECIMAL else None
+    return match.expand(r"\1\2.\3\\overline{\4}") if match else text
 
 
 def with_ldots(text: str) -> str:
@@ -136,7 +136,7 @@ def _is_short_word(word: str) -> bool:
 
 def in_base(text: str) -> tuple[str, int] | None:
     """The digits and the base of 1010_2, 1010_{16} or 1010_{two}, without \\text; or None."""
-    found = None if _UNDERSCORES.fullmatch(text) else _BASED.fullmatch(text.upper())
-    if not found or not (found[2].isdigit() or found[2] in _BASES):
+    match = None if _UNDERSCORES.fullmatch(text) else _BASED.fullmatch(text.upper())
+    if not match or not (match[2].isdigit() or match[2] in _BASES):
         return None
-    return found[1], int(_BASES.get(found[2], found[2]))
+    return match[1], int(_BASES.get(match[2], match[2]))

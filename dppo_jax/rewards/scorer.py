@@ -32,9 +32,10 @@ _preload: set[str] = set()  # one fork server serves all scorers of a program
 class Pending:
     """Scores that may still be in the making."""
 
-    def __init__(self, futures: Sequence[Future], check: Callable[[int], None], done: Callable[[], int]):
-        """check: raises where no more scores will come, given the looks since the last; done: scores so far."""
-        self._futures, self._check, self._done = futures, check, done
+    def __init__(self, futures: Sequence[Future], check: Callable[[int], None], scored: Callable[[], int]):
+        """check: raises where no more scores will come, given how often a wait has looked since the last one came.
+        scored: how many scores there are so far."""
+        self._futures, self._check, self._scored = futures, check, scored
 
     def result(self) -> tuple[np.ndarray, dict[str, int]]:
         """Waits; returns (rewards f32[B], counts).
@@ -52,10 +53,10 @@ class Pending:
         return map(self._outcome, self._futures)
 
     def _outcome(self, future: Future) -> Outcome:
-        quiet, before = 0, self._done()
+        quiet, before = 0, self._scored()
         while not wait([future], timeout=_LOOK_S).done:
-            quiet = quiet + 1 if self._done() == before else 0
-            before = self._done()
+            quiet = quiet + 1 if self._scored() == before else 0
+            before = self._scored()
             self._check(quiet)
         error = future.exception()
         if isinstance(error, TimeoutError):
@@ -66,7 +67,7 @@ class Pending:
             raise _broken(error)
         outcome: Outcome = future.result()
         if outcome.kind == "broken":
-            raise UserError(f"the reward workers cannot start: {outcome.said}")
+            raise UserError(f"the reward workers cannot start: {outcome.message}")
         return outcome
 
 
@@ -167,12 +168,12 @@ class Scorer:
 def _broken(error: BaseException) -> UserError:
     """An error of the machinery: no reply's fault, and no reply's 0."""
     if isinstance(error, ProcessExpired):
-        said = "the process that starts them ended"
+        reason = "the process that starts them ended"
     elif isinstance(error, BrokenProcessPool):
-        said = f"one ended, or could not be started ({first_line(error.__cause__ or error)})"
+        reason = f"one ended, or could not be started ({first_line(error.__cause__ or error)})"
     else:
-        said = f"{type(error).__name__}: {first_line(error)}"
-    return UserError(f"the reward workers failed: {said}; start again, and the run goes on from its last checkpoint")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"the reward workers failed: {reason}; start again, and the run goes on from its last checkpoint")
 
 
 class _Process(ForkServerProcess):

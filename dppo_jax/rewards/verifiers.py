@@ -51,16 +51,16 @@ def extract_answer(reply: str) -> str:
 
 def _without_thought(reply: str) -> str:
     """The reply with `_CUT` in the place of every thought."""
-    kept: list[str] = []
+    answer_parts: list[str] = []
     start, thinking = 0, False
     for tag in _THINK.finditer(reply):
         if not tag[1] and not thinking:
-            kept.append(reply[start : tag.start()])
+            answer_parts.append(reply[start : tag.start()])
             thinking = True
         elif tag[1]:
-            kept = kept if thinking else []
+            answer_parts = answer_parts if thinking else []
             start, thinking = tag.end(), False
-    return _CUT.join(kept if thinking else [*kept, reply[start:]])
+    return _CUT.join(answer_parts if thinking else [*answer_parts, reply[start:]])
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -76,8 +76,8 @@ def last_number(reply: str, answer: str) -> float:
     expected = as_number(answer)
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not a number")
-    found = _NUMBER.findall(_plain(extract_answer(reply)))
-    return float(bool(found) and Decimal(found[-1].translate(_TO_PLAIN)) == expected)
+    numbers = _NUMBER.findall(_plain(extract_answer(reply)))
+    return float(bool(numbers) and Decimal(numbers[-1].translate(_TO_PLAIN)) == expected)
 
 
 def as_number(text: str) -> Decimal | None:

@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
     kind: str
     score: float = 0.0
-    said: str = ""
+    message: str = ""  # why, of "failed" and "broken"
 
 
 _trouble = ""  # why this worker could not start
@@ -58,7 +58,7 @@ def start(imports: Sequence[str], memory_limit: int) -> None:
 def score_one(time_limit_s: float, verify: Verify, reply: str, example: Example) -> Outcome:
     global _retiring
     if _trouble:
-        return Outcome("broken", said=_trouble)
+        return Outcome("broken", message=_trouble)
     signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
     try:
         outcome = attempt(verify, reply, example)
@@ -81,8 +81,8 @@ def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
     except MemoryError:
         raise
     except BaseException as error:
-        return Outcome("failed", said=_described(error))
-    return Outcome("scored", number) if math.isfinite(number) else Outcome("failed", said=f"returned {number}")
+        return Outcome("failed", message=_described(error))
+    return Outcome("scored", number) if math.isfinite(number) else Outcome("failed", message=f"returned {number}")
 
 
 def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:
@@ -90,7 +90,7 @@ def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:
     try:
         return attempt(verify, reply, example)
     except MemoryError as error:
-        return Outcome("failed", said=_described(error))
+        return Outcome("failed", message=_described(error))
 
 
 def _described(error: BaseException) -> str:

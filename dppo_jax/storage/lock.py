@@ -29,16 +29,16 @@ WATCH_S = 45.0  # how long another machine's lock is watched; attributes may be 
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder, which must exist, while the `with` is open. UserError where another process has it."""
     path = folder / NAME
-    done = threading.Event()
+    stop = threading.Event()
     file = _hold(path)
     try:
         _write(file, 0)
-        beats = threading.Thread(target=_beat, args=(file, done), daemon=True)
+        beats = threading.Thread(target=_beat, args=(file, stop), daemon=True)
         beats.start()
         try:
             yield
         finally:
-            done.set()
+            stop.set()
             beats.join()
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -56,7 +56,7 @@ def _hold(path: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise UserError(f"{path.parent} is in use by another run, {_said(_read(path))}; take another") from None
+            raise UserError(f"{path.parent} is in use by another run, {_holder(_read(path))}; take another") from None
         except OSError:  # a file system without locks: the beats alone must tell
             break
         with contextlib.suppress(FileNotFoundError):
@@ -73,21 +73,23 @@ def _hold(path: Path) -> TextIO:
 
 def _watch(path: Path) -> None:
     """Returns where no other machine's run is alive behind the file. UserError where one is."""
-    left = _read(path)
-    if left.get("host", socket.gethostname()) == socket.gethostname():
+    before = _read(path)
+    if before.get("host", socket.gethostname()) == socket.gethostname():
         return  # nobody's, or of a process of this machine that is gone
-    print(f"{path} was left by a run {_said(left)}; looking for {WATCH_S:.0f} s whether it goes on", file=sys.stderr)
+    holder = _holder(before)
+    print(f"{path} was left by a run {holder}; looking for {WATCH_S:.0f} s whether it goes on", file=sys.stderr)
     end = time.monotonic() + WATCH_S
     while time.monotonic() < end:
         time.sleep(min(1.0, WATCH_S / 3))
-        if (now := _read(path)) != left and now:
-            raise UserError(f"{path.parent} is in use by another run, {_said(now)}; take another folder, or end it")
+        if (current := _read(path)) != before and current:
+            holder = _holder(current)
+            raise UserError(f"{path.parent} is in use by another run, {holder}; take another folder, or end it")
 
 
-def _beat(file: TextIO, done: threading.Event) -> None:
+def _beat(file: TextIO, stop: threading.Event) -> None:
     """Writes the file anew every few seconds."""
     count = 0
-    while not done.wait(BEAT_S):
+    while not stop.wait(BEAT_S):
         count += 1
         _write(file, count)
 
@@ -105,11 +107,13 @@ def _write(file: TextIO, beat: int) -> None:
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _said(about: dict) -> str:
+def _holder(about: dict) -> str:
+    """The process that holds the lock, for a sentence."""
+    """The process that holds the lock, for a sentence."""
     return f"process {about.get('process', '?')} on {about.get('host', '?')}, begun {about.get('started', '?')}"

@@ -36,8 +36,8 @@ PANELS = tuple(panel for group in GROUPS.values() for panel in group)
 
 def evaluations(tags: Iterable[str]) -> tuple[Panel, ...]:
     """A panel for each evaluation set among the tags, by name."""
-    found = {tag: match[1] for tag in sorted(tags) if (match := re.fullmatch(EVALUATION, tag))}
-    return tuple(Panel(f"Evaluation: {name}", (tag,)) for tag, name in found.items())
+    names = {tag: match[1] for tag in sorted(tags) if (match := re.fullmatch(EVALUATION, tag))}
+    return tuple(Panel(f"Evaluation: {name}", (tag,)) for tag, name in names.items())
 
 
 def layout() -> dict[str, dict[str, list]]:

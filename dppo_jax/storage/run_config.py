@@ -56,10 +56,10 @@ def changed(
 
     fixed = [k for k in differing if not any(fnmatchcase(k, pattern) for pattern in may_change)]
     if fixed:
-        named = [f"{k} was {show(before, k)} and is now {show(after, k)}" for k in fixed[:5]]
-        named += [f"{len(fixed) - 5} more keys differ"] if len(fixed) > 5 else []
+        changes = [f"{k} was {show(before, k)} and is now {show(after, k)}" for k in fixed[:5]]
+        changes += [f"{len(fixed) - 5} more keys differ"] if len(fixed) > 5 else []
         raise UserError(
-            f"cannot resume {where!r} with another config: {'; '.join(named)}; "
+            f"cannot resume {where!r} with another config: {'; '.join(changes)}; "
             "set the stored values, or take another --workdir"
         )
     return [f"{k}: {show(before, k)} -> {show(after, k)}" for k in differing]

@@ -144,11 +144,11 @@ class RunLog:
             e[-1] = 2 * e[-2] - e[-3]
         if not c.any():
             return
-        used = np.flatnonzero(c)
+        nonempty = np.flatnonzero(c)
         middle = (e[:-1] + e[1:]) / 2
-        low, high = float(e[used[0]]), float(e[used[-1] + 1])
-        total, first, second = float(c.sum()), float(c @ middle), float(c @ middle**2)
-        self._add(step, summary.histogram_raw(tag, low, high, total, first, second, e[1:].tolist(), c.tolist()))
+        low, high = float(e[nonempty[0]]), float(e[nonempty[-1] + 1])
+        moments = float(c.sum()), float(c @ middle), float(c @ middle**2)
+        self._add(step, summary.histogram_raw(tag, low, high, *moments, e[1:].tolist(), c.tolist()))
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Writes Markdown for the Text tab, where it appears as `<tag>/text_summary`; see `transcript_table`."""
@@ -157,21 +157,21 @@ class RunLog:
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows step, reward, masked fraction and seconds per step on stderr: a bar, or now and then a plain line."""
         last_step, last_time = self._reported
-        last = step + 1 >= self._total
-        if not self.is_writer or not (self._bar is not None or last or (step + 1) % self._plain_every == 0):
+        is_last = step + 1 >= self._total
+        if not self.is_writer or not (self._bar is not None or is_last or (step + 1) % self._plain_every == 0):
             return
         now = time.monotonic()
         self._reported = (step, now)
-        parts = [
+        fields = [
             f"{name} {float(metrics[tag]):.3f}"
             for name, tag in (("reward", "reward/mean"), ("masked", "trust_region/masked"))
             if tag in metrics
         ]
-        parts.append(f"{(now - last_time) / max(1, step - last_step):.2f} s/step")
+        fields.append(f"{(now - last_time) / max(1, step - last_step):.2f} s/step")
         if self._bar is None:
-            print(f"step {step + 1}/{self._total}  " + "  ".join(parts), file=sys.stderr, flush=True)
+            print(f"step {step + 1}/{self._total}  " + "  ".join(fields), file=sys.stderr, flush=True)
             return
-        self._bar.set_postfix_str("  ".join(parts), refresh=False)
+        self._bar.set_postfix_str("  ".join(fields), refresh=False)
         self._bar.update(step + 1 - self._bar.n)
         self._bar.refresh()
 
@@ -193,9 +193,9 @@ class RunLog:
                     events.write_event(end)
                 events.close()
 
-    def _add(self, step: int, what: Summary) -> None:
+    def _add(self, step: int, contents: Summary) -> None:
         if self._events is not None:
-            self._write(Event(step=int(step), wall_time=time.time(), summary=what))
+            self._write(Event(step=int(step), wall_time=time.time(), summary=contents))
 
     def _write(self, event: Event) -> None:
         assert self._events is not None
@@ -255,8 +255,8 @@ def event_files(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 def _next_number(folder: Path) -> int:
     """Larger than that of every event file in the folder."""
-    found = (re.match(r"events\.r([0-9]+)\.", file.name) for file in event_files(folder))
-    return max((int(number[1]) + 1 for number in found if number), default=0)
+    matches = (re.match(r"events\.r([0-9]+)\.", file.name) for file in event_files(folder))
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
@@ -294,10 +294,10 @@ def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
 
 def first_and_last(scalars: Scalars, steps: int = 5) -> tuple[dict[str, float], dict[str, float]]:
     """The mean of each tag over its first and over its last `steps` values that are numbers."""
-    known = {tag: values[~np.isnan(values)] for tag, (_, values) in scalars.items()}
-    known = {tag: values for tag, values in known.items() if values.size}
-    first = {tag: float(values[:steps].mean()) for tag, values in known.items()}
-    return first, {tag: float(values[-steps:].mean()) for tag, values in known.items()}
+    numbers = {tag: values[~np.isnan(values)] for tag, (_, values) in scalars.items()}
+    numbers = {tag: values for tag, values in numbers.items() if values.size}
+    first = {tag: float(values[:steps].mean()) for tag, values in numbers.items()}
+    return first, {tag: float(values[-steps:].mean()) for tag, values in numbers.items()}
 
 
 def final_table(first: Mapping[str, float], last: Mapping[str, float], where: str) -> str:

@@ -83,19 +83,19 @@ class Checkpoints:
         return self._newest
 
     def _look(self) -> Newest:
-        step, damaged, others = find_newest(self._folder, self._unreadable)
-        notes = [f"{self._folder.name}/{name} is no checkpoint: left alone" for name in others]
-        place = self._folder.parent / ASIDE
-        for number, what in damaged:
+        step, damaged, strange = find_newest(self._folder, self._unreadable)
+        notes = [f"{self._folder.name}/{name} is no checkpoint: left alone" for name in strange]
+        aside = self._folder.parent / ASIDE
+        for number, fault in damaged:
             to = f"{ASIDE}/{self._set_aside(number).name}"
-            told = f"checkpoint {number} is damaged ({what}) and now lies in {to}"
+            told = f"checkpoint {number} is damaged ({fault}) and now lies in {to}"
             notes.append(f"{told}; going on from checkpoint {step}")
-        if step is None and place.is_dir() and (names := sorted(os.listdir(place))):
+        if step is None and aside.is_dir() and (names := sorted(os.listdir(aside))):
             notes.append(f"no checkpoint is left, only {ASIDE}/{names[-1]}: starting at step 0")
         return Newest(step, notes)
 
-    def resume(self, wanted: Callable[[int], Any]) -> Resumed:
-        """The newest whole step, restored as the abstract tree wanted(step) says. Errors: `newest_whole`, `restore`.
+    def resume(self, abstract_at: Callable[[int], Any]) -> Resumed:
+        """The newest whole step, restored as `abstract_at(step)` says. Errors as of `newest_whole` and `restore`.
 
         A step without a manifest, of an earlier version, is passed over too where it cannot be restored.
         """
@@ -104,7 +104,7 @@ class Checkpoints:
             if step is None:
                 return Resumed(None, None, notes)
             try:
-                state = self.restore(step, wanted(step))
+                state = self.restore(step, abstract_at(step))
             except Damaged as error:
                 if jax.process_count() > 1:  # the others may have restored it
                     raise
@@ -190,9 +190,9 @@ class Checkpoints:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape; Damaged."""
         self.wait()
         if self._newest is None or step != self._newest.step:
-            what = agree(lambda: manifest.damage(self._folder / str(step), step))
-            if what:
-                raise Damaged(step, what)
+            fault = agree(lambda: manifest.damage(self._folder / str(step), step))
+            if fault:
+                raise Damaged(step, fault)
         compare(step, shapes(saved_tree(self._folder, step)), shapes(abstract))
         return restore_item(self._folder, step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract))
 
@@ -239,8 +239,8 @@ class Checkpoints:
         why = reason(error) if self._folder.is_dir() else "the folder was deleted or moved"
         newest = newest_by_size(self._folder)
         self._newest = Newest(newest, [])
-        kept = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
-        return UserError(f"checkpoint {step} could not be written to {str(self._folder)!r}: {why}; {kept}")
+        rest = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
+        return UserError(f"checkpoint {step} could not be written to {str(self._folder)!r}: {why}; {rest}")
 
     def _set_aside(self, step: int) -> Path:
         try:

@@ -33,7 +33,7 @@ class Entries(NamedTuple):
 
     steps: list[int]  # increasing
     left: list[str]  # half written or half deleted when a run was killed
-    others: list[str]  # no step's
+    others: list[str]  # names that are neither
 
 
 def entries(folder: Path) -> Entries:
@@ -89,19 +89,19 @@ def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
     """
     try:
         if not folder.is_dir():
-            return f"{_named(folder)} is no folder"
+            return f"{_shown_path(folder)} is no folder"
         if not any(folder.iterdir()):
-            return f"{_named(folder)} is empty"
+            return f"{_shown_path(folder)} is empty"
         if not (folder / NAME).exists():
             return _without_manifest(folder)
         body = _read(folder)
         if body["step"] != step:
-            return f"{_named(folder / NAME)} is that of step {body['step']}"
+            return f"{_shown_path(folder / NAME)} is that of step {body['step']}"
         if body["metadata"] != _metadata(folder / _METADATA):
-            return f"{_named(folder / _METADATA)}: its entries are not those written"
-        return _first(folder, body["files"], read)
+            return f"{_shown_path(folder / _METADATA)}: its entries are not those written"
+        return _first_damaged(folder, body["files"], read)
     except OSError as error:
-        return f"{_named(Path(error.filename or folder))} cannot be read: {error.strerror}"
+        return f"{_shown_path(Path(error.filename or folder))} cannot be read: {error.strerror}"
     except UserError as error:
         return str(error)
 
@@ -110,25 +110,25 @@ def _without_manifest(folder: Path) -> str | None:
     """Earlier versions wrote none; the mark in orbax's metadata says that there was one."""
     for path in folder.rglob("*"):
         if not path.is_file() and not path.is_dir():  # such as a pipe, which would be waited for
-            return f"{_named(path)} is no file"
+            return f"{_shown_path(path)} is no file"
     try:
         marked = (_metadata(folder / _METADATA).get("custom_metadata") or {}).get("manifest") == NAME
     except (OSError, UserError, AttributeError):
         marked = False
-    return f"{_named(folder / NAME)} is missing" if marked else None
+    return f"{_shown_path(folder / NAME)} is missing" if marked else None
 
 
-def _first(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
+def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
     """The first file that is not as it was written."""
     for name, (size, _) in files.items():
         path = folder / name
         if not path.exists():
-            return f"{_named(path)} is missing"
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            return f"{_named(path)} is no file"
-        if found.st_size != size:
-            return f"{_named(path)} has {found.st_size} bytes, not the {size} written"
+            return f"{_shown_path(path)} is missing"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{_shown_path(path)} is no file"
+        if status.st_size != size:
+            return f"{_shown_path(path)} has {status.st_size} bytes, not the {size} written"
     if not read:
         return None
     with ThreadPoolExecutor(THREADS) as pool:
@@ -136,7 +136,7 @@ def _first(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
         for (name, (_, digest)), found_digest in zip(files.items(), digests, strict=True):
             if digest != found_digest:
                 pool.shutdown(cancel_futures=True)
-                return f"{_named(folder / name)}: its bytes are not those written"
+                return f"{_shown_path(folder / name)}: its bytes are not those written"
     return None
 
 
@@ -144,25 +144,25 @@ def _read(folder: Path) -> dict[str, Any]:
     """UserError where the manifest is not as it was written."""
     path = folder / NAME
     if not path.is_file():
-        raise UserError(f"{_named(path)} is no file")
+        raise UserError(f"{_shown_path(path)} is no file")
     try:
         body = read_json_object(path)
     except UserError as error:
-        raise UserError(str(error).replace(str(path), _named(path))) from None
+        raise UserError(str(error).replace(str(path), _shown_path(path))) from None
     if body.pop("sha256", None) != _of_body(body):
-        raise UserError(f"{_named(path)}: its bytes are not those written")
+        raise UserError(f"{_shown_path(path)}: its bytes are not those written")
     return body
 
 
 def _metadata(path: Path) -> dict[str, Any]:
     """Orbax's metadata of a step, but for the time of the commit. OSError, UserError."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{_named(path)} is no file")
+        raise UserError(f"{_shown_path(path)} is no file")
     try:
-        found = read_json_object(path)
+        metadata = read_json_object(path)
     except UserError as error:
-        raise UserError(str(error).replace(str(path), _named(path))) from None
-    return {name: value for name, value in found.items() if name != _COMMIT_TIME}
+        raise UserError(str(error).replace(str(path), _shown_path(path))) from None
+    return {name: value for name, value in metadata.items() if name != _COMMIT_TIME}
 
 
 def _of_body(body: dict[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _named(path: Path) -> str:
+def _shown_path(path: Path) -> str:
     """A path inside WORKDIR/checkpoints, from there on."""
     parts = path.parts
     if "checkpoints" not in parts:
@@ -192,11 +192,11 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def set_aside(folder: Path, place: Path) -> Path:
-    """Moves a step's folder into the folder `place`, under its name or the next free one; where it is then. OSError."""
-    place.mkdir(exist_ok=True)
-    target, number = place / folder.name, 1
+def set_aside(folder: Path, destination: Path) -> Path:
+    """Moves a step's folder into `destination`, under its name or the next free one; returns the new path. OSError."""
+    destination.mkdir(exist_ok=True)
+    target, number = destination / folder.name, 1
     while os.path.lexists(target):
-        target, number = place / f"{folder.name}.{number}", number + 1
+        target, number = destination / f"{folder.name}.{number}", number + 1
     shutil.move(folder, target)
     return target

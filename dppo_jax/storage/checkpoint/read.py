@@ -38,9 +38,9 @@ class Damaged(UserError):
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and places, for `restore`."""
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, state, shardings)
+    """Shapes, dtypes and shardings, for `restore`."""
+    leaf_shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(leaf_shape, state, shardings)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -48,14 +48,14 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
 
 
-def compare(step: int, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def compare(step: int, in_checkpoint: dict[str, tuple[int, ...]], in_config: dict[str, tuple[int, ...]]) -> None:
     """UserError where a checkpoint's shapes are not those of the config."""
-    for name in sorted(saved.keys() | wanted.keys()):
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
+    for name in sorted(in_checkpoint.keys() | in_config.keys()):
+        saved_shape, config_shape = in_checkpoint.get(name, "absent"), in_config.get(name, "absent")
+        if saved_shape != config_shape:
             raise UserError(
-                f"checkpoint {step} of this run does not fit the config's model: {name} is {there} there and "
-                f"{here} here"
+                f"checkpoint {step} of this run does not fit the config's model: {name} is {saved_shape} there and "
+                f"{config_shape} here"
             )
 
 
@@ -78,11 +78,11 @@ def agree(find: Callable[[], T]) -> T:
 
 
 class Found(NamedTuple):
-    """The newest whole step, None without any; newer ones, and what is wrong with each; what else lies there."""
+    """What a search for the newest whole checkpoint found."""
 
-    step: int | None
-    damaged: list[tuple[int, str]]
-    others: list[str]
+    step: int | None  # the newest whole one; None: the folder has no step
+    damaged: list[tuple[int, str]]  # newer steps, and what is wrong with each
+    others: list[str]  # names in the folder that are no step
 
 
 def find_newest(folder: Path, unreadable: dict[int, str]) -> Found:
@@ -90,24 +90,24 @@ def find_newest(folder: Path, unreadable: dict[int, str]) -> Found:
 
     unreadable: what is wrong with steps that could not be restored. UserError if there are steps and none is whole.
     """
-    found = manifest.entries(folder)
+    listed = manifest.entries(folder)
     damaged: list[tuple[int, str]] = []
-    for step in reversed(found.steps):
-        what = unreadable.get(step) or manifest.damage(folder / str(step), step) or _unlike_orbax(folder, step)
-        if what is None:
-            return Found(step, damaged, found.others)
-        damaged.append((step, what))
+    for step in reversed(listed.steps):
+        fault = unreadable.get(step) or manifest.damage(folder / str(step), step) or _unlike_orbax(folder, step)
+        if fault is None:
+            return Found(step, damaged, listed.others)
+        damaged.append((step, fault))
     if damaged:
-        told = "; ".join(f"checkpoint {step} is damaged ({what})" for step, what in damaged)
+        faults = "; ".join(f"checkpoint {step} is damaged ({fault})" for step, fault in damaged)
         raise UserError(
-            f"no checkpoint in {str(folder)!r} is whole: {told}. Put back a copy of one, or move the folder away to "
+            f"no checkpoint in {str(folder)!r} is whole: {faults}. Put back a copy of one, or move the folder away to "
             "start over at step 0"
         )
-    return Found(None, damaged, found.others)
+    return Found(None, damaged, listed.others)
 
 
 def _unlike_orbax(folder: Path, step: int) -> str | None:
-    """Where no manifest tells: what orbax says that cannot read the step's tree."""
+    """Without a manifest: orbax's error, if it cannot read the step's tree."""
     if manifest.sealed(folder / str(step)):
         return None
     try:
@@ -154,8 +154,8 @@ def reason(error: BaseException) -> str:
     """What the system said, if it is behind another library's error, else that error's first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    found = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))  # tensorstore's
-    return os.strerror(int(found[1] or found[2])) if found else first_line(error)
+    match = re.search(r"os_error_code='(\d+)'|OS error (\d+)", str(error))  # tensorstore's
+    return os.strerror(int(match[1] or match[2])) if match else first_line(error)
 
 
 def quiet() -> None:
@@ -179,13 +179,13 @@ def _retrieved(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def _unless_late(found: Any) -> None:
+def _unless_late(unraisable: Any) -> None:
     """Tensorstore's threads call event loops that orbax closed when the first of several writes failed."""
-    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
-        _hooks[0](found)
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        _hooks[0](unraisable)
 
 
-def _place(leaf: Any) -> ocp.RestoreArgs:
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     """Where a leaf goes, whatever devices it was saved from."""
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -202,47 +202,48 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     quiet()
     directory = Path(directory).absolute()
     if manifest.is_step(directory.name) and directory.parent.name == "checkpoints":
-        folder, named = directory.parent, int(directory.name)
+        folder, chosen_step = directory.parent, int(directory.name)
     else:
-        folder, named = directory / "checkpoints", None
+        folder, chosen_step = directory / "checkpoints", None
     if not os.path.isdir(folder):
         raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
     unreadable: dict[int, str] = {}
     while True:
-        step = _choose(folder, named, unreadable)
+        step = _choose(folder, chosen_step, unreadable)
         try:
             return _restore_params(folder, step, abstract_params)
         except Damaged as error:
-            if named is not None or jax.process_count() > 1:
+            if chosen_step is not None or jax.process_count() > 1:
                 raise
             unreadable[step] = error.what
 
 
-def _choose(folder: Path, named: int | None, unreadable: dict[int, str]) -> int:
+def _choose(folder: Path, chosen_step: int | None, unreadable: dict[int, str]) -> int:
     """The step to read: the one that is named, or the newest whole one. UserError."""
 
     def find() -> int:
         steps = manifest.entries(folder).steps
-        if not steps or (named is not None and named not in steps):
-            which = "" if named is None else f" {named}"
+        if not steps or (chosen_step is not None and chosen_step not in steps):
+            which = "" if chosen_step is None else f" {chosen_step}"
             raise UserError(f"{folder} has no whole checkpoint{which}; steps: {steps}")
-        if named is not None:
-            if what := manifest.damage(folder / str(named), named):
-                raise Damaged(named, what)
-            return named
-        found = find_newest(folder, unreadable)
-        assert found.step is not None
-        for number, what in found.damaged:
-            print(f"checkpoint {number} is damaged ({what}); taking checkpoint {found.step}", file=sys.stderr)
-        return found.step
+        if chosen_step is not None:
+            if fault := manifest.damage(folder / str(chosen_step), chosen_step):
+                raise Damaged(chosen_step, fault)
+            return chosen_step
+        newest = find_newest(folder, unreadable)
+        assert newest.step is not None
+        for number, fault in newest.damaged:
+            print(f"checkpoint {number} is damaged ({fault}); taking checkpoint {newest.step}", file=sys.stderr)
+        return newest.step
 
     return agree(find)
 
 
 def _restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
-    wanted = {"params": abstract_params}
+    abstract = {"params": abstract_params}
     saved = dict(saved_tree(folder, step))["params"]
     saved = {name: value for name, value in saved.items() if name != LOG_SIGMA or name in abstract_params}
     compare(step, shapes(saved), shapes(abstract_params))
-    arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(_place, wanted), partial_restore=True)
+    leaf_arguments = jax.tree.map(_restore_args, abstract)
+    arguments = ocp.args.PyTreeRestore(abstract, restore_args=leaf_arguments, partial_restore=True)
     return restore_item(folder, step, ocp.PyTreeCheckpointHandler(), arguments)["params"]
