@@ -36,10 +36,10 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
         if is_hf:
             params = jax.device_put(load_params(checkpoint)[1], shardings)
         elif config.lora.rank:
-            whole = setup.trained_model
-            axes = named_shardings(setup.mesh, param_axes(whole))
-            places, shapes = (lora.split(x)[0] for x in (axes, abstract_params(whole)))
-            adapters = restore_params(checkpoint, abstract_state(shapes, places))
+            trained_model = setup.trained_model
+            axes = named_shardings(setup.mesh, param_axes(trained_model))
+            shardings_of_adapters, shapes = (lora.split(x)[0] for x in (axes, abstract_params(trained_model)))
+            adapters = restore_params(checkpoint, abstract_state(shapes, shardings_of_adapters))
             params = lora.joined(jax.device_put(load_params(setup.directory)[1], shardings), adapters)
         else:
             params = restore_params(checkpoint, abstract_state(abstract_params(setup.model), shardings))

@@ -47,8 +47,8 @@ def listed(values: Mapping[str, Any]) -> str:
 
 def anchor(loss: BoundLoss) -> str:
     """The policy that the loss holds π against: "proximal", "behavior" or "none"."""
-    needed = required_fields(loss, ("proximal_logp", "behavior_logp"))
-    return "proximal" if "proximal_logp" in needed else "behavior" if needed else "none"
+    fields = required_fields(loss, ("proximal_logp", "behavior_logp"))
+    return "proximal" if "proximal_logp" in fields else "behavior" if fields else "none"
 
 
 def cells(name: str, method: Method) -> list[str]:
@@ -60,8 +60,8 @@ def cells(name: str, method: Method) -> list[str]:
     loss = Setup(config).loss
     numbers = {key: loss.keywords[key] for key in sorted(hyperparameters(LOSSES[config.loss.name]))}
     caps = [shown(numbers.pop(key)) + on for key, on in CAPS.items() if key in numbers]
-    said = [method.title, f"`{name}`", f"`{config.loss.name}`", method.formula, method.masked, ", ".join(caps) or "–"]
-    return [*said, anchor(loss), listed(numbers), listed(sets), method.source, method.note]
+    intro = [method.title, f"`{name}`", f"`{config.loss.name}`", method.formula, method.masked, ", ".join(caps) or "–"]
+    return [*intro, anchor(loss), listed(numbers), listed(sets), method.source, method.note]
 
 
 def page() -> str:

@@ -25,8 +25,8 @@ from experiments.run.load import load_prompts, load_setup
 from experiments.run.setup import ROLLOUT
 
 
-class Seen(NamedTuple):
-    """Of every response token [B, R]: both policies' log-probabilities, tracked ones [B, R, K], exact divergences."""
+class Measured(NamedTuple):
+    """The policy at every response token [B, R], its top-K log-probabilities [B, R, K], and the exact divergences."""
 
     logp: np.ndarray
     topk_logp: np.ndarray | None
@@ -78,10 +78,10 @@ class Probe:
         batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
         return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)
 
-    def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, layout: PackShape | None = None):
+    def plan(self, index: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, pack_shape: PackShape | None = None):
         """Where the rows of a minibatch go."""
-        layout = self.setup.pack_shape if layout is None else layout
-        return packing.plan(index, prompts, lengths, layout, packed=self.config.train.pack)
+        pack_shape = self.setup.pack_shape if pack_shape is None else pack_shape
+        return packing.plan(index, prompts, lengths, pack_shape, packed=self.config.train.pack)
 
     def see(
         self,
@@ -90,34 +90,34 @@ class Probe:
         batch: TrainBatch,
         lengths: np.ndarray,
         prompts: np.ndarray,
-        layout: PackShape | None = None,
-    ) -> Seen:
+        pack_shape: PackShape | None = None,
+    ) -> Measured:
         """The policy at `params` on a batch that `behavior` drew, and its exact distance from there."""
-        layout = self.setup.pack_shape if layout is None else layout
-        plan = self.plan(np.arange(len(lengths)), lengths, prompts, layout)
-        return Seen(*jax.device_get(self._see(layout)(params, behavior, batch, plan)))
+        pack_shape = self.setup.pack_shape if pack_shape is None else pack_shape
+        plan = self.plan(np.arange(len(lengths)), lengths, prompts, pack_shape)
+        return Measured(*jax.device_get(self._see(pack_shape)(params, behavior, batch, plan)))
 
     @functools.cache  # noqa: B019  one probe a process
-    def _see(self, layout: PackShape):
-        score = self.setup.policy_logprobs_of(layout)
-        behavior_forward = self.setup.behavior_forward_of(layout)
+    def _see(self, pack_shape: PackShape):
+        policy_logprobs = self.setup.policy_logprobs_of(pack_shape)
+        behavior_forward = self.setup.behavior_forward_of(pack_shape)
 
         def see(params, behavior, batch, plan):
             zero = jnp.zeros(batch.tokens.shape, jnp.float32)
-            tracked = None if batch.topk_ids is None else jnp.zeros(batch.topk_ids.shape, jnp.float32)
-            shapes = (zero, tracked, zero, zero)
+            topk_zeros = None if batch.topk_ids is None else jnp.zeros(batch.topk_ids.shape, jnp.float32)
+            shapes = (zero, topk_zeros, zero, zero)
 
-            def one(number, found):
-                part = packing.microbatch(plan, number)
-                packed = packing.pack(batch, zero, part)
-                head = score(params, packed, behavior=behavior_forward(behavior, packed))
+            def fill_in(number, filled):
+                microbatch = packing.microbatch(plan, number)
+                packed = packing.pack(batch, zero, microbatch)
+                head = policy_logprobs(params, packed, behavior=behavior_forward(behavior, packed))
                 values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
                 return tuple(
-                    None if into is None else packing.unpack(batch, part, x, into)
-                    for x, into in zip(values, found, strict=True)
+                    None if into is None else packing.unpack(batch, microbatch, x, into)
+                    for x, into in zip(values, filled, strict=True)
                 )
 
-            return jax.lax.fori_loop(0, plan.num_microbatches, one, shapes)
+            return jax.lax.fori_loop(0, plan.num_microbatches, fill_in, shapes)
 
         return jax.jit(see)
 

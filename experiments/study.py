@@ -47,23 +47,23 @@ class Arm(NamedTuple):
 
     def config(self, config: ConfigDict) -> ConfigDict:
         """The config whose defaults for this loss are the arm's."""
-        own = config.copy_and_resolve_references()
-        numbers = own.loss_defaults[self.loss].to_dict() if self.loss in own.loss_defaults else {}
-        wide = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
-        with own.unlocked():
-            own.loss_defaults[self.loss] = {**numbers, **wide, **dict(self.numbers)}
-        return own
+        arm_config = config.copy_and_resolve_references()
+        numbers = arm_config.loss_defaults[self.loss].to_dict() if self.loss in arm_config.loss_defaults else {}
+        scaled = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
+        with arm_config.unlocked():
+            arm_config.loss_defaults[self.loss] = {**numbers, **scaled, **dict(self.numbers)}
+        return arm_config
 
 
 def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequence[int], *, separate: bool) -> None:
     """Trains what is not trained yet."""
     for arm in arms:
-        own, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
+        arm_config, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
         if separate:
             for run in runs:
-                train_one(config_of(own, run), workdir / arm.name / run.folder)
+                train_one(config_of(arm_config, run), workdir / arm.name / run.folder)
             continue
-        sweep.train(own, runs, workdir / arm.name)
+        sweep.train(arm_config, runs, workdir / arm.name)
 
 
 def read(workdir: Path, arm: Arm, seeds: Sequence[int]) -> list[Scalars]:
@@ -79,8 +79,8 @@ def outcome(run: Scalars) -> float:
 def by_step(run: Scalars, tag: str) -> np.ndarray:
     """Its values; of FIRST, those too of steps whose rollout was drawn by older parameters."""
     tags = (tag, tag.replace("mismatch/", "first_minibatch/"))
-    found = {step: value for name in tags if name in run for step, value in zip(*run[name], strict=True)}
-    return np.array([found[step] for step in sorted(found)])
+    values = {step: value for name in tags if name in run for step, value in zip(*run[name], strict=True)}
+    return np.array([values[step] for step in sorted(values)])
 
 
 def mean_and_interval(values: Sequence[float]) -> list[float]:
@@ -91,23 +91,23 @@ def mean_and_interval(values: Sequence[float]) -> list[float]:
 
 def summary(runs: dict[str, list[Scalars]]) -> dict[str, Any]:
     """By arm. `collapsed` counts seeds that end below the mean reward that all arms begin with."""
-    start = float(np.mean([run["reward/mean"][1][0] for own in runs.values() for run in own]))
+    start = float(np.mean([run["reward/mean"][1][0] for runs_of_arm in runs.values() for run in runs_of_arm]))
     first = [outcome(run) for run in next(iter(runs.values()))]
     arms = {}
-    for name, own in runs.items():
-        ends = [outcome(run) for run in own]
+    for name, runs_of_arm in runs.items():
+        ends = [outcome(run) for run in runs_of_arm]
         arms[name] = {
             "by seed": [round(end, 4) for end in ends],
             "outcome": mean_and_interval(ends),
             "minus the first": mean_and_interval(np.subtract(ends, first).tolist()),
-            "whole run": mean_and_interval([float(np.mean(run["reward/mean"][1])) for run in own]),
+            "whole run": mean_and_interval([float(np.mean(run["reward/mean"][1])) for run in runs_of_arm]),
             "collapsed": sum(end < start for end in ends),
-            **{tag: mean_and_interval([float(np.mean(by_step(run, tag))) for run in own]) for tag in TAGS[1:]},
+            **{tag: mean_and_interval([float(np.mean(by_step(run, tag))) for run in runs_of_arm]) for tag in TAGS[1:]},
         }
-    return {"start": round(start, 4), "seeds": len(first), "steps": len(own[0]["reward/mean"][1]), "arms": arms}
+    return {"start": round(start, 4), "seeds": len(first), "steps": len(runs_of_arm[0]["reward/mean"][1]), "arms": arms}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The summary as a table."""
 
     def cell(values: list[float], digits: int = 2) -> str:
@@ -115,7 +115,7 @@ def markdown(found: dict[str, Any]) -> str:
         return f"{mean} [{low}, {high}]"
 
     lines = [
-        f"{found['seeds']} seeds, {found['steps']} steps, mean reward {found['start']:.3f} at the first. "
+        f"{result['seeds']} seeds, {result['steps']} steps, mean reward {result['start']:.3f} at the first. "
         f"Outcome: mean reward of the last {LAST} steps; in brackets its 95% bootstrap interval over seeds; "
         "differences are paired by seed; collapsed: seeds that end below the start; |π − μ|: its mean, at rollout → "
         "over all updates.",
@@ -123,11 +123,11 @@ def markdown(found: dict[str, Any]) -> str:
         "| arm | outcome | minus the first arm | whole run | collapsed | masked | \\|π − μ\\| |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, arm in found["arms"].items():
+    for name, arm in result["arms"].items():
         mismatch, shift, masked = (arm[tag][0] for tag in TAGS[1:])
         lines.append(
             f"| `{name}` | {cell(arm['outcome'])} | {cell(arm['minus the first'])} | {cell(arm['whole run'])} "
-            f"| {arm['collapsed']} of {found['seeds']} | {100 * masked:.2f}% | {mismatch:.1e} → {shift:.1e} |"
+            f"| {arm['collapsed']} of {result['seeds']} | {100 * masked:.2f}% | {mismatch:.1e} → {shift:.1e} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -146,20 +146,20 @@ def main(description: str, arms: Sequence[Arm]) -> None:
             "--separate": dict(action="store_true", help="one run after another, by experiments.train"),
         },
     )
-    named = {arm.name: arm for arm in arms}
-    chosen = arguments.arms or list(named)
+    by_name = {arm.name: arm for arm in arms}
+    chosen = arguments.arms or list(by_name)
     for name in chosen:
-        if name not in named:
-            raise UserError(f"--arms has {name!r}; the arms are {', '.join(named)}")
+        if name not in by_name:
+            raise UserError(f"--arms has {name!r}; the arms are {', '.join(by_name)}")
     seeds = range(config.seed, config.seed + arguments.seeds)
-    train(config, [named[name] for name in chosen], arguments.workdir, seeds, separate=arguments.separate)
-    runs = {name: read(arguments.workdir, named[name], seeds) for name in chosen}
-    found = summary(runs)
+    train(config, [by_name[name] for name in chosen], arguments.workdir, seeds, separate=arguments.separate)
+    runs = {name: read(arguments.workdir, by_name[name], seeds) for name in chosen}
+    result = summary(runs)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(found)
+    text = markdown(result)
     arguments.out.with_suffix(".md").write_text(text)
-    arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    draw([Curve(name, own) for name, own in runs.items()], SMOOTH, TAGS).savefig(
+    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw([Curve(name, runs_of_arm) for name, runs_of_arm in runs.items()], SMOOTH, TAGS).savefig(
         arguments.out.with_suffix(".png"), dpi=120
     )
     print(text, end="")

@@ -89,19 +89,19 @@ class Bench:
     def pair(self, pair: Pair) -> Iterator[Row]:
         """Both sides set up, then run in turns."""
         sides = {"ours": pair.metric, "peer": pair.peer_metric}
-        asked = {side: {"workload": pair.workload, "metric": metric} for side, metric in sides.items()}
+        requests = {side: {"workload": pair.workload, "metric": metric} for side, metric in sides.items()}
         with contextlib.ExitStack() as stack:
             workers = {
                 "ours": stack.enter_context(self._side("ours")),
                 "peer": stack.enter_context(self._side(pair.peer)),
             }
-            ready = {side: worker.ask({"do": "setup", **asked[side]}) for side, worker in workers.items()}
+            ready = {side: worker.ask({"do": "setup", **requests[side]}) for side, worker in workers.items()}
             seconds: dict[str, list[float]] = {"ours": [], "peer": []}
             for _ in range(self._repeats):
                 for side, worker in workers.items():
-                    found = worker.ask({"do": "run", **asked[side]})
-                    seconds[side].append(found["seconds"])
-                    self.compilations += found["compilations"] or 0 if side == "ours" else 0
+                    run = worker.ask({"do": "run", **requests[side]})
+                    seconds[side].append(run["seconds"])
+                    self.compilations += run["compilations"] or 0 if side == "ours" else 0
             peaks = {side: worker.ask({"do": "peak"})["peak_bytes"] for side, worker in workers.items()}
         ours, peer = (ready[side]["tokens"] / statistics.median(seconds[side]) for side in ("ours", "peer"))
         tokens = ready["ours"]["tokens"] / ready["peer"]["tokens"]  # the same, but for what is drawn
@@ -124,9 +124,9 @@ class Bench:
             def ask(workload: str, metric: str) -> dict[str, Any]:
                 request = {"workload": workload, "metric": metric}
                 worker.ask({"do": "setup", **request})
-                found = [worker.ask({"do": "run", **request}) for _ in range(self._repeats)]
+                runs = [worker.ask({"do": "run", **request}) for _ in range(self._repeats)]
                 worker.ask({"do": "drop", **request})
-                return min(found, key=lambda run: run["seconds"])
+                return min(runs, key=lambda run: run["seconds"])
 
             def row(workload: str, metric: str, ours: float, peer: float | None, peer_name: str) -> Row:
                 ratio = None if peer is None else ours / peer
@@ -136,17 +136,17 @@ class Bench:
             yield row("machine", f"{rates['dtype']} matmul, GFLOP/s", rates["flops_per_second"] / 1e9, None, "")
             yield row("machine", "memory read, GB/s", rates["bytes_per_second"] / 1e9, None, "")
             for name in ("S", "M") if rates["platform"] == "cpu" else ("G",):
-                w, found = WORKLOADS[name], ask(name, "train")
-                rate = found["tokens"] * flops(w, train=True) / found["seconds"]
+                w, run = WORKLOADS[name], ask(name, "train")
+                rate = run["tokens"] * flops(w, train=True) / run["seconds"]
                 yield row(name, "train, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
-                found = ask(name, "rollout")
-                rate = found["tokens"] * flops(w, train=False) / found["seconds"]
+                run = ask(name, "rollout")
+                rate = run["tokens"] * flops(w, train=False) / run["seconds"]
                 yield row(name, "rollout, FLOP/s", rate, rates["flops_per_second"], "machine's matmul rate")
                 # Every step reads every weight, and each row's cache: on average its prompt and half of its response.
                 cache = 2 * w.num_layers * w.num_kv_heads * w.head_dim * (w.prompt_length + w.max_new_tokens / 2)
                 size = {"float32": 4, "bfloat16": 2}[w.dtype]
                 step = size * (flops(w, train=False) / 2 + w.rows * cache)
-                rate = step * w.max_new_tokens / found["seconds"]
+                rate = step * w.max_new_tokens / run["seconds"]
                 yield row(name, "rollout, bytes/s", rate, rates["bytes_per_second"], "machine's memory rate")
             yield row("L", "train, real tokens among positions", ask("L", "train")["occupancy"], None, "")
             ours, full = ask("head", "memory"), ask("head", "full memory")
@@ -182,12 +182,12 @@ def peers(tunix: Path | None, torch: Path | None) -> dict[str, tuple[list[str], 
 
 def wanted(only: str | None) -> list[str]:
     """The names that --only asks for; none: everything."""
-    names = {"alone"} | {p.workload for p in PAIRS} | {f"{p.workload}.{p.metric}" for p in PAIRS}
-    asked = [] if only is None else only.split(",")
-    for name in asked:
-        if name not in names:
-            raise UserError(f"--only: there is no {name!r}{nearest(name, names)}")
-    return asked
+    known = {"alone"} | {p.workload for p in PAIRS} | {f"{p.workload}.{p.metric}" for p in PAIRS}
+    names = [] if only is None else only.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--only: there is no {name!r}{nearest(name, known)}")
+    return names
 
 
 def main() -> None:
@@ -205,8 +205,8 @@ def main() -> None:
     bench = Bench(commands, arguments.repeats)
     rows: list[Row] = []
 
-    def keep(found: Iterator[Row]) -> None:
-        for row in found:
+    def keep(new_rows: Iterator[Row]) -> None:
+        for row in new_rows:
             rows.append(row)
             print(shown([row]).split("\n")[1], file=sys.stderr, flush=True)
 

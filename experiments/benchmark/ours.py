@@ -34,7 +34,7 @@ def config_of(workload: Workload, **changes: Any):
     return c
 
 
-class Pieces:
+class Experiment:
     """What a run needs of a workload's config: model, parameters, batch, and compiled functions made on demand."""
 
     def __init__(self, workload: Workload, **changes: Any):
@@ -101,11 +101,11 @@ def rollout(workload: Workload, **changes: Any) -> worker.Run:
     """Every response drawn, with its log-probabilities."""
     import jax
 
-    pieces = Pieces(workload, **changes)
-    key, params = jax.random.key(workload.seed), jax.device_put(pieces.params)
+    experiment = Experiment(workload, **changes)
+    key, params = jax.random.key(workload.seed), jax.device_put(experiment.params)
 
     def run() -> worker.Json:
-        mask = jax.block_until_ready(pieces.generate(params, pieces.prompts, key)).response_mask
+        mask = jax.block_until_ready(experiment.generate(params, experiment.prompts, key)).response_mask
         return {"tokens": int(mask.sum())}
 
     return run
@@ -120,13 +120,13 @@ def train(workload: Workload, **changes: Any) -> worker.Run:
     from dppo_jax import packing
     from dppo_jax.types import TrainBatch
 
-    pieces = Pieces(workload, **changes)
+    experiment = Experiment(workload, **changes)
     lengths, tokens = workloads.lengths(workload), workloads.response_tokens(workload)
     mask = np.arange(workload.max_new_tokens) < lengths[:, None]
     rows = workloads.prompt_rows(workload)
     numbers = np.random.default_rng(workload.seed)
     ids = numbers.integers(0, workload.vocab_size, (*tokens.shape, TRACKED)).astype(np.int32)
-    topk = pieces.config.loss.name.startswith("dppo_topk")
+    topk = experiment.config.loss.name.startswith("dppo_topk")
     batch = TrainBatch(
         prompt_tokens=rows,
         prompt_mask=np.ones(rows.shape, bool),
@@ -138,16 +138,16 @@ def train(workload: Workload, **changes: Any) -> worker.Run:
         topk_behavior_logp=np.full(ids.shape, -math.log(workload.vocab_size), np.float32) if topk else None,
     )
     batch = jax.tree.map(jnp.asarray, batch)
-    plans = pieces.plans(lengths)
-    states = [pieces.state()]
+    plans = experiment.plans(lengths)
+    states = [experiment.state()]
 
     def run() -> worker.Json:
         state = states.pop()
         for plan in plans:
-            state, metrics = pieces.update(state, batch, plan)
+            state, metrics = experiment.update(state, batch, plan)
         states.append(state)
         jax.block_until_ready((state, metrics))
-        positions = int(sum(plan.num_microbatches for plan in plans)) * math.prod(pieces.setup.pack_shape[:2])
+        positions = int(sum(plan.num_microbatches for plan in plans)) * math.prod(experiment.setup.pack_shape[:2])
         return {"tokens": workload.train_tokens, "positions": positions, "occupancy": packing.occupancy(*plans)}
 
     return run
@@ -160,18 +160,18 @@ def step(workload: Workload, **changes: Any) -> worker.Run:
 
     from dppo_jax.train_step import assemble
 
-    pieces = Pieces(workload, **changes)
+    experiment = Experiment(workload, **changes)
     key, advantages = jax.random.key(workload.seed), jnp.asarray(workloads.advantages(workload))
     assembled = jax.jit(lambda *drawn: dataclasses.replace(assemble(*drawn), advantages=advantages))
-    states = [pieces.state()]
+    states = [experiment.state()]
 
     def run() -> worker.Json:
         state = states.pop()
-        drawn = pieces.generate(state.params, pieces.prompts, key)
-        batch = assembled(pieces.prompts, drawn)
+        drawn = experiment.generate(state.params, experiment.prompts, key)
+        batch = assembled(experiment.prompts, drawn)
         lengths = jax.device_get(drawn.response_mask).sum(axis=1)
-        for plan in pieces.plans(lengths):
-            state, metrics = pieces.update(state, batch, plan)
+        for plan in experiment.plans(lengths):
+            state, metrics = experiment.update(state, batch, plan)
         states.append(state)
         jax.block_until_ready((state, metrics))
         return {"tokens": int(lengths.sum())}
@@ -180,7 +180,7 @@ def step(workload: Workload, **changes: Any) -> worker.Run:
 
 
 def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
-    """Cross-entropy on every token and its gradients, added over pieces of `micro_rows` rows; no optimizer."""
+    """Cross-entropy on every token and its gradients, added over microbatches of `micro_rows` rows; no optimizer."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -188,11 +188,12 @@ def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
     from dppo_jax.train_step import make_policy_logprobs
     from dppo_jax.types import PackedBatch
 
-    pieces = Pieces(workload)
-    params = jax.device_put(pieces.params)
+    experiment = Experiment(workload)
+    params = jax.device_put(experiment.params)
     tokens, length = workloads.train_tokens(workload), workload.train_length
     count = workload.rows // micro_rows
-    score = make_policy_logprobs(pieces.model, temperature=1.0, dtype=jnp.float32, remat=pieces.config.policy.remat)
+    remat = experiment.config.policy.remat
+    policy_logprobs = make_policy_logprobs(experiment.model, temperature=1.0, dtype=jnp.float32, remat=remat)
 
     def cut(x):
         return jnp.asarray(x).reshape(count, micro_rows, length)
@@ -211,14 +212,14 @@ def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
         advantages=cut(zeros),
     )
 
-    def loss(params, piece):
-        return -jnp.sum(score(params, piece).logp * piece.weights)
+    def loss(params, microbatch):
+        return -jnp.sum(policy_logprobs(params, microbatch).logp * microbatch.weights)
 
     @jax.jit
     def gradient(params, batch):
         def add(number, total):
-            piece = jax.tree.map(lambda x: x[number], batch)
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece))
+            microbatch = jax.tree.map(lambda x: x[number], batch)
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, microbatch))
 
         return jax.lax.fori_loop(0, count, add, (0.0, jax.tree.map(jnp.zeros_like, params)))
 
@@ -273,12 +274,12 @@ def machine() -> worker.Run:
 
     def seconds(f, x) -> float:
         jax.block_until_ready(f(x))
-        found = []
+        durations = []
         for _ in range(5):
             start = time.perf_counter()
             jax.block_until_ready(f(x))
-            found.append(time.perf_counter() - start)
-        return min(found)
+            durations.append(time.perf_counter() - start)
+        return min(durations)
 
     def run() -> worker.Json:
         return {

@@ -43,7 +43,7 @@ def compile_all(
     checks.check_length(config, model)
     mesh = steps.mesh_of(config, topology)
     checks.check_mesh(config, mesh, model)
-    found, failures = [], []
+    step_facts, failures = [], []
     for name in only:
         lookup(dict.fromkeys(steps.NAMES), name, "step")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -61,13 +61,13 @@ def compile_all(
                 continue
             if hlo:
                 (hlo / f"{step.name}.txt").write_text(program.as_text())
-            found.append(report.facts(config, model, step, program, seconds, chip, mesh.size))
-            print(report.text(found[-1]), flush=True)
+            step_facts.append(report.facts(config, model, step, program, seconds, chip, mesh.size))
+            print(report.text(step_facts[-1]), flush=True)
     if failures:
         raise UserError("; ".join(failures))
-    if len(found) == 3:
-        print(report.whole_run(config, found))
-    return found
+    if len(step_facts) == 3:
+        print(report.whole_run(config, step_facts))
+    return step_facts
 
 
 def _libtpu_version() -> str:
@@ -92,9 +92,9 @@ def main() -> None:
         model = dataclasses.replace(model, num_layers=arguments.layers)
     if arguments.hlo:
         arguments.hlo.mkdir(parents=True, exist_ok=True)
-    found = compile_all(config, model, arguments.topology, tuple(arguments.steps), arguments.hlo)
+    step_facts = compile_all(config, model, arguments.topology, tuple(arguments.steps), arguments.hlo)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(step_facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

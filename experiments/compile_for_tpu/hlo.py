@@ -48,8 +48,8 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Where in the Python program it comes from."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match[1] if match else ""
 
     @property
     def bytes(self) -> int:
@@ -93,36 +93,36 @@ class Module:
         for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
             if line == "}":
                 current = {}
-            elif line.endswith("{") and (found := re.match(r"(ENTRY )?%([^ ]+) \(", line)):
-                current = self.computations.setdefault(found[2], {})
-                if found[1]:
-                    self.entry = found[2]
-            elif found := INSTRUCTION.match(line):
-                current[found[2]] = _instruction(found, line)
+            elif line.endswith("{") and (match := re.match(r"(ENTRY )?%([^ ]+) \(", line)):
+                current = self.computations.setdefault(match[2], {})
+                if match[1]:
+                    self.entry = match[2]
+            elif match := INSTRUCTION.match(line):
+                current[match[2]] = _instruction(match, line)
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a while loop turns, from the constant that its condition compares with; None: not known."""
-        condition = self.computations[_named(loop, "condition")]
+        condition = self.computations[_called_name(loop, "condition")]
         compared = [i for i in condition.values() if i.kind == "compare"]
         constants = [
-            int(found[1])
+            int(match[1])
             for i in compared
             for name in i.operands
-            if (found := re.search(r" constant\((\d+)\)", condition[name].text if name in condition else ""))
+            if (match := re.search(r" constant\((\d+)\)", condition[name].text if name in condition else ""))
         ]
         return constants[0] if len(constants) == 1 else None
 
     @functools.cached_property
     def executed(self) -> list[tuple[Instruction, int, bool]]:
         """Every instruction outside fusions, how often it runs, and whether a loop is around it."""
-        found: list[tuple[Instruction, int, bool]] = []
+        runs: list[tuple[Instruction, int, bool]] = []
 
         def visit(name: str, times: int, in_loop: bool) -> None:
             for i in self.computations[name].values():
-                found.append((i, times, in_loop))
+                runs.append((i, times, in_loop))
                 if i.kind == "while":
                     turns = self.trips(i)
-                    visit(_named(i, "body"), times * (self._unknown(i) if turns is None else turns), True)
+                    visit(_called_name(i, "body"), times * (self._unknown(i) if turns is None else turns), True)
                 elif i.kind == "conditional":
                     visit(max(i.called, key=lambda c: self._weight(c)), times, in_loop)
                 elif i.kind == "call":
@@ -130,7 +130,7 @@ class Module:
                         visit(called, times, in_loop)
 
         visit(self.entry, 1, False)
-        return found
+        return runs
 
     def _weight(self, computation: str) -> int:
         """Bytes that a branch touches, to tell which is the largest."""
@@ -183,8 +183,8 @@ class Module:
 
     def largest(self) -> tuple[int, str]:
         """The largest array that an instruction makes, in bytes, and where it comes from."""
-        made = [(b.bytes, i) for i, _, _ in self.executed if i.kind not in NO_WORK for b in i.outputs if b.in_hbm]
-        size, i = max(made, key=lambda found: found[0])
+        arrays = [(b.bytes, i) for i, _, _ in self.executed if i.kind not in NO_WORK for b in i.outputs if b.in_hbm]
+        size, i = max(arrays, key=lambda sized: sized[0])
         return size, f"{i.outputs[0].dtype}{list(i.outputs[0].shape)} {i.op_name or i.name}"
 
     def traffic(self) -> int:
@@ -206,10 +206,10 @@ class Module:
         """Bytes of the operands, or of the slices taken of them, unless `whole`."""
         owner, total = self._owner[id(i)], 0
         for number, name in enumerate(i.operands):
-            made = owner.get(name)
-            if made is None or not made.outputs or made.kind == "constant":
+            producer = owner.get(name)
+            if producer is None or not producer.outputs or producer.kind == "constant":
                 continue
-            size = sum(b.bytes for b in made.outputs if b.in_hbm)
+            size = sum(b.bytes for b in producer.outputs if b.in_hbm)
             sliced = None if whole or i.kind != "fusion" else self._sliced(i.called[0], number)
             if i.kind in ("dynamic-slice", "gather") and number == 0 and not whole:
                 sliced = i.bytes
@@ -222,28 +222,28 @@ class Module:
         """Bytes that a fusion takes of its operand, if all that it does is slice or update it."""
         inside = self.computations[computation]
         numbered = ((re.search(r" parameter\((\d+)\)", j.text), j) for j in inside.values() if j.kind == "parameter")
-        parameter = next((j for found, j in numbered if found and int(found[1]) == number), None)
+        parameter = next((j for match, j in numbered if match and int(match[1]) == number), None)
         return None if parameter is None else self._sliced_by_users(inside, parameter)
 
-    def _sliced_by_users(self, inside: dict[str, Instruction], made: Instruction) -> int | None:
+    def _sliced_by_users(self, inside: dict[str, Instruction], producer: Instruction) -> int | None:
         total = 0
         for user in inside.values():
             for at, name in enumerate(user.operands):
-                if name != made.name:
+                if name != producer.name:
                     continue
                 if user.kind in ("dynamic-slice", "gather", "slice") and at == 0:
-                    found: int | None = user.bytes
+                    sliced: int | None = user.bytes
                 elif user.kind in ("dynamic-update-slice", "scatter") and at == 0:
-                    found = 0
+                    sliced = 0
                 elif user.kind in ("bitcast", "reshape"):
-                    found = self._sliced_by_users(inside, user)
+                    sliced = self._sliced_by_users(inside, user)
                 elif user.kind == "fusion":
-                    found = self._sliced(user.called[0], at)
+                    sliced = self._sliced(user.called[0], at)
                 else:
-                    found = None
-                if found is None:
+                    sliced = None
+                if sliced is None:
                     return None
-                total += found
+                total += sliced
         return total
 
     def _written(self, i: Instruction) -> int:
@@ -252,11 +252,11 @@ class Module:
         updates = [j for j in inside.values() if j.kind in ("dynamic-update-slice", "scatter")]
         if i.kind in ("dynamic-update-slice", "scatter"):
             updates, inside = [i], self._owner[id(i)]
-        written = sum(b.bytes for b in i.outputs if b.in_hbm)
-        if updates and sum(j.bytes for j in updates) >= written > 0:
-            new = [j.operands[-1 if j.kind == "scatter" else 1] for j in updates]
-            return sum(inside[name].bytes for name in new if name in inside)
-        return written
+        size = sum(b.bytes for b in i.outputs if b.in_hbm)
+        if updates and sum(j.bytes for j in updates) >= size > 0:
+            update_names = [j.operands[-1 if j.kind == "scatter" else 1] for j in updates]
+            return sum(inside[name].bytes for name in update_names if name in inside)
+        return size
 
     def _corrected(self, i: Instruction, bytes_per_cycle: float, flops_per_cycle: float) -> float:
         """The compiler's estimate of a fusion, which counts a sliced operand whole: cut to the share of the bytes that
@@ -275,8 +275,8 @@ class Module:
         inside, total = self.computations.get(computation, {}), 0.0
         for i in inside.values():
             if i.kind in ("convolution", "dot"):
-                made = [inside[name].outputs[0] for name in i.operands[:2] if name in inside]
-                total += 2 * math.sqrt(math.prod(math.prod(b.shape) for b in (*made, i.outputs[0])))
+                factors = [inside[name].outputs[0] for name in i.operands[:2] if name in inside]
+                total += 2 * math.sqrt(math.prod(math.prod(b.shape) for b in (*factors, i.outputs[0])))
             total += sum(self._product_flops(c) for c in i.called)
         return total
 
@@ -285,17 +285,17 @@ class Module:
         return {id(i): computation for computation in self.computations.values() for i in computation.values()}
 
 
-def _named(i: Instruction, what: str) -> str:
-    found = re.search(rf"{what}=%([^,\s]+)", i.text)
-    assert found, i.text
-    return found[1]
+def _called_name(i: Instruction, role: str) -> str:
+    match = re.search(rf"{role}=%([^,\s]+)", i.text)
+    assert match, i.text
+    return match[1]
 
 
-def _instruction(found: re.Match, line: str) -> Instruction:
-    name, kind = found[2], found[4]
+def _instruction(match: re.Match, line: str) -> Instruction:
+    name, kind = match[2], match[4]
     if kind == "constant":
-        line = line[: found.end() + 100]  # of a large array, all numbers are printed
-    inside = line[found.end() :]
+        line = line[: match.end() + 100]  # of a large array, all numbers are printed
+    inside = line[match.end() :]
     depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in inside)
     end = next((at for at, level in enumerate(depth) if level < 0), 0)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -303,13 +303,13 @@ def _instruction(found: re.Match, line: str) -> Instruction:
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
         called += [c.strip().removeprefix("%") for c in branches[1].split(",")]
     operands = tuple(re.findall(r"%([^,\s)]+)", inside[:end]))
-    return Instruction(name, kind, buffers(found[3]), operands, tuple(called), int(cycles[1]) if cycles else 0, line)
+    return Instruction(name, kind, buffers(match[3]), operands, tuple(called), int(cycles[1]) if cycles else 0, line)
 
 
 def _group(text: str) -> int:
     """How many chips exchange among themselves."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([^}]*)\}", text):
-        return len(found[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([^}]*)\}", text):
+        return len(match[1].split(","))
     return 0

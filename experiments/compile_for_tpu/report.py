@@ -59,13 +59,13 @@ def kernel_cycles(chip: Chip, rows_share: float):
 
 
 def _kernel_flops(i: Instruction, module: Module, rows_share: float) -> float:
-    found = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
+    shapes = [tuple(int(n) for n in s.split(",")) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]\{", i.text)]
     if i.name.startswith("splash"):
-        queries = max((s for s in found if len(s) >= 3), key=math.prod)  # [..., heads, length, size]
+        queries = max((s for s in shapes if len(s) >= 3), key=math.prod)  # [..., heads, length, size]
         products = next(n for name, n in {"fwd": 2, "dkv": 4, "dq": 3}.items() if name in i.name)
         return float(products * math.prod(queries) * queries[-2])  # causal: half the scores, two operations each
-    _, inner, outer = next(s for s in found if len(s) == 3)
-    rows = max(math.prod(s) for s in found if len(s) == 2) // max(inner, outer)
+    _, inner, outer = next(s for s in shapes if len(s) == 3)
+    rows = max(math.prod(s) for s in shapes if len(s) == 2) // max(inner, outer)
     return 2.0 * rows_share * rows * inner * outer
 
 
@@ -73,7 +73,8 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
     """The object of one step that --json writes."""
 
     def turns(loop: Instruction) -> int:
-        return 0 if "shard_map" in loop.op_name else step.pieces  # a mixture's load is even: its first piece is all
+        # A mixture's load is taken to be even: its first expert chunk is the only one.
+        return 0 if "shard_map" in loop.op_name else step.microbatches
 
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
@@ -81,10 +82,10 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():
-        found = exchanged[c.kind, c.in_loop]
-        found[0] += c.count
-        found[1] += c.received
-        found[2] = max(found[2], c.bytes)
+        sums = exchanged[c.kind, c.in_loop]
+        sums[0] += c.count
+        sums[1] += c.received
+        sums[2] = max(sums[2], c.bytes)
     largest, where = module.largest()
     donated = memory.alias_size_in_bytes
     expected = _donated_bytes(step, memory)
@@ -128,9 +129,9 @@ def _donated_bytes(step: Step, memory: Any) -> int:
     return memory.output_size_in_bytes if step.name in ("train", "decode") else 0
 
 
-def text(found: dict[str, Any]) -> str:
+def text(step_facts: dict[str, Any]) -> str:
     """One step for people."""
-    f = found
+    f = step_facts
     lines = [
         f"{f['step']}: compiled in {f['compile_seconds']:.0f} s",
         f"  memory     peak {f['peak_gib']:.2f} of {f['hbm_gib']:.2f} GiB: arguments {f['argument_gib']:.2f}, outputs "
@@ -162,9 +163,9 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
-def whole_run(config: ConfigDict, found: list[dict[str, Any]]) -> str:
+def whole_run(config: ConfigDict, step_facts: list[dict[str, Any]]) -> str:
     """How long the run would take if every response were as long as it may be."""
-    c, seconds = config, {f["step"]: f["predicted_seconds"] for f in found}
+    c, seconds = config, {f["step"]: f["predicted_seconds"] for f in step_facts}
     rows = c.rollout.prompts * c.rollout.group_size
     waves = math.ceil(rows / min(c.rollout.slots or rows, rows))
     rollout = seconds["prefill"] + waves * c.rollout.max_new_tokens * seconds["decode"]
@@ -184,6 +185,6 @@ ADVICE = {
 
 def too_large(step: str, error: str) -> str:
     """Why a step does not fit, and what to change."""
-    said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
-    by = f"{said[1]} of {said[2]}" if said else "more memory than a chip has"
+    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", error)
+    by = f"{match[1]} of {match[2]}" if match else "more memory than a chip has"
     return f"{step} does not fit: it would use {by}; lower {ADVICE[step]}"

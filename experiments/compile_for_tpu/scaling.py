@@ -39,17 +39,17 @@ def main() -> None:
         config.mesh.data = shards // config.mesh.fsdp
         config.rollout.prompts = prompts * shards * config.mesh.expert // batch
         config.eval.prompts = shards * config.mesh.expert
-        found = compile_all(config, model, topology, ("train",))[0]
-        rows.append((chips, dict(config.mesh), found))
+        step_facts = compile_all(config, model, topology, ("train",))[0]
+        rows.append((chips, dict(config.mesh), step_facts))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "scaling.md").write_text(table(rows))
     plot(rows, arguments.out / "scaling.png")
     print(table(rows))
 
 
-def received(found: dict) -> float:
+def received(step_facts: dict) -> float:
     """GiB that reach each chip in one minibatch."""
-    return sum(c["bytes"] for c in found["collectives"]) / GIB
+    return sum(c["bytes"] for c in step_facts["collectives"]) / GIB
 
 
 def table(rows) -> str:
@@ -58,11 +58,11 @@ def table(rows) -> str:
         "| chips | data x fsdp x tensor x expert | GiB received a chip | peak GiB | predicted s | exchanges s |",
         "|---|---|---|---|---|---|",
     ]
-    for chips, mesh, found in rows:
+    for chips, mesh, step_facts in rows:
         sizes = " x ".join(str(mesh[axis]) for axis in ("data", "fsdp", "tensor", "expert"))
         lines.append(
-            f"| {chips:,} | {sizes} | {received(found):.1f} | {found['peak_gib']:.2f} | "
-            f"{found['predicted_seconds']:.2f} | {found['exchange_seconds']:.2f} |"
+            f"| {chips:,} | {sizes} | {received(step_facts):.1f} | {step_facts['peak_gib']:.2f} | "
+            f"{step_facts['predicted_seconds']:.2f} | {step_facts['exchange_seconds']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

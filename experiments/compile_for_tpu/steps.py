@@ -29,8 +29,8 @@ class Step(NamedTuple):
 
     name: str
     lower: Callable[[], Any]
-    pieces: int  # turns of the loop over packed pieces
-    tokens: int  # that it works on, over all chips
+    microbatches: int  # turns of the loop over packed microbatches
+    tokens: int  # processed, over all chips
     logits_bytes: int  # of all logits of one pass, were they held
     weight_bytes: int = 0  # read in each decode step
     cache_bytes: int = 0
@@ -43,8 +43,8 @@ def devices(topology: str) -> list[jax.Device]:
     except Exception as error:
         if "libtpu" in str(error) or isinstance(error, ImportError):
             raise UserError("libtpu is not installed, or does not load: pip install 'jax[tpu]'") from error
-        said = str(error).splitlines()[0]
-        raise UserError(f"topology {topology!r} is not known to libtpu: {said}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"topology {topology!r} is not known to libtpu: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -64,21 +64,21 @@ def steps(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     return [train(config, model, mesh), *rollout(config, model, mesh)]
 
 
-def placed(tree, shardings):
-    """Shapes with where they live."""
+def with_shardings(tree, shardings):
+    """Shapes and dtypes with their shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def local_bytes(tree) -> int:
-    """Of each chip, for shapes that say where they live."""
+    """Bytes on each chip, for shapes with shardings."""
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     """One optimizer minibatch."""
-    c, everywhere, prompts = config, NamedSharding(mesh, P()), _prompts(config)
+    c, replicated, prompts = config, NamedSharding(mesh, P()), _prompts(config)
     setup = Setup(c, model, mesh)
-    state = placed(setup.state_shapes, setup.shardings)
+    state = with_shardings(setup.state_shapes, setup.shardings)
     shape, key = setup.pack_shape, jax.eval_shape(lambda: jax.random.key(0))
     drawn = jax.eval_shape(setup.rollout(), state.policy, prompts, key)
     batch = jax.eval_shape(assemble, prompts, drawn)
@@ -92,15 +92,15 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     update: Any = jit_update(setup.update, setup.shardings, mesh, needs_exact=setup.needs_exact)
     arguments = [
         state,
-        placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
-        placed(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: everywhere, plan)),
+        with_shardings(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
+        with_shardings(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: replicated, plan)),
         *([state.params] if setup.needs_exact else []),
     ]
     share = (shape.rows // setup.batch_shards) * shape.responses * model.vocab_size
     return Step(
         "train",
         lambda: update.lower(*arguments),
-        pieces=int(plan.num_microbatches),
+        microbatches=int(plan.num_microbatches),
         tokens=len(index) * (c.data.max_prompt_len + c.rollout.max_new_tokens),
         logits_bytes=4 * share // _vocabulary_shards(mesh),
     )
@@ -111,15 +111,15 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     c, setup = config, Setup(config, model, mesh)
     policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = placed(_prompts(c), jax.tree.map(lambda _: batch_sharding(mesh), _prompts(c)))
+    prompts = with_shardings(_prompts(c), jax.tree.map(lambda _: batch_sharding(mesh), _prompts(c)))
     published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
-    published = placed(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
+    published = with_shardings(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
     shapes = waiting, experts, jax.eval_shape(policy.idle, waiting, experts)
-    out = jax.tree.map_with_path(lambda path, x: _place(mesh, path, x), shapes)
-    waiting, _, state = placed(shapes, out)
-    everywhere = NamedSharding(mesh, P())
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    out = jax.tree.map_with_path(lambda path, x: _rollout_sharding(mesh, path, x), shapes)
+    waiting, _, state = with_shardings(shapes, out)
+    replicated = NamedSharding(mesh, P())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     prefill = jax.jit(policy.prefill, out_shardings=out[:2])
     step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
     slots, count = len(state.row), c.rollout.prompts
@@ -129,14 +129,14 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
         Step(
             "prefill",
             lambda: prefill.lower(published, prompts, key),
-            pieces=1,
+            microbatches=1,
             tokens=count * c.data.max_prompt_len,
             logits_bytes=4 * count * c.data.max_prompt_len * model.vocab_size // shards // _vocabulary_shards(mesh),
         ),
         Step(
             "decode",
             lambda: step.lower(published, waiting, state),
-            pieces=1,
+            microbatches=1,
             tokens=slots,
             logits_bytes=4 * slots * model.vocab_size // shards // _vocabulary_shards(mesh),
             weight_bytes=local_bytes(read),
@@ -164,8 +164,8 @@ def _prompts(config: ConfigDict) -> PromptBatch:
     )
 
 
-def _place(mesh: Mesh, path, x) -> NamedSharding:
-    """Of the rollout's state: caches by rows and heads, counts everywhere, the rest by rows."""
+def _rollout_sharding(mesh: Mesh, path, x) -> NamedSharding:
+    """The sharding of a part of the rollout's state: caches by rows and heads, counts replicated, the rest by rows."""
     names = [getattr(key, "name", None) for key in path]
     if "cache" in names or "prompts" in names:
         axes: tuple = (*[None] * (x.ndim - 4), "batch", "kv_heads", None, None)

@@ -19,9 +19,9 @@ def moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """The mean over the `width` points around each point, over fewer at the ends; NaN points are left out of it."""
     if width <= 1:
         return values
-    known = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(values.size)
     low, high = np.maximum(at - (width - 1) // 2, 0), np.minimum(at + width // 2 + 1, values.size)
     number = count[high] - count[low]
@@ -30,13 +30,13 @@ def moving_average(values: np.ndarray, width: int) -> np.ndarray:
 
 def exponential_average(values: np.ndarray, weight: float) -> np.ndarray:
     """m_t = sum_s weight^(t-s) x_s / sum_s weight^(t-s) over the points s <= t that are not NaN, as TensorBoard's."""
-    total = norm = 0.0
+    weighted_sum = weight_sum = 0.0
     result: np.ndarray = np.full(values.shape, np.nan)
     for i, value in enumerate(values.tolist()):
         if np.isfinite(value):
-            total, norm = weight * total + value, weight * norm + 1.0
-        if norm:
-            result[i] = total / norm
+            weighted_sum, weight_sum = weight * weighted_sum + value, weight * weight_sum + 1.0
+        if weight_sum:
+            result[i] = weighted_sum / weight_sum
     return result
 
 

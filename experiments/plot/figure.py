@@ -33,9 +33,9 @@ def choose(curves: Sequence[Curve], tags: Sequence[str] = ()) -> list[Panel]:
         for pattern in tags:
             if not any(fnmatchcase(tag, pattern) for tag in logged):
                 raise UserError(f"no run logged {pattern!r}{nearest(pattern, logged)}")
-        known = {p.tags[0]: p for p in (*PANELS, *evaluations(logged)) if len(p.tags) == 1}
+        panel_of = {p.tags[0]: p for p in (*PANELS, *evaluations(logged)) if len(p.tags) == 1}
         matching = [tag for pattern in tags for tag in sorted(logged) if fnmatchcase(tag, pattern)]
-        return [known.get(tag, Panel(tag, (tag,))) for tag in dict.fromkeys(matching)]
+        return [panel_of.get(tag, Panel(tag, (tag,))) for tag in dict.fromkeys(matching)]
     panels = [panel for panel in (PANELS[0], *evaluations(logged), *PANELS[1:]) if logged.intersection(panel.tags)]
     if not panels:
         raise UserError(f"the runs logged none of {', '.join(tag for panel in PANELS for tag in panel.tags)}")
@@ -46,17 +46,17 @@ def remarks(curves: Sequence[Curve], tags: Sequence[str] = ()) -> list[str]:
     """Sentences on what the figure leaves out: panels without data, runs without a tag, steps that a run lacks."""
     logged, drawn = _logged(curves), [tag for panel in choose(curves, tags) for tag in panel.tags]
     absent = [] if tags else [tag for panel in PANELS for tag in panel.tags if not logged.intersection(panel.tags)]
-    said = [f"left out, as no run logged them: {', '.join(absent)}"] if absent else []
+    notes = [f"left out, as no run logged them: {', '.join(absent)}"] if absent else []
     for curve in curves:
         ends = {tag: [int(run[tag][0][-1]) for run in curve.runs if tag in run] for tag in drawn}
         without = [tag for tag in drawn if 0 < len(ends[tag]) < len(curve.runs)]
         if without:
-            said.append(f"{curve.label}: drawn without those of its runs that did not log {', '.join(without)}")
-        shortest = {tag: min(found) for tag, found in ends.items() if len(set(found)) > 1}
+            notes.append(f"{curve.label}: drawn without those of its runs that did not log {', '.join(without)}")
+        shortest = {tag: min(last_steps) for tag, last_steps in ends.items() if len(set(last_steps)) > 1}
         if shortest:
             tag = min(shortest, key=lambda tag: shortest[tag])
-            said.append(f"{curve.label}: its curves end with the shortest of its runs, {tag} at step {shortest[tag]}")
-    return said
+            notes.append(f"{curve.label}: its curves end with the shortest of its runs, {tag} at step {shortest[tag]}")
+    return notes
 
 
 def draw(curves: Sequence[Curve], smooth: float = 1, tags: Sequence[str] = ()) -> Figure:
@@ -100,13 +100,13 @@ def draw(curves: Sequence[Curve], smooth: float = 1, tags: Sequence[str] = ()) -
 
 def _footer(curves: Sequence[Curve], panels: Sequence[Panel], smooth: float) -> str:
     """How the curves were made, for the reader of the figure alone."""
-    said = []
+    parts = []
     if any(len(curve.runs) > 1 for curve in curves):
-        said.append("line: mean over seeds, band: its 95% bootstrap interval")
+        parts.append("line: mean over seeds, band: its 95% bootstrap interval")
     if described(smooth):
         spared = ", but for evaluations" if any(map(_sparse, (p.tags[0] for p in panels))) else ""
-        said.append(f"smoothed: {described(smooth)}{spared}")
-    return "; ".join(said)
+        parts.append(f"smoothed: {described(smooth)}{spared}")
+    return "; ".join(parts)
 
 
 def _sparse(tag: str) -> bool:
@@ -116,18 +116,18 @@ def _sparse(tag: str) -> bool:
 
 def _draw_curve(axis: Axes, curve: Curve, tag: str, smooth: float, color) -> np.ndarray:
     """Draws one curve, and the band of several runs; returns the values, for the choice of scale."""
-    found = [run[tag] for run in curve.runs if tag in run]
-    if not found:
+    series = [run[tag] for run in curve.runs if tag in run]
+    if not series:
         return np.empty(0)
-    steps = found[0][0]
-    for other, _ in found[1:]:
-        steps = np.intersect1d(steps, other)
-    raw = np.stack([values[np.isin(own, steps)] for own, values in found])
+    steps = series[0][0]
+    for run_steps, _ in series[1:]:
+        steps = np.intersect1d(steps, run_steps)
+    raw = np.stack([values[np.isin(run_steps, steps)] for run_steps, values in series])
     raw = np.where(np.isfinite(raw), raw, np.nan)
     amount = 1 if _sparse(tag) else smooth
     values = np.stack([smoothed(run, amount) for run in raw])
     marker = "o" if _sparse(tag) or steps.size == 1 else None
-    if len(found) > 1:
+    if len(series) > 1:
         axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.18, linewidth=0)
     elif amount != 1:
         axis.plot(steps, raw[0], color=color, alpha=0.25, linewidth=0.8)

@@ -29,14 +29,14 @@ def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
     With "seed", seeds are curves of their own.
     """
     paths = {Path(folder).resolve(): folder for folder in folders}
-    given = {path.parent if path.name == EVENTS else path: folder for path, folder in paths.items()}
-    unique = list(given)
+    folder_of = {path.parent if path.name == EVENTS else path: folder for path, folder in paths.items()}
+    unique = list(folder_of)
     shared = os.path.commonpath([p.parent for p in unique])
     names = [p.name for p in unique]
     if len(set(names)) < len(names):
         names = [str(p.relative_to(shared)) for p in unique]
-    runs = [read_scalars(folder) for folder in given.values()]
-    configs = [_config(path, folder, key) for path, folder in given.items()]
+    runs = [read_scalars(folder) for folder in folder_of.values()]
+    configs = [_config(path, folder, key) for path, folder in folder_of.items()]
     members: dict[str, list[int]] = {}
     for i, (path, config) in enumerate(zip(unique, configs, strict=True)):
         members.setdefault(_curve_key(path, config, key), []).append(i)
@@ -75,17 +75,17 @@ def _labels(
             alike.setdefault(value if isinstance(config[key], str) else f"{key}={value}", []).append(i)
     labels = [_label([names[i] for i in group]) for group in groups]
     for value, curves in alike.items():
-        own = [firsts[i] or {} for i in curves]
+        curve_configs = [firsts[i] or {} for i in curves]
         differing = [
-            k for k in sorted({k for config in own for k in config} - {"seed", key})
-            if len({_shown(config.get(k)) for config in own}) > 1
+            k for k in sorted({k for config in curve_configs for k in config} - {"seed", key})
+            if len({_shown(config.get(k)) for config in curve_configs}) > 1
         ]  # fmt: skip
-        for i, config in zip(curves, own, strict=True):
+        for i, config in zip(curves, curve_configs, strict=True):
             if len(differing) > MOST_KEYS:
                 labels[i] = f"{value}: {labels[i]}"
                 continue
-            told = "".join(f", {k}={_shown(config.get(k))}" for k in differing)
-            labels[i] = f"{value}{told}{_count(groups[i])}"
+            differences = "".join(f", {k}={_shown(config.get(k))}" for k in differing)
+            labels[i] = f"{value}{differences}{_count(groups[i])}"
     if len(set(labels)) < len(labels):
         labels = [", ".join(names[i] for i in group) for group in groups]
     return labels

@@ -44,20 +44,20 @@ def check(config: ConfigDict) -> None:
     setup = Setup(config)
     setup.learning_rate  # noqa: B018  refuses its settings
     _check_lora(config)
-    _check_narrow(config)
-    _check_regions(config)
+    _check_precision(config)
+    _check_shadow_losses(config)
     _check_needed(config, setup.needed)
     _check_learning(config, setup)
 
 
 def remarks(config: ConfigDict) -> list[str]:
     """Sentences on what runs, but most likely is not meant."""
-    said, updates = [], config.steps * config.train.epochs * config.train.minibatches
+    notes, updates = [], config.steps * config.train.epochs * config.train.minibatches
     if config.optimizer.learning_rate == 0:
-        said.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
+        notes.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
     if config.optimizer.warmup >= updates:
-        said.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
-    return said
+        notes.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
+    return notes
 
 
 def _check_sampling(c: ConfigDict) -> None:
@@ -134,10 +134,10 @@ def _check_sizes(c: ConfigDict) -> None:
         )
 
 
-def _check_product(c: ConfigDict, keys: tuple[str, ...], most: int, what: str) -> None:
+def _check_product(c: ConfigDict, keys: tuple[str, ...], most: int, unit: str) -> None:
     count = math.prod(value(c, key) for key in keys)
     if count > most:
-        raise UserError(f"{' x '.join(keys)} = {count:,} {what}, more than the {most:,} that can be counted")
+        raise UserError(f"{' x '.join(keys)} = {count:,} {unit}, more than the {most:,} that can be counted")
 
 
 def _check_lora(c: ConfigDict) -> None:
@@ -147,7 +147,7 @@ def _check_lora(c: ConfigDict) -> None:
         raise UserError(f"lora.targets = {tuple(c.lora.targets)} must name at least one matrix")
 
 
-def _check_narrow(c: ConfigDict) -> None:
+def _check_precision(c: ConfigDict) -> None:
     """The rollout's arithmetic."""
     precision.weights(c.rollout.weights)
     precision.activations(c.rollout.activations)
@@ -160,7 +160,7 @@ def _check_narrow(c: ConfigDict) -> None:
 
 
 def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
-    """What the loss and the measured regions need, and what else would take it away."""
+    """What the loss and the shadow losses need, and which other settings would take it away."""
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(
             f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
@@ -189,10 +189,10 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
         )
 
 
-def _check_regions(c: ConfigDict) -> None:
+def _check_shadow_losses(c: ConfigDict) -> None:
     for name in c.log.regions:
-        given = c.loss_defaults[name] if name in c.loss_defaults else {}
-        if missing := sorted(hyperparameters(lookup(LOSSES, name, "loss in log.regions")) - set(given)):
+        numbers = c.loss_defaults[name] if name in c.loss_defaults else {}
+        if missing := sorted(hyperparameters(lookup(LOSSES, name, "loss in log.regions")) - set(numbers)):
             raise UserError(f"log.regions: {name!r} needs loss_defaults.{name}.{missing[0]}, which nothing sets")
 
 
@@ -226,10 +226,10 @@ def _check_learning(c: ConfigDict, setup: Setup) -> None:
 def _number(config: ConfigDict, key: str) -> bool:
     """Whether a key is there and holds a number: what else it may not be, `check_values` says."""
     try:
-        found = value(config, key)
+        number = value(config, key)
     except (KeyError, AttributeError, TypeError):
         return False
-    return isinstance(found, int | float)
+    return isinstance(number, int | float)
 
 
 def data_sections(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -80,25 +80,25 @@ def _read(kind: Callable[[str], Any], text: str) -> Any:
         return math.nan
 
 
-def _mismatch(text: str, wanted: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"must be {wanted}, not {short(text, 60)}")
+def _mismatch(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must be {expected}, not {short(text, 60)}")
 
 
 def by_commas(kind: Callable[[str], Any] = str) -> Callable[[str], list]:
     """The `type` of an option that takes a list, such as 1,3. Nothing in it may be empty, or there twice."""
 
     def items(text: str) -> list:
-        found = []
+        values = []
         for item in text.split(","):
             try:
                 value = kind(item.strip())
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{short(text)!r} is not a list of numbers, such as 1,3") from None
-            if item.strip() == "" or value in found:
+            if item.strip() == "" or value in values:
                 fault = "holds an empty item" if item.strip() == "" else f"names {short(item.strip())!r} twice"
                 raise argparse.ArgumentTypeError(f"{short(text)!r} {fault}")
-            found.append(value)
-        return found
+            values.append(value)
+        return values
 
     return items
 
@@ -117,7 +117,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(value, f"{prefix}{name}.")
 
 
-def said(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
     text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
@@ -181,16 +181,17 @@ def arguments_of(get_config: Any, path: str, argument: str | None, known: Sequen
 def run_config(path: str, argument: str | None) -> ConfigDict:
     """What get_config of a file returns. UserError for a file that fails, or has no such function."""
     try:
-        written = runpy.run_path(os.path.expanduser(path))
-        get_config, config = written.get("get_config"), None
+        names = runpy.run_path(os.path.expanduser(path))
+        get_config, config = names.get("get_config"), None
         if callable(get_config):
-            config = get_config(*arguments_of(get_config, path, argument, tuple(written.get("ARGUMENTS", ()))))
+            config = get_config(*arguments_of(get_config, path, argument, tuple(names.get("ARGUMENTS", ()))))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         if argument is not None and isinstance(error, KeyError) and error.args == (argument,):
             raise UserError(f"config file {path} has no {short(argument)!r}") from error
-        raise UserError(f"config file {path} does not load: {type(error).__name__}: {short(said(error))}") from error
+        reason = f"{type(error).__name__}: {short(error_line(error))}"
+        raise UserError(f"config file {path} does not load: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path} has no get_config() that returns a ConfigDict")
     return config
@@ -207,7 +208,7 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
         values(arguments)
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"bad override: {short(said(error))}") from error
+        raise UserError(f"bad override: {short(error_line(error))}") from error
     except (RecursionError, MemoryError, OverflowError, SyntaxError) as error:  # of Python's own reader of literals
         raise UserError(f"bad override: {type(error).__name__} in {short(' '.join(overrides))}") from error
 
@@ -223,8 +224,8 @@ def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:
         check_text(value, name)
         if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
-        whole = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings
-        if isinstance(known[name], ConfigDict) and not whole:
+        replaces_section = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings
+        if isinstance(known[name], ConfigDict) and not replaces_section:
             inside = short(", ".join(known[name])) or "it is empty"
             raise UserError(f"config key {name!r} is a section; override one of its keys: {inside}")
 

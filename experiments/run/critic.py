@@ -36,14 +36,14 @@ class Critic:
         self._abstract = jax.eval_shape(lambda p: init_state(p, self._optimizer), abstract)
         kernel = setup.attention(dtype=config.policy.dtype, length=setup.pack_shape.length).name
         values = make_values(model, dtype=DTYPES[config.policy.dtype], remat=config.policy.remat, attention=kernel)
-        everywhere, by_row = NamedSharding(mesh, P()), batch_sharding(mesh)
+        replicated, by_row = NamedSharding(mesh, P()), batch_sharding(mesh)
         self._estimate = jax.jit(
             make_estimate(values, discount=c.discount, lam=c.lam, whiten=c.whiten), out_shardings=by_row
         )
         self._update = jax.jit(
             make_critic_update(values, setup.weights, self._optimizer, value_clip=c.value_clip),
-            in_shardings=(self.shardings, by_row, by_row, everywhere),
-            out_shardings=(self.shardings, everywhere),
+            in_shardings=(self.shardings, by_row, by_row, replicated),
+            out_shardings=(self.shardings, replicated),
             donate_argnums=0,
         )
         self.state: TrainState | None = None
@@ -55,7 +55,7 @@ class Critic:
 
     @property
     def abstract(self) -> dict[str, Any]:
-        """Shapes and places of what `saved` gives."""
+        """Shapes and shardings of what `saved` gives."""
         return abstract_state(self._abstract, self.shardings).saved()
 
     def saved(self) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Evaluation:
     @property
     def left_out(self) -> list[str]:
         """A sentence for every set that does not use all of its data."""
-        return [f"eval.sets.{name}: {said}" for name, (stream, _) in self._sets.items() if (said := stream.left_out)]
+        sentences = {name: stream.left_out for name, (stream, _) in self._sets.items()}
+        return [f"eval.sets.{name}: {sentence}" for name, sentence in sentences.items() if sentence]
 
     @property
     def counts(self) -> dict[str, float]:

@@ -16,8 +16,8 @@ from experiments.run.setup import Setup
 
 def export(setup: Setup, state: TrainState, folder: Path) -> None:
     """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes."""
-    whole = state.policy if setup.merge is None else jax.jit(setup.merge)(state.policy)
-    params = {key: value for key, value in to_host(whole).items() if key != LOG_SIGMA}
+    policy = state.policy if setup.merge is None else jax.jit(setup.merge)(state.policy)
+    params = {key: value for key, value in to_host(policy).items() if key != LOG_SIGMA}
     adapters = to_host(state.params) if setup.config.lora.rank else None
     if not hosts.is_writer():
         return

@@ -57,9 +57,9 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
     Raises: UserError where another run would go on.
     """
     before, after = _with_new_keys(flatten(saved["config"]), now), flatten(now.config)
-    known = "weights" in saved
-    changes = changed(before, after, str(workdir), (*MAY_CHANGE, *PLACES) if known else MAY_CHANGE)
-    if not known:
+    has_identity = "weights" in saved
+    changes = changed(before, after, str(workdir), (*MAY_CHANGE, *PLACES) if has_identity else MAY_CHANGE)
+    if not has_identity:
         return changes
     if saved.get("model", now.model) != now.model:
         raise UserError(
@@ -90,11 +90,11 @@ def edits(saved: Mapping[str, Any], workdir: Path) -> list[str]:
     if not (workdir / NAME).exists():
         return []
     try:
-        stored = flatten(read_config(workdir))
+        in_file = flatten(read_config(workdir))
     except UserError as error:
         return [f"{error}; the checkpoint's config counts"]
     before = flatten(saved["config"])
-    differing = [key for key in sorted({*stored, *before}) if stored.get(key) != before.get(key)]
+    differing = [key for key in sorted({*in_file, *before}) if in_file.get(key) != before.get(key)]
     fixed = [key for key in differing if not any(fnmatchcase(key, pattern) for pattern in (*MAY_CHANGE, *PLACES))]
     return [f"{NAME} was edited: {', '.join(fixed[:5])}; the checkpoint's config counts"] if fixed else []
 
@@ -121,12 +121,12 @@ def rate_change(saved: Mapping[str, Any], setup: Setup, start: int) -> list[str]
     before = config.copy_and_resolve_references()
     before.steps = saved["config"]["steps"]
     update = start * setup.updates_per_step
-    was, now = (float(each.learning_rate(update)) for each in (Setup(before), setup))
-    if was == now:
+    old_rate, new_rate = (float(of_setup.learning_rate(update)) for of_setup in (Setup(before), setup))
+    if old_rate == new_rate:
         return []
     return [
         f"optimizer.schedule = {config.optimizer.schedule} ends at steps, which changed: the learning rate goes on at "
-        f"{now:.3g} in place of {was:.3g}"
+        f"{new_rate:.3g} in place of {old_rate:.3g}"
     ]
 
 
@@ -137,5 +137,5 @@ def same_config_everywhere(config: ConfigDict) -> None:
 
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
-    places = {"weights": now.weights, "model and tokenizer": now.model, **now.prompts}
-    hosts.agree("model or data", places, ())
+    values = {"weights": now.weights, "model and tokenizer": now.model, **now.prompts}
+    hosts.agree("model or data", values, ())

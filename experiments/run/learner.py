@@ -58,12 +58,12 @@ class Learner:
 
     @property
     def params(self) -> Params:
-        """What is trained."""
+        """The trained parameters."""
         return self.state.params
 
     @property
     def frozen(self) -> Params:
-        """What is not."""
+        """The parameters that are not trained."""
         return self.state.frozen
 
     def policies(self) -> list[Params]:
@@ -79,30 +79,30 @@ class Learner:
     def keep_reference(self, load: Callable[[], Params]) -> None:
         """Keeps what the run began with, where the loss has a penalty on leaving it."""
         if "reference" in self._recompute:
-            begun = self._setup.trainable_part(self._setup.initial_params(load()))
-            places = None if self._mesh is None else self._setup.shardings.params
-            self._reference = jax.device_put(self._runs.together([begun] * len(self._runs)), places)
+            initial = self._setup.trainable_part(self._setup.initial_params(load()))
+            shardings = None if self._mesh is None else self._setup.shardings.params
+            self._reference = jax.device_put(self._runs.together([initial] * len(self._runs)), shardings)
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint needs of it."""
+        """What a checkpoint needs of the learner."""
         return self.state.saved(critic=self._critic.saved() if self._critic else None)
 
     def shapes(self) -> tuple[dict[str, Any], Any]:
-        """Shapes and places of what `saved` gives, and of all parameters of the policy."""
+        """Shapes and shardings of what `saved` gives, and of all parameters of the policy."""
         if self._runs.stacked:
             state = jax.eval_shape(self._init, self._setup.param_shapes)
             return state.saved(), state.policy
         state = abstract_state(self._setup.state_shapes, self._setup.shardings)
         return state.saved(critic=self._critic.abstract if self._critic else None), state.policy
 
-    def restore(self, found: dict[str, Any], load: Callable[[], Params]) -> None:
+    def restore(self, saved: dict[str, Any], load: Callable[[], Params]) -> None:
         """From a checkpoint; `load` reads the model directory, where what is not trained comes from."""
         frozen: Params = {}
         if self._setup.config.lora.rank:
             frozen = jax.device_put(load(), self._setup.shardings.frozen, may_alias=False)
-        self._state = TrainState(found["params"], found["opt_state"], found["updates"], frozen)
+        self._state = TrainState(saved["params"], saved["opt_state"], saved["updates"], frozen)
         if self._critic:
-            self._critic.resume(found["critic"])
+            self._critic.resume(saved["critic"])
 
     def is_finite(self) -> bool:
         """Whether the state is worth a checkpoint: no parameter is infinite, NaN, or beyond all measure."""
@@ -121,22 +121,22 @@ class Learner:
 
     def advantages(self, batch: TrainBatch, replies: list[Replies]) -> TrainBatch:
         """The batch with its advantages, and without the groups of equal rewards where they take no part."""
-        shaped = self._to_rows([own.shaped for own in replies])
+        rewards = self._to_rows([run.shaped_rewards for run in replies])
         if self._advantages is not None:
-            batch = dataclasses.replace(batch, advantages=self._advantages(shaped, batch.group))
+            batch = dataclasses.replace(batch, advantages=self._advantages(rewards, batch.group))
         elif self._critic:
-            found = self._critic.advantages(batch, self._plan_all(replies), shaped)
-            batch = dataclasses.replace(batch, advantages=found)
+            advantages = self._critic.advantages(batch, self._plan_all(replies), rewards)
+            batch = dataclasses.replace(batch, advantages=advantages)
         if self._setup.config.advantage.drop_equal:
-            unequal = self._runs.together([self._unequal(own) for own in replies])
+            unequal = self._runs.together([self._unequal(run) for run in replies])
             batch = dataclasses.replace(batch, mask=batch.mask & unequal[..., None])
         return batch
 
     def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:
         """The plan of every optimizer minibatch of a step."""
-        lengths = [own.lengths for own in replies]
+        lengths = [run.lengths for run in replies]
         if self._setup.config.advantage.drop_equal:
-            lengths = [np.where(self._unequal(own), own.lengths, 0) for own in replies]
+            lengths = [np.where(self._unequal(run), run.lengths, 0) for run in replies]
         for indices in zip(*(setup.minibatches(step) for setup in self._runs.setups), strict=True):
             yield self._plan(indices, replies, lengths)
 
@@ -155,28 +155,29 @@ class Learner:
             [
                 packing.plan(
                     index,
-                    prompt_lengths=np.repeat(own.prompt_lengths, group),
+                    prompt_lengths=np.repeat(run.prompt_lengths, group),
                     response_lengths=length,
                     shape=self._setup.pack_shape,
                     packed=c.train.pack,
                 )
-                for index, own, length in zip(indices, replies, lengths, strict=True)
+                for index, run, length in zip(indices, replies, lengths, strict=True)
             ]
         )
 
     def _plan_all(self, replies: list[Replies]) -> Plan:
         """All rows of the batch."""
-        lengths = [own.lengths for own in replies]
+        lengths = [run.lengths for run in replies]
         return self._plan([np.arange(len(length)) for length in lengths], replies, lengths)
 
-    def _unequal(self, own: Replies) -> np.ndarray:
-        return metrics_lib.unequal_groups(own.shaped, self._setup.config.rollout.group_size)
+    def _unequal(self, replies: Replies) -> np.ndarray:
+        return metrics_lib.unequal_groups(replies.shaped_rewards, self._setup.config.rollout.group_size)
 
     def _to_rows(self, values: list[np.ndarray]) -> jax.Array:
         """Numbers of all rows, on the devices that hold them."""
         c = self._setup.config.rollout
         share = hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
-        return jnp.asarray(hosts.to_global(self._runs.together([own[share.held] for own in values]), self._mesh, share))
+        held = self._runs.together([of_run[share.held] for of_run in values])
+        return jnp.asarray(hosts.to_global(held, self._mesh, share))
 
 
 def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:
@@ -185,20 +186,20 @@ def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Calla
     losses = with_all_metrics([next(s for s in runs.setups if s.config.loss.name == name).loss for name in names])
     first = runs.first
 
-    def update(state, batch, plan, which, rate, *behavior):
+    def update(state, batch, plan, loss_index, rate, *behavior):
         def loss(inputs: LossInputs) -> LossOutput:
-            return jax.lax.switch(which, losses, inputs)
+            return jax.lax.switch(loss_index, losses, inputs)
 
         scaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
         return first.update_with(loss, scaled, runs.needs_exact)(state, batch, plan, *behavior)
 
     compiled = jax.jit(runs.each(update), donate_argnums=0)
-    which = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)
+    loss_index = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)
     factor = jnp.asarray(rates, jnp.float32)
     unscaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: u))
     fresh = jax.jit(lambda params: jax.vmap(lambda _: init_state(params, unscaled))(jnp.arange(len(runs))))
 
     def call(state: TrainState, batch: TrainBatch, plan: Plan, *behavior: Params) -> tuple[TrainState, Metrics]:
-        return compiled(state, batch, plan, which, factor, *behavior)
+        return compiled(state, batch, plan, loss_index, factor, *behavior)
 
     return call, lambda params: fresh(jax.tree.map(jnp.asarray, params))

@@ -161,38 +161,38 @@ def check_values(config: ConfigDict) -> None:
     _check_section(config, base.get_config(), "")
 
 
-def _check_section(given: Any, known: ConfigDict, prefix: str) -> None:
-    if not isinstance(given, ConfigDict):
-        raise UserError(f"config key {prefix[:-1]!r} must be a section, not {shown(given)}")
+def _check_section(section: Any, defaults: ConfigDict, prefix: str) -> None:
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"config key {prefix[:-1]!r} must be a section, not {shown(section)}")
     if prefix == DATA:
-        for name in given:
+        for name in section:
             if not isinstance(name, str) or not re.fullmatch(r"[^./\s]+", name):
                 raise UserError(f"eval.sets names a set {shown(name)}: take a name without dots, slashes and spaces")
-            _check_section(given[name], base.data_section(), f"{DATA}{name}.")
+            _check_section(section[name], base.data_section(), f"{DATA}{name}.")
         return
     if prefix == "loss_defaults.":
-        for name in given:
-            _check_loss(name, given[name], f"{prefix}{name}.")
+        for name in section:
+            _check_loss(name, section[name], f"{prefix}{name}.")
         return
     if prefix.endswith("settings."):  # the data set's own
-        for name in given:
+        for name in section:
             if not isinstance(name, str):
                 raise UserError(f"{prefix[:-1]} has a setting {shown(name)}, which is no name")
-        check_text(given.to_dict(), prefix[:-1])
+        check_text(section.to_dict(), prefix[:-1])
         return
-    for name in given:
-        if name not in known:
-            raise UserError(f"unknown config key {prefix + str(name)!r}{nearest(str(name), known)}")
-    for name, default in known.items():
+    for name in section:
+        if name not in defaults:
+            raise UserError(f"unknown config key {prefix + str(name)!r}{nearest(str(name), defaults)}")
+    for name, default in defaults.items():
         key = prefix + name
-        if name not in given:
+        if name not in section:
             raise UserError(f"the config has no key {key!r}; begin with get_config() of configs/base.py")
         if isinstance(default, ConfigDict):
-            _check_section(given[name], default, f"{key}.")
+            _check_section(section[name], default, f"{key}.")
         elif prefix == "loss." and name != "name":
-            _check_hyperparameter(given["name"], name, given[name], key)
+            _check_hyperparameter(section["name"], name, section[name], key)
         else:
-            _check_value(given[name], known.get_type(name), key, unset=default is None)
+            _check_value(section[name], defaults.get_type(name), key, unset=default is None)
 
 
 def _check_value(value: Any, kind: Any, key: str, *, unset: bool) -> None:
@@ -227,15 +227,15 @@ def _check_number(value: float, range_: Range, key: str) -> None:
         raise UserError(f"{key} {fault}, not {shown(value)}")
 
 
-def _check_loss(name: str, given: Any, prefix: str) -> None:
+def _check_loss(name: str, section: Any, prefix: str) -> None:
     """A section of loss_defaults."""
-    known = hyperparameters(lookup(LOSSES, name, "loss in loss_defaults"))
-    if not isinstance(given, ConfigDict):
-        raise UserError(f"config key {prefix[:-1]!r} must be a section, not {shown(given)}")
-    for key in given:
-        if key not in known:
-            raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, known)}; see {prefix}{key}")
-        _check_hyperparameter(name, key, given[key], prefix + key)
+    names = hyperparameters(lookup(LOSSES, name, "loss in loss_defaults"))
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"config key {prefix[:-1]!r} must be a section, not {shown(section)}")
+    for key in section:
+        if key not in names:
+            raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, names)}; see {prefix}{key}")
+        _check_hyperparameter(name, key, section[key], prefix + key)
 
 
 def _check_hyperparameter(loss: Any, name: str, value: Any, key: str) -> None:

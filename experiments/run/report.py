@@ -25,7 +25,7 @@ class Report:
 
     def __init__(self, log: RunLog, workdir: Path, cadence: ConfigDict, decode: Callable[[int], str]):
         self._log, self._folder, self._cadence, self._decode = log, workdir / "samples", cadence, decode
-        self._kept: tuple[int, Mapping[str, float], Mapping[str, np.ndarray], list[Transcript]] | None = None
+        self._step_results: tuple[int, Mapping[str, float], Mapping[str, np.ndarray], list[Transcript]] | None = None
 
     def keep(
         self,
@@ -39,20 +39,20 @@ class Report:
 
         answers: example and reply of rows of the batch; rewards f32[B] of all its rows.
         """
-        assert self._kept is None
+        assert self._step_results is None
         stride = max(1, len(answers) // max(1, self._cadence.transcripts))  # from as many prompts as it can
         shown = sorted(answers)[::stride][: self._cadence.transcripts]
         transcripts = [
             Transcript(_text(example.prompt), reply, float(rewards[row]), example.answer)
             for row, (example, reply) in ((row, answers[row]) for row in shown)
         ]
-        self._kept = (step, scalars, histograms, transcripts)
+        self._step_results = (step, scalars, histograms, transcripts)
 
     def flush(self) -> tuple[int, Mapping[str, float]] | None:
         """Writes what is kept: its step and scalars; None where there is nothing."""
-        if self._kept is None:
+        if self._step_results is None:
             return None
-        (step, scalars, histograms, transcripts), self._kept = self._kept, None
+        (step, scalars, histograms, transcripts), self._step_results = self._step_results, None
         if _due(step, self._cadence.histograms):
             self._log.histogram(step, "ratio", histograms["ratio"], RATIO_EDGES)
             self._log.histogram(step, "policy/prob_diff", histograms["prob_diff"], PROB_DIFF_EDGES)
@@ -70,11 +70,11 @@ class Report:
         return step, scalars
 
 
-def agreement(names: Sequence[str], same: np.ndarray) -> dict[str, float]:
-    """`region_agreement/A/B`: of the tokens with A != 0, those that two regions both keep or both mask."""
-    tokens = max(float(same[0, 0]), 1.0)  # a region agrees with itself on all of them
+def agreement(names: Sequence[str], agree: np.ndarray) -> dict[str, float]:
+    """`region_agreement/A/B`: of the tokens with A != 0, those that two shadow losses both keep or both mask."""
+    tokens = max(float(agree[0, 0]), 1.0)  # a loss agrees with itself on every token
     return {
-        f"region_agreement/{names[i]}/{names[j]}": float(same[i, j]) / tokens
+        f"region_agreement/{names[i]}/{names[j]}": float(agree[i, j]) / tokens
         for i in range(len(names))
         for j in range(i + 1, len(names))
     }

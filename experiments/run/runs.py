@@ -21,7 +21,7 @@ from experiments.run.setup import Setup
 
 def _in_turns(function: Callable) -> Callable:
     """vmap's meaning, one run after another."""
-    return lambda *arguments: jax.lax.map(lambda own: function(*own), arguments)
+    return lambda *arguments: jax.lax.map(lambda arguments_of_run: function(*arguments_of_run), arguments)
 
 
 # How a function of one run becomes one of several. On a CPU, runs in turns are faster than runs at once: a batched
@@ -75,8 +75,8 @@ class Runs:
         """Without what other losses than this run's measure."""
         if not self.stacked:
             return scalars
-        own = self._loss_metrics[number]
-        foreign = set().union(*self._loss_metrics) - own
+        names = self._loss_metrics[number]
+        foreign = set().union(*self._loss_metrics) - names
         return {tag: value for tag, value in scalars.items() if tag.removeprefix("loss/") not in foreign}
 
     @cached_property
@@ -103,12 +103,12 @@ def with_all_metrics(losses: Sequence[BoundLoss]) -> list[BoundLoss]:
     names = sorted(set().union(*map(metric_names, losses)))
 
     def padded(loss: BoundLoss) -> BoundLoss:
-        def whole(inputs: LossInputs) -> LossOutput:
-            found = loss(inputs)
-            nowhere = jnp.zeros_like(inputs.logp), jnp.zeros_like(inputs.mask)
-            return dataclasses.replace(found, metrics={name: found.metrics.get(name, nowhere) for name in names})
+        def with_all(inputs: LossInputs) -> LossOutput:
+            output = loss(inputs)
+            uncounted = jnp.zeros_like(inputs.logp), jnp.zeros_like(inputs.mask)
+            return dataclasses.replace(output, metrics={name: output.metrics.get(name, uncounted) for name in names})
 
-        return whole
+        return with_all
 
     return [padded(loss) for loss in losses]
 

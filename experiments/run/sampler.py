@@ -37,18 +37,18 @@ class Replies:
     truncated: np.ndarray  # bool[B]
     pairs: dict[int, tuple[Example, str]]  # example and reply by row, of the rows that this host scores
     verified: np.ndarray  # f32[B], the verifier's scores; empty until they are there
-    shaped: np.ndarray  # f32[B], with what shaping adds: what advantages are made of
+    shaped_rewards: np.ndarray  # f32[B], the scores with what shaping adds; advantages are made of these
     counts: dict[str, int]  # the verifier's: killed, failed, ...
     redrawn: int = 0  # further batches that were drawn for this step
 
 
 class Drawing(NamedTuple):
-    """A rollout that the devices are at, of all runs together."""
+    """A rollout that the devices compute, of all runs together."""
 
     prompts: PromptBatch
     examples: list[list[Example]]  # by run, of every response that this host scores
     rollout: RolloutBatch
-    params: Params  # what is trained of the behavior policy's parameters
+    params: Params  # the trained part of the behavior policy's parameters
     equal_params: bool  # whether they are the learner's, before its updates
     clock: dict[str, float]  # when the step began, and what was done when
 
@@ -61,12 +61,12 @@ class Samples:
     replies: list[Replies]
     pending: list[Pending] | None  # the scores, by run; None once they are filled in
 
-    def mark(self, what: str) -> None:
+    def mark(self, event: str) -> None:
         """Notes the time."""
-        self.drawing.clock[what] = time.perf_counter()
+        self.drawing.clock[event] = time.perf_counter()
 
     def seconds(self) -> dict[str, float]:
-        """Of the parts of the step, once it is over."""
+        """How long the parts of the step took, once it is over."""
         c = self.drawing.clock
         return {
             "time/rollout": c["drawn"] - c["began"],
@@ -92,8 +92,8 @@ class Sampler:
         self.prompt_share = hosts.share_over(first.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
         self._generate = first.on_mesh(runs.each(first.rollout(topk=runs.topk)))
-        places = None if first.mesh is None else first.shardings.params
-        self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=places)
+        shardings = None if first.mesh is None else first.shardings.params
+        self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
         self._params: Params = {}  # what the learner trains
         self._frozen: Params = {}  # what no run trains of its policy
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
@@ -143,9 +143,9 @@ class Sampler:
         """The prompts of a step on the devices, and, by run, the example of every response that this host scores."""
         batches, examples = [], []
         for stream in self._streams:
-            prompts, found = stream.batch(step, self.prompt_share.held)
+            prompts, held_examples = stream.batch(step, self.prompt_share.held)
             batches.append(prompts)
-            owned = self.prompt_share.of_owned(found)
+            owned = self.prompt_share.of_owned(held_examples)
             examples.append([example for example in owned for _ in range(self._config.rollout.group_size)])
         return hosts.to_global(self._runs.together(batches), self._mesh, self.prompt_share), examples
 
@@ -158,11 +158,11 @@ class Sampler:
     def _to_host(self, rollout: RolloutBatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """By run: tokens and mask of this host's responses; lengths i[B] and truncated bool[B] of all of them."""
         fields = hosts.owned((rollout.tokens, rollout.response_mask, rollout.truncated), self.row_share)
-        found = []
+        by_run = []
         for tokens, mask, truncated in self._runs.apart(fields):
             lengths = mask.sum(axis=1, dtype=np.int32)
-            found.append((tokens, mask, *hosts.gather((lengths, truncated), self.row_share)))
-        return found
+            by_run.append((tokens, mask, *hosts.gather((lengths, truncated), self.row_share)))
+        return by_run
 
     def _submitted(self, step: int, drawing: Drawing, host: Sequence[tuple[np.ndarray, ...]]) -> Samples:
         """Samples whose replies are at the verifiers; `host` as of `_to_host`."""
@@ -177,12 +177,12 @@ class Sampler:
         return Samples(drawing, replies, pending)
 
     def rewards(self, samples: Samples) -> list[Replies]:
-        """Waits until every host has scored its own replies, and fills in the rewards of all."""
-        for own, scores, setup in zip(samples.replies, samples.pending or (), self._runs.setups, strict=False):
+        """Waits until every host has scored its share of the replies, and fills in the rewards of all."""
+        for replies, scores, setup in zip(samples.replies, samples.pending or (), self._runs.setups, strict=False):
             rewards, counts = scores.result()
-            own.verified = hosts.gather(rewards, self.row_share)
-            own.counts = hosts.total(counts)
-            own.shaped = own.verified + setup.shaping(own.lengths)
+            replies.verified = hosts.gather(rewards, self.row_share)
+            replies.counts = hosts.total(counts)
+            replies.shaped_rewards = replies.verified + setup.shaping(replies.lengths)
         samples.pending = None
         samples.mark("scored")
         return samples.replies
@@ -195,31 +195,31 @@ class Sampler:
         c, group = self._config.rollout, self._config.rollout.group_size
         self.rewards(samples)
         for attempt in range(1, c.resample + 1):
-            unequal = [unequal_groups(own.shaped, group)[::group] for own in samples.replies]
+            unequal = [unequal_groups(replies.shaped_rewards, group)[::group] for replies in samples.replies]
             if all(groups.all() for groups in unequal):
                 break
-            elsewhere = step + attempt * AWAY
-            prompts, examples = self._prompts_of(elsewhere)
+            far_step = step + attempt * AWAY
+            prompts, examples = self._prompts_of(far_step)
             drawing = samples.drawing._replace(
-                prompts=prompts, examples=examples, rollout=self._sample(prompts, elsewhere)
+                prompts=prompts, examples=examples, rollout=self._sample(prompts, far_step)
             )
-            more = self._submitted(elsewhere, drawing, self._to_host(drawing.rollout))
-            new = [unequal_groups(own.shaped, group)[::group] for own in self.rewards(more)]
-            places = [chosen(old, fresh) for old, fresh in zip(unequal, new, strict=True)]
-            samples = self._merged(samples, more, places)
+            more = self._submitted(far_step, drawing, self._to_host(drawing.rollout))
+            more_unequal = [unequal_groups(replies.shaped_rewards, group)[::group] for replies in self.rewards(more)]
+            sources = [chosen(groups, more_groups) for groups, more_groups in zip(unequal, more_unequal, strict=True)]
+            samples = self._merged(samples, more, sources)
         return samples
 
-    def _merged(self, kept: Samples, more: Samples, places: list[np.ndarray]) -> Samples:
-        """Both, the groups of every run taken from where `places` says."""
+    def _merged(self, before: Samples, more: Samples, sources: list[np.ndarray]) -> Samples:
+        """One batch of the two, the groups of every run taken as its `sources` say: see `chosen`."""
         group = self._config.rollout.group_size
-        by_row = [_rows_of(place, group) for place in places]
-        a, b = kept.drawing, more.drawing
-        prompts = self._take(a.prompts, b.prompts, self._runs.together(places))
+        by_row = [_rows_of(source, group) for source in sources]
+        a, b = before.drawing, more.drawing
+        prompts = self._take(a.prompts, b.prompts, self._runs.together(sources))
         rollout = self._take(a.rollout, b.rollout, self._runs.together(by_row))
         prompts, rollout = prompts.replace(group=a.prompts.group), rollout.replace(group=a.rollout.group)
         drawing = a._replace(prompts=prompts, rollout=rollout)
-        pairs = zip(kept.replies, more.replies, places, strict=True)
-        return Samples(drawing, [_merged(one, two, place, group) for one, two, place in pairs], None)
+        pairs = zip(before.replies, more.replies, sources, strict=True)
+        return Samples(drawing, [_merged(first, second, source, group) for first, second, source in pairs], None)
 
     @functools.cached_property
     def _take(self):
@@ -231,46 +231,47 @@ class Sampler:
     # --- checkpoints ---
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint needs of it beside the learner's state."""
+        """What a checkpoint needs of the sampler, beside the learner's state."""
         history = list(self._param_history)
-        found = {"ahead": self._next_rollout, "past": history or None}
-        return {name: value for name, value in found.items() if value is not None}
+        state = {"ahead": self._next_rollout, "past": history or None}
+        return {name: value for name, value in state.items() if value is not None}
 
     def shapes(self, step: int, params: Any, policy: Any, *, drawn_early: bool) -> dict[str, Any]:
-        """Shapes and places of what `saved` gave at a step, for parameters of these shapes."""
-        c, found = self._config, {}
+        """Shapes and shardings of what `saved` gave at a step, for parameters of these shapes."""
+        c, result = self._config, {}
         if drawn_early:
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
             shapes = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
             by_row = self._runs.first.by_row
             if by_row is not None:
                 shapes = abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))
-            found["ahead"] = shapes
+            result["ahead"] = shapes
         if c.rollout.lag:
             updates = step * self._runs.first.updates_per_step
-            found["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
-        return found
+            result["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
+        return result
 
-    def restore(self, found: dict[str, Any], params: Params, frozen: Params) -> None:
+    def restore(self, saved: dict[str, Any], params: Params, frozen: Params) -> None:
         """From a checkpoint, or fresh where it has nothing; with the learner's parameters."""
         self._frozen = frozen
-        self._next_rollout = found.get("ahead")
-        self._param_history.extend(found.get("past", []))
+        self._next_rollout = saved.get("ahead")
+        self._param_history.extend(saved.get("past", []))
         self._params = params
         if self._config.rollout.lag and not self._param_history:
             self.publish(params, frozen)
 
 
-def chosen(kept: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """Of which group each place is filled: i[N] into the N kept ones and, from N on, the N new ones.
+def chosen(unequal: np.ndarray, more_unequal: np.ndarray) -> np.ndarray:
+    """The source of each group of the merged batch, i[N]: 0 .. N-1 are the N old groups, N .. 2N-1 the N new ones.
 
-    `kept` and `more` say which groups have unequal rewards. Places keep their group while nothing better is there.
+    `unequal` and `more_unequal`, bool[N], say which of the old and the new groups have unequal rewards. An old group
+    stays unless its rewards are equal and a new group with unequal ones is left.
     """
-    places = np.arange(len(kept))
-    free, new = places[~kept], places[more]
-    count = min(len(free), len(new))
-    places[free[:count]] = len(kept) + new[:count]
-    return places
+    sources = np.arange(len(unequal))
+    free, replacements = sources[~unequal], sources[more_unequal]
+    count = min(len(free), len(replacements))
+    sources[free[:count]] = len(unequal) + replacements[:count]
+    return sources
 
 
 def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
@@ -278,22 +279,22 @@ def _rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
     return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
 
-def _merged(kept: Replies, more: Replies, groups: np.ndarray, group_size: int) -> Replies:
-    if all(unequal_groups(kept.shaped, group_size)):
-        return kept
+def _merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int) -> Replies:
+    if all(unequal_groups(before.shaped_rewards, group_size)):
+        return before
     index = _rows_of(groups, group_size)
 
     def host(a, b):
         return np.concatenate([a, b])[index]
 
-    both = kept.pairs | {row + len(kept.verified): pair for row, pair in more.pairs.items()}
+    pairs = before.pairs | {row + len(before.verified): pair for row, pair in more.pairs.items()}
     return Replies(
-        prompt_lengths=np.concatenate([kept.prompt_lengths, more.prompt_lengths])[groups],
-        lengths=host(kept.lengths, more.lengths),
-        truncated=host(kept.truncated, more.truncated),
-        pairs={row: both[i] for row, i in enumerate(index.tolist()) if i in both},
-        verified=host(kept.verified, more.verified),
-        shaped=host(kept.shaped, more.shaped),
-        counts={name: count + more.counts[name] for name, count in kept.counts.items()},
-        redrawn=kept.redrawn + 1,
+        prompt_lengths=np.concatenate([before.prompt_lengths, more.prompt_lengths])[groups],
+        lengths=host(before.lengths, more.lengths),
+        truncated=host(before.truncated, more.truncated),
+        pairs={row: pairs[i] for row, i in enumerate(index.tolist()) if i in pairs},
+        verified=host(before.verified, more.verified),
+        shaped_rewards=host(before.shaped_rewards, more.shaped_rewards),
+        counts={name: count + more.counts[name] for name, count in before.counts.items()},
+        redrawn=before.redrawn + 1,
     )

@@ -37,34 +37,34 @@ def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
         state = probe.state()
         behavior = state.params
         batch, lengths, prompts = probe.draw(behavior)
-        update, done, state = probe.update(), 0, probe.state()  # updates donate their state: the behavior's stays
-        while done < updates:
-            for index in probe.setup.minibatches(done):
-                if done < updates:
+        update, count, state = probe.update(), 0, probe.state()  # updates donate their state: the behavior's stays
+        while count < updates:
+            for index in probe.setup.minibatches(count):
+                if count < updates:
                     state, _ = update(state, batch, probe.plan(index, lengths, prompts))
-                    done += 1
-        seen = probe.see(state.params, behavior, batch, lengths, prompts)
+                    count += 1
+        measured = probe.see(state.params, behavior, batch, lengths, prompts)
     mask = np.asarray(batch.mask)
-    logp, mu = seen.logp, np.asarray(batch.behavior_logp)
-    found: dict[str, Any] = {
+    logp, mu = measured.logp, np.asarray(batch.behavior_logp)
+    tokens: dict[str, Any] = {
         "mu": np.exp(mu),
         "advantage": np.broadcast_to(np.asarray(batch.advantages)[:, None], mask.shape),
         "up": logp > mu,
         "down": logp < mu,
-        "tv": {"exact": seen.tv, "binary": np.asarray(binary_tv(logp, mu))},
-        "kl": {"exact": seen.kl, "binary": np.asarray(binary_kl(logp, mu))},
+        "tv": {"exact": measured.tv, "binary": np.asarray(binary_tv(logp, mu))},
+        "kl": {"exact": measured.kl, "binary": np.asarray(binary_kl(logp, mu))},
     }
-    assert seen.topk_logp is not None and batch.topk_ids is not None and batch.topk_behavior_logp is not None
-    for count in TRACKED:
-        if count <= seen.topk_logp.shape[-1]:
+    assert measured.topk_logp is not None and batch.topk_ids is not None and batch.topk_behavior_logp is not None
+    for k in TRACKED:
+        if k <= measured.topk_logp.shape[-1]:
             pair = TopKPair(
-                logp=jnp.asarray(seen.topk_logp[..., :count]),
-                behavior_logp=batch.topk_behavior_logp[..., :count],
-                has_sampled=sampled_in_topk(batch.tokens, batch.topk_ids[..., :count]),
+                logp=jnp.asarray(measured.topk_logp[..., :k]),
+                behavior_logp=batch.topk_behavior_logp[..., :k],
+                has_sampled=sampled_in_topk(batch.tokens, batch.topk_ids[..., :k]),
             )
-            found["tv"][f"top-{count}"] = np.asarray(topk_tv(jnp.asarray(logp), jnp.asarray(mu), pair))
-            found["kl"][f"top-{count}"] = np.asarray(topk_kl(jnp.asarray(logp), jnp.asarray(mu), pair))
-    return jax.tree.map(lambda x: x[mask], found)
+            tokens["tv"][f"top-{k}"] = np.asarray(topk_tv(jnp.asarray(logp), jnp.asarray(mu), pair))
+            tokens["kl"][f"top-{k}"] = np.asarray(topk_kl(jnp.asarray(logp), jnp.asarray(mu), pair))
+    return jax.tree.map(lambda x: x[mask], tokens)
 
 
 def _vocabulary(config: ConfigDict) -> int:
@@ -73,9 +73,9 @@ def _vocabulary(config: ConfigDict) -> int:
     return load_config(model_directory(config)).vocab_size
 
 
-def masked(found: dict[str, Any], divergence: np.ndarray, delta: float) -> np.ndarray:
+def masked(tokens: dict[str, Any], divergence: np.ndarray, delta: float) -> np.ndarray:
     """DPPO's decision: moving away, and beyond delta."""
-    away = ((found["advantage"] > 0) & found["up"]) | ((found["advantage"] < 0) & found["down"])
+    away = ((tokens["advantage"] > 0) & tokens["up"]) | ((tokens["advantage"] < 0) & tokens["down"])
     return away & (divergence > delta)
 
 
@@ -84,20 +84,21 @@ def share(estimate: np.ndarray, exact: np.ndarray, where: np.ndarray) -> float |
     return float(estimate[where].sum() / max(exact[where].sum(), 1e-30)) if where.any() else None
 
 
-def summary(config: ConfigDict, found: dict[str, Any]) -> dict[str, Any]:
+def summary(config: ConfigDict, tokens: dict[str, Any]) -> dict[str, Any]:
     """Of both divergences: means, the share of the exact one that an estimate sees, and flipped decisions."""
-    moved = found["advantage"] != 0
-    bins = np.clip(np.digitize(found["mu"], BINS) - 1, 0, len(BINS) - 2)
-    result: dict[str, Any] = {"tokens": int(len(moved)), "tokens with A != 0": int(moved.sum()), "bins of mu": BINS}
+    has_advantage = tokens["advantage"] != 0
+    bins = np.clip(np.digitize(tokens["mu"], BINS) - 1, 0, len(BINS) - 2)
+    count = int(has_advantage.sum())
+    result: dict[str, Any] = {"tokens": len(has_advantage), "tokens with A != 0": count, "bins of mu": BINS}
     for kind in ("tv", "kl"):
         delta = float(config.loss_defaults[f"dppo_exact_{kind}"].delta_high)
-        exact = found[kind]["exact"]
+        exact = tokens[kind]["exact"]
         # Beside the paper's threshold, one that a tenth of these tokens pass: a small policy hardly passes the first.
         thresholds = {"paper": delta, "0.9-quantile": float(np.quantile(exact, 0.9))}
         result[kind] = {"thresholds": thresholds, "estimates": {}}
-        truth = {name: masked(found, exact, value) for name, value in thresholds.items()}
-        for name in (name for name in ORDER if name in found[kind]):
-            estimate = found[kind][name]
+        truth = {name: masked(tokens, exact, value) for name, value in thresholds.items()}
+        for name in (name for name in ORDER if name in tokens[kind]):
+            estimate = tokens[kind][name]
             row: dict[str, Any] = {
                 "mean": float(estimate.mean()),
                 "share of exact": float(estimate.mean() / max(exact.mean(), 1e-30)),
@@ -105,9 +106,9 @@ def summary(config: ConfigDict, found: dict[str, Any]) -> dict[str, Any]:
                 "above exact by at most": float(np.max(estimate - exact)),
             }
             for label, value in thresholds.items():
-                decision = masked(found, estimate, value)
-                flips = (decision != truth[label])[moved]
-                row[f"masked at {label}"] = float(decision[moved].mean())
+                decision = masked(tokens, estimate, value)
+                flips = (decision != truth[label])[has_advantage]
+                row[f"masked at {label}"] = float(decision[has_advantage].mean())
                 row[f"flipped at {label}"] = float(flips.mean())
                 row[f"missed at {label}"] = float(flips.sum() / max(truth[label].sum(), 1))
             result[kind]["estimates"][name] = row
@@ -119,8 +120,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"{result['tokens']} tokens, {result['tokens with A != 0']} with A ≠ 0."]
     for kind in ("tv", "kl"):
         thresholds = result[kind]["thresholds"]
-        said = ", ".join(f"{name} {value:.3g}" for name, value in thresholds.items())
-        lines += ["", f"**{kind.upper()}** (δ: {said})", ""]
+        at = ", ".join(f"{name} {value:.3g}" for name, value in thresholds.items())
+        lines += ["", f"**{kind.upper()}** (δ: {at})", ""]
         head = ["estimate", "mean", "share of exact"]
         head += [f"{what} at {name}" for name in thresholds for what in ("masked", "flipped")]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -131,16 +132,16 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, Any], result: dict[str, Any], path: Path) -> None:
+def draw(tokens: dict[str, Any], result: dict[str, Any], path: Path) -> None:
     """Estimate against exact, and the share that is seen by bins of mu."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
     labels = [f"{a:g}–{b:g}" for a, b in zip(BINS, BINS[1:], strict=False)]
     for row, kind in zip(axes, ("tv", "kl"), strict=True):
-        exact = found[kind]["exact"]
+        exact = tokens[kind]["exact"]
         for name in ("binary", "top-20"):
-            if name in found[kind]:
-                seen = np.maximum(found[kind][name], 1e-8)
-                row[0].loglog(np.maximum(exact, 1e-8), seen, ".", ms=2, alpha=0.4, label=name)
+            if name in tokens[kind]:
+                estimate = np.maximum(tokens[kind][name], 1e-8)
+                row[0].loglog(np.maximum(exact, 1e-8), estimate, ".", ms=2, alpha=0.4, label=name)
         ends = [1e-8, max(exact.max(), 1e-6)]
         row[0].loglog(ends, ends, "k-", lw=0.8)
         row[0].set(xlabel=f"exact {kind.upper()}", ylabel="estimate")
@@ -165,12 +166,12 @@ def main() -> None:
             ),
         },
     )
-    found = measure(config, arguments.updates)
-    result = summary(config, found) | {"updates": arguments.updates}
+    tokens = measure(config, arguments.updates)
+    result = summary(config, tokens) | {"updates": arguments.updates}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "estimates.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "estimates.md").write_text(markdown(result))
-    draw(found, result, arguments.out / "estimates.png")
+    draw(tokens, result, arguments.out / "estimates.png")
     print(markdown(result), end="")
 
 

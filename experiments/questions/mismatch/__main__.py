@@ -3,7 +3,7 @@
     python -m experiments.questions.mismatch --config configs/quickstart.py --out DIR [--config.rollout.activations=m4]
 
 Draws one batch, and scores it by the training pass at the same parameters: the ratio π/μ and |π − μ| of every token
-against its probability. The floor is the training pass against itself in pieces of twice the size. Writes
+against its probability. The floor is the training pass against itself in microbatches of twice the size. Writes
 DIR/mismatch.json and .png.
 """
 
@@ -26,57 +26,57 @@ BINS = (0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 
 
 def measure(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Per token, flat: mu, pi, pi in pieces of twice the size, and the exact divergences."""
+    """Per token, flat: mu, pi, pi in microbatches of twice the size, and the exact divergences."""
     with Probe(config) as probe:
         params = probe.state().params
         batch, lengths, prompts = probe.draw(params)
-        seen = probe.see(params, params, batch, lengths, prompts)
-        other = probe.setup.pack_shape._replace(rows=2 * probe.setup.pack_shape.rows)
-        again = probe.see(params, params, batch, lengths, prompts, other)
+        at_rollout = probe.see(params, params, batch, lengths, prompts)
+        doubled = probe.setup.pack_shape._replace(rows=2 * probe.setup.pack_shape.rows)
+        again = probe.see(params, params, batch, lengths, prompts, doubled)
     mask = np.asarray(batch.mask)
     return {
         "mu": np.exp(np.asarray(batch.behavior_logp)[mask]),
-        "pi": np.exp(seen.logp[mask]),
+        "pi": np.exp(at_rollout.logp[mask]),
         "again": np.exp(again.logp[mask]),
-        "tv": seen.tv[mask],
-        "kl": seen.kl[mask],
+        "tv": at_rollout.tv[mask],
+        "kl": at_rollout.kl[mask],
     }
 
 
-def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
+def summary(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
     """Means and largest values of |pi - mu|, the ratio by bins of mu, exact divergences, and the floor."""
-    diff, ratio = np.abs(found["pi"] - found["mu"]), found["pi"] / np.maximum(found["mu"], 1e-30)
-    bins = np.clip(np.digitize(found["mu"], BINS) - 1, 0, len(BINS) - 2)
-    floor = np.abs(found["again"] - found["pi"])
+    diff, ratio = np.abs(tokens["pi"] - tokens["mu"]), tokens["pi"] / np.maximum(tokens["mu"], 1e-30)
+    bins = np.clip(np.digitize(tokens["mu"], BINS) - 1, 0, len(BINS) - 2)
+    floor = np.abs(tokens["again"] - tokens["pi"])
     by_bin = {}
     for b, (low, high) in enumerate(zip(BINS, BINS[1:], strict=False)):
-        here = bins == b
-        if here.any():
-            numbers = {"tokens": int(here.sum()), "abs_prob_diff_mean": float(diff[here].mean())}
-            numbers |= {"log_ratio_std": float(np.std(np.log(ratio[here]))), "ratio_max": float(ratio[here].max())}
+        in_bin = bins == b
+        if in_bin.any():
+            numbers = {"tokens": int(in_bin.sum()), "abs_prob_diff_mean": float(diff[in_bin].mean())}
+            numbers |= {"log_ratio_std": float(np.std(np.log(ratio[in_bin]))), "ratio_max": float(ratio[in_bin].max())}
             by_bin[f"{low:g}-{high:g}"] = numbers
     return {
         "tokens": len(diff),
         "abs_prob_diff_mean": float(diff.mean()),
         "abs_prob_diff_max": float(diff.max()),
-        "exact_tv_mean": float(found["tv"].mean()),
-        "exact_kl_mean": float(found["kl"].mean()),
+        "exact_tv_mean": float(tokens["tv"].mean()),
+        "exact_kl_mean": float(tokens["kl"].mean()),
         "floor_abs_prob_diff_mean": float(floor.mean()),
         "floor_abs_prob_diff_max": float(floor.max()),
         "by_probability": by_bin,
     }
 
 
-def draw(found: dict[str, np.ndarray], result: dict[str, Any], path: Path) -> None:
+def draw(tokens: dict[str, np.ndarray], result: dict[str, Any], path: Path) -> None:
     """The two panels of Figure 2."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    left.semilogy(found["mu"], found["pi"] / np.maximum(found["mu"], 1e-30), ".", ms=2, alpha=0.4)
-    left.axhline(1, color="k", lw=0.8)
-    left.set(xlabel="μ, probability at the rollout", ylabel="π / μ")
-    right.plot(found["mu"], np.abs(found["pi"] - found["mu"]), ".", ms=2, alpha=0.4)
-    right.axhline(result["floor_abs_prob_diff_mean"], color="r", lw=0.8, label="training against itself, mean")
-    right.set(xlabel="μ, probability at the rollout", ylabel="|π − μ|")
-    right.legend()
+    figure, (ratio_axis, diff_axis) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    ratio_axis.semilogy(tokens["mu"], tokens["pi"] / np.maximum(tokens["mu"], 1e-30), ".", ms=2, alpha=0.4)
+    ratio_axis.axhline(1, color="k", lw=0.8)
+    ratio_axis.set(xlabel="μ, probability at the rollout", ylabel="π / μ")
+    diff_axis.plot(tokens["mu"], np.abs(tokens["pi"] - tokens["mu"]), ".", ms=2, alpha=0.4)
+    diff_axis.axhline(result["floor_abs_prob_diff_mean"], color="r", lw=0.8, label="training against itself, mean")
+    diff_axis.set(xlabel="μ, probability at the rollout", ylabel="|π − μ|")
+    diff_axis.legend()
     figure.suptitle(f"{result['tokens']} tokens, mean |π − μ| {result['abs_prob_diff_mean']:.2e}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -87,11 +87,11 @@ def main() -> None:
         __doc__.split("\n")[0],
         {"--out": dict(type=Path, required=True, metavar="DIR", help="where the figure goes")},
     )
-    found = measure(config)
-    result = summary(found)
+    tokens = measure(config)
+    result = summary(tokens)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "mismatch.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(found, result, arguments.out / "mismatch.png")
+    draw(tokens, result, arguments.out / "mismatch.png")
     print(json.dumps(result, indent=1))
 
 

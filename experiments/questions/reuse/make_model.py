@@ -103,7 +103,7 @@ def accuracy(answer, params: Params, *, seed: int, count: int, task: Task = TASK
     """The share of right replies to `count` chains of this seed."""
     chains = draw(np.random.default_rng(seed), count, task=task)
     replies = answer(params, chains.prompts, seed)
-    return float(np.mean([last_number(reply, str(right)) for reply, right in zip(replies, chains.final, strict=True)]))
+    return float(np.mean([last_number(reply, str(final)) for reply, final in zip(replies, chains.final, strict=True)]))
 
 
 def widened(params: Params, task: Task) -> Params:
@@ -156,8 +156,8 @@ def main() -> None:
     if task != TASK:
         params = pretrain(MORE_UPDATES, task, seed=0, start=widened(params, task))
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
-        right = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)
-        print(f"fresh chains, {name}: {right:.3f} right")
+        score = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)
+        print(f"fresh chains, {name}: {score:.3f} right")
 
     tokenizer = make_tokenizer(task)
     save_hf(arguments.out, config_of(task), params, tokenizer)

@@ -54,12 +54,13 @@ def main() -> None:
     ]
     for lag in arguments.lag:
         for mismatch in arguments.mismatch:
-            own = config.copy_and_resolve_references()
+            cell_config = config.copy_and_resolve_references()
             activations, _, weights = mismatch.replace("none", "").partition("+")
-            own.rollout.activations, own.rollout.weights, own.rollout.lag = activations, weights, lag
+            rollout = cell_config.rollout
+            rollout.activations, rollout.weights, rollout.lag = activations, weights, lag
             workdir = arguments.workdir / f"{mismatch}_lag{lag}"
             print(f"{workdir.name}: {len(runs)} runs", file=sys.stderr)
-            train(own, runs, workdir)
+            train(cell_config, runs, workdir)
 
 
 if __name__ == "__main__":

@@ -47,17 +47,18 @@ def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any
                 segments=jnp.broadcast_to(jnp.arange(1, len(mask) + 1)[:, None], mask.shape),
                 proximal_logp=logp,
             )
-            moved = mask & (np.asarray(advantages) != 0)
+            has_advantage = mask & (np.asarray(advantages) != 0)
             towards = np.sign(np.asarray(batch.behavior_logp) - np.asarray(logp))
-            tokens += int(moved.sum())
+            tokens += int(has_advantage.sum())
             gap += float(np.abs(np.exp(logp) - np.exp(batch.behavior_logp))[mask].sum()) / mask.sum()
             for name, loss in losses.items():
-                found = loss(inputs)
-                coef, keep = np.asarray(found.coef), np.asarray(found.keep)
-                sums[name] += [(~keep & moved).sum(), (coef * towards)[moved].sum(), np.abs(coef)[moved].sum()]
+                output = loss(inputs)
+                coef, keep = np.asarray(output.coef), np.asarray(output.keep)
+                along, size = (coef * towards)[has_advantage].sum(), np.abs(coef)[has_advantage].sum()
+                sums[name] += [(~keep & has_advantage).sum(), along, size]
     by_loss = {
-        name: {"masked": round(float(dropped / tokens), 5), "pull": round(float(along / size), 4)}
-        for name, (dropped, along, size) in sums.items()
+        name: {"masked": round(float(masked / tokens), 5), "pull": round(float(along / size), 4)}
+        for name, (masked, along, size) in sums.items()
     }
     return {"tokens with A != 0": tokens, "abs_prob_diff_mean": gap / batches, "losses": by_loss}
 
@@ -71,10 +72,10 @@ def main() -> None:
             "--batches": dict(type=cli.whole(1, 10_000), default=16, metavar="N", help="of the config's prompts (16)"),
         },
     )
-    found = measure(config, arguments.losses, arguments.batches)
+    result = measure(config, arguments.losses, arguments.batches)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "pull.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    (arguments.out / "pull.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

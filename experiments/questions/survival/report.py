@@ -63,27 +63,27 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _axes(found: list[dict[str, Any]]) -> tuple[list, list, list]:
+def _axes(cell_list: list[dict[str, Any]]) -> tuple[list, list, list]:
     """(mismatch, lag) from small to large, losses from the largest share of survivors on, learning rates."""
-    drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in found}
+    drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in cell_list}
     lived: dict[str, list[float]] = {}
-    for cell in found:
+    for cell in cell_list:
         lived.setdefault(cell["loss"], []).append(cell["survived"] / cell["seeds"])
     columns = sorted(drift, key=lambda key: (key[1], drift[key]))
     losses = sorted(lived, key=lambda loss: -float(np.mean(lived[loss])))
-    return columns, losses, sorted({c["learning_rate"] for c in found})
+    return columns, losses, sorted({c["learning_rate"] for c in cell_list})
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
+def markdown(cell_list: list[dict[str, Any]]) -> str:
     """Survivors and mean outcome, a row for each loss and learning rate."""
-    columns, losses, rates = _axes(found)
-    at = {(c["mismatch"], c["lag"], c["loss"], c["learning_rate"]): c for c in found}
-    drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in found}
-    start = {(c["mismatch"], c["lag"]): c["start"] for c in found}
+    columns, losses, rates = _axes(cell_list)
+    at = {(c["mismatch"], c["lag"], c["loss"], c["learning_rate"]): c for c in cell_list}
+    drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in cell_list}
+    start = {(c["mismatch"], c["lag"]): c["start"] for c in cell_list}
     heads = [f"{key[0]}, lag {key[1]} ({drift[key]:.0e}, {start[key]:.2f})" for key in columns]
     lines = [
         f"Seeds that survive (mean reward of the last {LAST} steps at least that of the first step) of "
-        f"{max(c['seeds'] for c in found)}, and the mean of that reward. In brackets, mean |π − μ| between rollout "
+        f"{max(c['seeds'] for c in cell_list)}, and the mean of that reward. In brackets, mean |π − μ| between rollout "
         f"and updates over the first {FIRST} steps, and the first reward.",
         "",
         "| loss | learning rate | " + " | ".join(heads) + " |",
@@ -97,9 +97,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
+def draw(cell_list: list[dict[str, Any]], path: Path) -> None:
     """A square for each cell, coloured by the mean outcome, with the number of seeds that survive in it."""
-    columns, losses, rates = _axes(found)
+    columns, losses, rates = _axes(cell_list)
     lags = sorted({lag for _, lag in columns})
     figure, panels = plt.subplots(
         len(lags), len(losses), figsize=(2.1 * len(losses) + 1, 1.9 * len(lags) + 0.9), squeeze=False,
@@ -107,10 +107,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     )  # fmt: skip
     image = None
     for row, lag in zip(panels, lags, strict=True):
-        names = [mismatch for mismatch, own in columns if own == lag]
+        names = [mismatch for mismatch, column_lag in columns if column_lag == lag]
         for axis, loss in zip(row, losses, strict=True):
             grid = np.full((len(rates), len(names)), np.nan)
-            for cell in found:
+            for cell in cell_list:
                 if cell["lag"] == lag and cell["loss"] == loss:
                     y, x = rates.index(cell["learning_rate"]), names.index(cell["mismatch"])
                     grid[y, x] = cell["outcome"][0]
@@ -130,10 +130,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def report(workdir: Path, out: Path) -> str:
     """Writes map.json, map.md and map.png into `out`; returns the table."""
-    found = cells(workdir)
-    text = markdown(found)
+    cell_list = cells(workdir)
+    text = markdown(cell_list)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "map.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "map.json").write_text(json.dumps(cell_list, indent=1) + "\n")
     (out / "map.md").write_text(text)
-    draw(found, out / "map.png")
+    draw(cell_list, out / "map.png")
     return text

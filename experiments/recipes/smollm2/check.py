@@ -67,14 +67,14 @@ def check_tokenizer(tokenizer, reference, prompts: list[str]) -> list[str]:
 
     failures = [f"tokens differ for {t!r}: {a} and {b}" for t, a, b in zip(texts, ours, theirs, strict=True) if a != b]
     failures += [f"{t!r} decodes to another text" for t, a in zip(texts, ours, strict=True) if tokenizer.decode(a) != t]
-    for piece in (tokenizer.decode([token]) for token in sorted({token for row in ours for token in row})):
-        if len(piece) > 1 and any(c.isdecimal() for c in piece):
-            failures.append(f"a digit shares the token {piece!r}")
+    for token_text in (tokenizer.decode([token]) for token in sorted({token for row in ours for token in row})):
+        if len(token_text) > 1 and any(c.isdecimal() for c in token_text):
+            failures.append(f"a digit shares the token {token_text!r}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
         if getattr(tokenizer, name) != getattr(reference, name):
             failures.append(f"{name} is {getattr(tokenizer, name)!r}, not {getattr(reference, name)!r}")
-    dropped = sum(a != b for a, b in zip(ours, bare, strict=True))
-    print(f"tokenizer: {len(texts)} texts, {len(failures)} failures ({dropped} texts need the digit splitter)")
+    differing = sum(a != b for a, b in zip(ours, bare, strict=True))
+    print(f"tokenizer: {len(texts)} texts, {len(failures)} failures ({differing} texts need the digit splitter)")
     return failures
 
 

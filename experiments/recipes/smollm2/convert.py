@@ -186,10 +186,10 @@ def build_tokenizer(meta: Mapping[str, Any]) -> Tokenizer:
 def tokenizer_config(meta: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json. The class is the generic one: GPT2Tokenizer would put back its own pre-tokenizer."""
     tokens = field(meta, "tokenizer.ggml.tokens")
-    named = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    gguf_names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{ours: tokens[field(meta, f"tokenizer.ggml.{theirs}_token_id")] for ours, theirs in named.items()},
+        **{ours: tokens[field(meta, f"tokenizer.ggml.{theirs}_token_id")] for ours, theirs in gguf_names.items()},
         "model_max_length": field(meta, "llama.context_length"),
         "clean_up_tokenization_spaces": False,
         "chat_template": field(meta, "tokenizer.chat_template"),
