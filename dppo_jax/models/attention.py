@@ -76,7 +76,9 @@ def dot_product(
             raise UserError(f"{implementation} attention cannot cap scores, as this model does at {softcap}; use xla")
         return capped(q, k, v, allowed, scale=scale, softcap=softcap)
     # Told of the causal half, cuDNN leaves the blocks above the diagonal out.
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=True, scale=scale, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=allowed, is_causal=True, scale=scale, implementation=implementation
+    )
 
 
 def capped(q: Array, k: Array, v: Array, allowed: Array, *, scale: float | None, softcap: float) -> Array:
