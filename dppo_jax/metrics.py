@@ -12,8 +12,8 @@ from dppo_jax.divergences import prob_diff
 from dppo_jax.losses.core import bounded_exp, log_ratio
 from dppo_jax.types import LossInputs, LossOutput, Routing
 
-RATIO_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61), [np.inf]])  # of pi / mu
-PROB_DIFF_EDGES = np.linspace(-1.0, 1.0, 81)  # of pi - mu
+RATIO_EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61), [np.inf]])  # bin edges of the histogram of pi / mu
+PROB_DIFF_EDGES = np.linspace(-1.0, 1.0, 81)  # bin edges of the histogram of pi - mu
 
 
 @struct.dataclass

@@ -45,8 +45,8 @@ def pack_shape(
     """The shape of a microbatch of `rows` rows, each long enough for any sample.
 
     T is P + R, rounded up to a multiple of `multiple`. Q is the number of response tokens in a row that is filled with
-    prompts of `mean_prompt` tokens (None: `prompt_length`) and responses of R = `max_new_tokens`, and at least R. A row
-    takes no more than Q response tokens, since the token head computes Q columns of each row.
+    prompts of `mean_prompt` tokens (None: `prompt_length`) and responses of R = `max_new_tokens`, at least R and less
+    than T. A row takes no more response tokens than Q, since the token head computes Q columns of each row.
     """
     length = math.ceil((prompt_length + max_new_tokens) / multiple) * multiple
     mean = prompt_length if mean_prompt is None else mean_prompt

@@ -144,7 +144,7 @@ class Rollout:
     def publish(self, params: Params) -> Params:
         """The training parameters rounded, cast to `dtype` and laid out by the table `ROLLOUT`, all on the devices.
 
-        With `head_float32`, the key "head_float32" holds the head in the parameters' own dtype.
+        With `head_float32`, the key "head_float32" holds the head rounded, but not cast.
         """
         with using(ROLLOUT):
             axes = param_axes(self.config)
@@ -385,7 +385,11 @@ class Rollout:
         )
 
     def _decoding(self, waiting: _Waiting, state: _Slots) -> Array:
-        """True until a sixteenth of the slots, or as many as rows remain in the queues, can take another row."""
+        """Whether to decode on before idle slots take further rows.
+
+        False where no slot is live, and where idle slots can take all rows that remain in the queues, or as many as a
+        sixteenth of the slots.
+        """
         batch, remaining = len(waiting.limit), waiting.count - state.handed
         idle = jnp.sum(self._local(state.row == batch), axis=1)
         enough = jnp.clip(jnp.sum(remaining), 1, max(1, len(state.row) // 16))

@@ -79,7 +79,7 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 def states_before(
     config: ModelConfig, params: Params, packed: PackedBatch, **settings: Any
 ) -> tuple[Float[Array, "M Q E"], Routed | None]:
-    """The hidden states that predict the response tokens, teacher-forced, and the routes of all tokens [B = M].
+    """The hidden states that predict the response tokens, teacher-forced, and the routes of all M T tokens.
 
     `settings` are keyword arguments of `forward_routed`. The routes are None for a model without experts.
     """

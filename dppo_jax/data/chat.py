@@ -20,13 +20,13 @@ from typing import Any
 from dppo_jax.errors import UserError, first_line
 
 DATE = "2024-07-26"  # the day that Llama 3's template falls back on
-CPU_SECONDS = 10  # of one rendering, some thousand times what it takes; a busy machine does not shorten it
+CPU_SECONDS = 10  # limit of one rendering, some thousand times what it takes; a busy machine does not shorten it
 WALL_SECONDS = 600
 MEMORY_BYTES = 2**30  # beyond what the process starts with; enforced on Linux
-CHARACTERS = 2**24  # of one rendered text
+CHARACTERS = 2**24  # limit of one rendered text
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # of an object printed as it is
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # how Python prints an object without a text of its own
 
 
 def check_date(date: Any) -> None:

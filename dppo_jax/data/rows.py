@@ -63,7 +63,7 @@ def load_parquet(
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             table = opened.read()
         names, count = list(table.column_names), table.num_rows
-    except Exception as error:  # of what a damaged file makes the library say, not all are its own
+    except Exception as error:  # a damaged file may make the library raise errors of any class
         raise UserError(f"{file} cannot be read as parquet: {first_line(error):.200}") from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

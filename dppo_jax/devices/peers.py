@@ -252,7 +252,8 @@ def _processes_were(numbers: list[int]) -> str:
 def _answers(address: str) -> bool:
     """Whether a gRPC server speaks there. A stopped process still takes connections, but says nothing."""
     host, _, port = address.rpartition(":")
-    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
+    # The preface of HTTP/2, and empty SETTINGS.
+    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=3.0) as connection:
             connection.sendall(greeting)

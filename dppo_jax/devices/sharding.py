@@ -40,7 +40,7 @@ TRAINING: Rules = MappingProxyType(
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "norm": (),
-        "rank": (),  # of an adapter
+        "rank": (),  # the inner dimension of an adapter
         # of a mixture: whole experts, gathered over fsdp by the devices that run them
         "expert": ("expert", "tensor", "fsdp"),
         "holder": ("expert", "tensor"),

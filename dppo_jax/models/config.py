@@ -59,7 +59,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 DEFAULT_THETA = 10000.0
 DEFAULT_EPS = 1e-6
 
-LARGEST = 2**31 - 1  # of any size: what an index of 32 bits reaches
+LARGEST = 2**31 - 1  # largest size: what an index of 32 bits reaches
 MOST_LAYERS = 1_000  # no published decoder has 200
 
 READ = frozenset(
@@ -181,7 +181,7 @@ class ModelConfig:
     model_type: Family
     vocab_size: int
     hidden_size: int
-    intermediate_size: int  # of each expert, in a mixture
+    intermediate_size: int  # in a mixture: that of each expert
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -200,7 +200,7 @@ class ModelConfig:
     query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
     attn_softcap: float | None = None
     window: int | None = None  # how many tokens a sliding layer's query sees, its own among them
-    sliding: tuple[bool, ...] = ()  # of each layer, where there is a window
+    sliding: tuple[bool, ...] = ()  # whether each layer sees only the window; empty without one
 
     lora: Lora | None = None  # adapters among the parameters
     quantization: Quantization | None = None  # scales among the parameters

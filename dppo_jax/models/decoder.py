@@ -272,7 +272,7 @@ class Layer(nnx.Module):
         return add_adapter(w, a, b, lora.scale)
 
     def _mlp(self, h: Array, round_inputs: Rounding) -> Array:
-        activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # by tanh
+        activation = jax.nn.gelu if self.config.gemma else jax.nn.silu  # gelu's tanh approximation
         h = constrain(h, "batch", "length", "residual")
         h = round_inputs(activation(self._product("gate", h)) * self._product("up", h))
         return self._product("down", constrain(h, "batch", "length", "mlp"))

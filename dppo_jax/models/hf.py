@@ -226,7 +226,7 @@ def _stacked_axes(path: str, config: ModelConfig) -> int:
     return _template(path, config).count("{}")
 
 
-Tensors = dict[str, tuple[Path, Any]]  # by name: its file, and that opened
+Tensors = dict[str, tuple[Path, Any]]  # by tensor name: the file, and the open handle
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> Tensors:

@@ -30,7 +30,7 @@ INERT = frozenset(
     "peft_version megatron_core qalora_group_size".split()
 )
 FIXED: dict[str, tuple] = {"bias": ("none",)}
-UNSET: tuple = (None, False, {}, [])  # of every other field
+UNSET: tuple = (None, False, {}, [])  # values under which any other field changes nothing
 
 
 def _modules(name: str, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -11,13 +11,13 @@ class Panel(NamedTuple):
     """Quantities that share an axis."""
 
     title: str
-    tags: tuple[str, ...]  # of TensorBoard
+    tags: tuple[str, ...]  # TensorBoard's
     wide: bool = False  # its range may span decades: drawn on a log scale where it does
     fraction: bool = False  # its axis begins at 0
 
 
 GROUPS: dict[str, tuple[Panel, ...]] = {
-    "Learning": (Panel("Reward", ("reward/mean",)),),  # and the evaluations
+    "Learning": (Panel("Reward", ("reward/mean",)),),  # `layout` adds the evaluations
     "Trust region": (
         Panel("Mismatch: mean |π − μ| before any update", ("mismatch/abs_prob_diff_mean",), wide=True),
         Panel("Policy shift: mean |π − μ|", ("policy/abs_prob_diff_mean",), wide=True),

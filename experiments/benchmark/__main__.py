@@ -81,7 +81,7 @@ class Bench:
 
     def __init__(self, commands: dict[str, tuple[list[str], dict[str, str]]], repeats: int):
         self._commands, self._repeats = commands, repeats
-        self.compilations = 0  # of ours, after the warm-up
+        self.compilations = 0  # our compilations after the warm-up
 
     def _side(self, name: str) -> Worker:
         return Worker(*self._commands[name])

@@ -9,7 +9,7 @@ from experiments.benchmark import worker, workloads
 from experiments.benchmark.workloads import WORKLOADS, Workload
 
 LIBRARIES = {"jax": "jax", "experiments.run.setup": "dppo_jax"}
-SLOTS = 48  # of workload L
+SLOTS = 48  # rollout.slots of workload L
 TRACKED = 20
 REGIONS = (
     "ppo_clip", "clip_higher", "dual_clip", "gspo", "dppo_binary_tv", "dppo_binary_kl", "minimal_mask", "kpop",

@@ -62,7 +62,7 @@ class Collective:
 
     kind: str
     count: int
-    bytes: int  # of the whole array that is exchanged, once
+    bytes: int  # bytes of the whole array, exchanged once
     in_loop: bool
     group: int  # chips that take part together
     op_name: str
@@ -294,7 +294,7 @@ def _called_name(i: Instruction, role: str) -> str:
 def _instruction(match: re.Match, line: str) -> Instruction:
     name, kind = match[2], match[4]
     if kind == "constant":
-        line = line[: match.end() + 100]  # of a large array, all numbers are printed
+        line = line[: match.end() + 100]  # a large constant is printed with all its numbers
     inside = line[match.end() :]
     depth = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in inside)
     end = next((at for at, level in enumerate(depth) if level < 0), 0)

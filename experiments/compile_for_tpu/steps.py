@@ -31,7 +31,7 @@ class Step(NamedTuple):
     lower: Callable[[], Any]
     microbatches: int  # turns of the loop over packed microbatches
     tokens: int  # processed, over all chips
-    logits_bytes: int  # of all logits of one pass, were they held
+    logits_bytes: int  # bytes of all logits of one pass, if they were held
     weight_bytes: int = 0  # read in each decode step
     cache_bytes: int = 0
 

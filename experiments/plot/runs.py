@@ -12,7 +12,7 @@ from dppo_jax.storage.run_config import flatten, read_config
 from dppo_jax.storage.run_log import EVENTS, Scalars, read_scalars
 
 NAMED_BY = "loss.name"
-MOST_KEYS = 2  # that tell apart curves of one name; beyond it their folders do
+MOST_KEYS = 2  # with more keys that differ, curves of one name are told apart by folders
 
 
 class Curve(NamedTuple):

@@ -91,7 +91,7 @@ def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
     for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in data_sections(c))):
         user_path(value(c, key), key)
-    check_path(c.compile_cache, "compile_cache")  # of any other fault `keep_compiled` only warns
+    check_path(c.compile_cache, "compile_cache")  # `keep_compiled` only warns of other faults
 
 
 def _check_data(c: ConfigDict) -> None:

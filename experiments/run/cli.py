@@ -69,7 +69,7 @@ def not_negative(text: str) -> float:
     return value
 
 
-SEEDS = whole(1, 10_000)  # of --seeds, how many
+SEEDS = whole(1, 10_000)  # the `type` of --seeds: how many there are
 
 
 def _read(kind: Callable[[str], Any], text: str) -> Any:
@@ -127,7 +127,7 @@ def error_line(error: BaseException) -> str:
     return f"{first}; {hint[0][0].lower()}{hint[0][1:]}" if hint and hint[0] not in first else first
 
 
-SHOWN = 5  # of the arguments that a config file knows, in a refusal
+SHOWN = 5  # how many of a config file's arguments a refusal lists
 
 
 def file_and_argument(text: str) -> tuple[str, str | None]:
@@ -209,7 +209,7 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"bad override: {short(error_line(error))}") from error
-    except (RecursionError, MemoryError, OverflowError, SyntaxError) as error:  # of Python's own reader of literals
+    except (RecursionError, MemoryError, OverflowError, SyntaxError) as error:  # raised by Python's reader of literals
         raise UserError(f"bad override: {type(error).__name__} in {short(' '.join(overrides))}") from error
 
 

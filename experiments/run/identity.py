@@ -31,7 +31,7 @@ class Identity(NamedTuple):
     weights: str  # fingerprint
     model: str  # fingerprint of what computes with them: shapes and constants, tokenizer, ends of a response
     prompts: dict[str, str]  # fingerprints
-    rows: dict[str, int]  # that the data holds, those included that are not used
+    rows: dict[str, int]  # by section: rows that the data holds, unused ones included
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""

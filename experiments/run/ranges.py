@@ -17,7 +17,7 @@ from dppo_jax.rewards.scorer import MAX_TIME_LIMIT_S
 INF = float("inf")
 INT32 = 2**31 - 1  # jax counts steps and updates in int32
 SEEDS = 2**32 - 1  # a key takes 32 bits of a seed; the next seed would draw what seed 0 draws
-ROWS = 2**20  # of a batch, and tokens of a row
+ROWS = 2**20  # most rows of a batch, and most tokens of a row
 TINY, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -63,7 +63,7 @@ class Range(NamedTuple):
 
 COUNT = Range(0, INT32)  # steps, updates, tokens; 0: never, or none
 NATURAL = Range(1, INT32)
-SIZE = Range(1, ROWS)  # of an array's axis
+SIZE = Range(1, ROWS)  # the size of an array's axis
 SEED = Range(0, SEEDS)
 REAL = Range()  # at least 0, finite
 THRESHOLD = Range(inf=True)  # inf: never
@@ -274,5 +274,5 @@ def shown(value: Any) -> str:
     """A value, short enough for a sentence, on one line."""
     if isinstance(value, int) and not isinstance(value, bool) and (value.bit_length() > 100):
         return f"a whole number of {math.floor(value.bit_length() * math.log10(2))} digits or more"
-    text = " ".join(repr(value).split())  # of some, repr has several lines
+    text = " ".join(repr(value).split())  # the repr of some values has several lines
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -63,7 +63,7 @@ class Checkpoints:
         _check_writable(self._folder)
         self._newest: Newest | None = None  # None: not looked for yet
         self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
-        self._saving: tuple[int, dict[str, Any]] | None = None  # in the background: a step, what is stored with it
+        self._saving: tuple[int, dict[str, Any]] | None = None  # step and record of a save in the background
         # Made in the background, a folder that cannot be made would be waited for.
         options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         handlers = {ITEM: ocp.StandardCheckpointHandler()}
@@ -217,7 +217,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        try:  # that error is the one to tell
+        try:  # the error that ended the `with` is the one to raise
             self.wait()
         except UserError as second:
             print(f"warning: {second}", file=sys.stderr)

@@ -19,13 +19,13 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import read_json_object
 
 NAME = "manifest.json"
-MARK = {"manifest": NAME}  # in orbax's own metadata of a step: its manifest must be there
+MARK = {"manifest": NAME}  # an entry of orbax's metadata of a step: says that the step has a manifest
 THREADS = 8  # hashing frees the interpreter
 
 _METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of the commit into it after the manifest
 _COMMIT_TIME = "commit_timestamp_nsecs"
 _STEP = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
-_LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # by a kill
+_LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # names that a killed run leaves
 
 
 class Entries(NamedTuple):

@@ -60,7 +60,7 @@ CONFIG = ModelConfig(
 )
 SLIP = 0.07  # per step
 UPDATES, BATCH, CHUNK = 4000, 128, 500  # CHUNK: updates in one compiled call
-MORE_UPDATES = 2000  # with other spellings, from the model of the default ones
+MORE_UPDATES = 2000  # for other spellings, from the default spellings' model on
 LEARNING_RATE, WARMUP = 3e-3, 100
 CORPUS_SEED, FRESH_SEED = 10, 12
 MAX_NEW_TOKENS = 12

@@ -16,7 +16,7 @@ import numpy as np
 from dppo_jax.errors import UserError, run_main
 from experiments.run.cli import Parser
 
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 
 CHATS = [
     "Solve the following multiplication: 6 * 2. Give only the result as your final answer.",
