@@ -108,5 +108,5 @@ def topk_kl(
 
 
 def sampled_in_topk(tokens: Array, topk_ids: Array) -> Bool[Array, "B R"]:
-    """Whether each sampled token [B,R] is among its position's tracked ids [B,R,K]."""
+    """Whether each sampled token [B,R] is among its position's top-K ids [B,R,K]."""
     return jnp.any(topk_ids == tokens[..., None], axis=-1)

@@ -441,7 +441,8 @@ def forward_routed(
 
     Attention is causal and stays among tokens with equal `segments`; 0 is padding. Where each row holds one sample,
     `segments` may be a mask. `position` None counts from the first token of each row that is not padding.
-    `dtype` is what parameters are cast to; `remat` a key of `REMAT`; `attention` a key of `attention.KERNELS`.
+    `dtype` is what parameters are cast to; `remat` a key of `REMAT`; `attention` one of `attention.KERNELS`, UserError
+    for another; `round_inputs` as in `Decoder`.
     With a `noise_key`, Gaussian noise of deviation exp(params["log_sigma"]) is added to the input of each layer.
     Given `experts`, tokens go through those in place of the router's choice.
     """

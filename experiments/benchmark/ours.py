@@ -10,8 +10,8 @@ from experiments.benchmark.workloads import WORKLOADS, Workload
 
 LIBRARIES = {"jax": "jax", "experiments.run.setup": "dppo_jax"}
 SLOTS = 48  # rollout.slots of workload L
-TRACKED = 20
-REGIONS = (
+TOPK = 20
+SHADOW_LOSSES = (
     "ppo_clip", "clip_higher", "dual_clip", "gspo", "dppo_binary_tv", "dppo_binary_kl", "minimal_mask", "kpop",
     "trm_mean", "cppo",
 )  # fmt: skip
@@ -125,7 +125,7 @@ def train(workload: Workload, **changes: Any) -> worker.Run:
     mask = np.arange(workload.max_new_tokens) < lengths[:, None]
     rows = workloads.prompt_rows(workload)
     numbers = np.random.default_rng(workload.seed)
-    ids = numbers.integers(0, workload.vocab_size, (*tokens.shape, TRACKED)).astype(np.int32)
+    ids = numbers.integers(0, workload.vocab_size, (*tokens.shape, TOPK)).astype(np.int32)
     topk = experiment.config.loss.name.startswith("dppo_topk")
     batch = TrainBatch(
         prompt_tokens=rows,
@@ -303,7 +303,7 @@ TABLE: worker.Table = {
     ("S", "step"): _on("S", step),
     ("S", "train dppo_binary_tv"): _on("S", train, loss__name="dppo_binary_tv"),
     ("S", "train dppo_topk_tv"): _on("S", train, loss__name="dppo_topk_tv"),
-    ("S", "train ten regions"): _on("S", train, log__regions=REGIONS),
+    ("S", "train ten regions"): _on("S", train, log__regions=SHADOW_LOSSES),
     ("L", "rollout"): _on("L", rollout),
     ("L", "static rollout"): _on("L", rollout, rollout__slots=0),
     ("L", "train"): _on("L", train),

@@ -26,14 +26,14 @@ from experiments.probe import Probe
 from experiments.run import cli
 from experiments.run.setup import model_directory
 
-TRACKED = (1, 5, 20, 100)
-ORDER = ("exact", "binary", *(f"top-{count}" for count in TRACKED))
+TOPK = (1, 5, 20, 100)
+ORDER = ("exact", "binary", *(f"top-{count}" for count in TOPK))
 BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of mu, the behavior probability of the sampled token
 
 
 def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
     """Per token, flat over the batch: mu, A, whether it moves away, the exact divergences, and every estimate."""
-    with Probe(config, topk=min(max(TRACKED), _vocabulary(config))) as probe:
+    with Probe(config, topk=min(max(TOPK), _vocabulary(config))) as probe:
         state = probe.state()
         behavior = state.params
         batch, lengths, prompts = probe.draw(behavior)
@@ -55,7 +55,7 @@ def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
         "kl": {"exact": measured.kl, "binary": np.asarray(binary_kl(logp, mu))},
     }
     assert measured.topk_logp is not None and batch.topk_ids is not None and batch.topk_behavior_logp is not None
-    for k in TRACKED:
+    for k in TOPK:
         if k <= measured.topk_logp.shape[-1]:
             pair = TopKPair(
                 logp=jnp.asarray(measured.topk_logp[..., :k]),
