@@ -1,5 +1,6 @@
 """Traces a config's rollout and update to shapes: no weights, no data, no compilation."""
 
+import dataclasses
 import math
 
 import jax
@@ -47,7 +48,8 @@ def trace(config: ConfigDict) -> str:
         group=jax.ShapeDtypeStruct((n,), jnp.int32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rollout = jax.eval_shape(setup.rollout(), params, prompts, key)
+    scanned = dataclasses.replace(setup.rollout(), unrolled=False)  # the same shapes, traced once for all layers
+    rollout = jax.eval_shape(scanned, params, prompts, key)
     batch = jax.eval_shape(assemble, prompts, rollout)
     # A plan's shapes are those of any lengths: here every prompt and response is as long as it can be.
     shape = setup.pack_shape

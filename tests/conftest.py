@@ -7,6 +7,10 @@ from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # unless the environment names another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the network
+# Compiling is most of the tests' time; what is compiled so is slower, and hardly anything here runs long. A test of
+# what a compiler makes takes the fixture `optimized`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 makes all of them compile as
+# users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our worker processes do not mix
 
 # No time limit: the first example of a test compiles. The same examples every time where CI=true.
@@ -22,6 +26,7 @@ SLOW = {
     "test_checkpoint_hosts",
     "test_compile_for_tpu",
     "test_faults",
+    "test_gemma2",
     "test_generated_checkpoints",
     "test_generated_configs",
     "test_generated_models",
@@ -30,6 +35,7 @@ SLOW = {
     "test_laboratory",
     "test_lora",
     "test_notebooks",
+    "test_probe",
     "test_quantize",
     "test_sharding",
     "test_study",
@@ -43,6 +49,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as users do: for tests of memory, of copies, and of the last bits."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)

@@ -238,6 +238,7 @@ def test_top_k_is_left_out_unless_asked_for():
         Rollout(config, group_size=1, max_new_tokens=1, temperature=1.0, eos_ids=(), pad_id=0, topk=V + 1)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_cache_is_carried_in_place():
     """Memory beside arguments and results: one cache of four layers and scratch for one layer, not a second cache."""
     config = dataclasses.replace(policy("llama")[0], num_layers=4)

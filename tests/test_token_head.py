@@ -244,6 +244,7 @@ def test_no_buffer_of_all_logits(f, dtype, with_ids, share):
     assert program.memory_analysis().temp_size_in_bytes < share * 4 * whole
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_does_not_grow_with_the_number_of_positions():
     """On a device that says how much memory it has: a piece of four times the positions is a fourth as wide."""
     memory = 8 * 2**30
@@ -264,6 +265,7 @@ def test_the_number_of_pieces_follows_from_the_memory():
     assert vocab_chunk_count(10**9, 5) == 5
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_memory_analysis_sees_logits_where_there_are_some():
     def plain(hidden, weight, targets, _):
         log_p = jax.nn.log_softmax(logits(hidden, weight, temperature=1.0, softcap=None))

@@ -17,6 +17,8 @@ from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.weights import WEIGHTS
 from tests.helpers.places import GOLDEN
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FOLDER = GOLDEN / "losses"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 CASES = ("packed", "rows", "tokens", "ties")
