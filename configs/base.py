@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     c.rollout.prompts = 16  # prompts per step (64 in §5, 256 or 128 in appendix E)
     c.rollout.group_size = 8  # responses per prompt, G (8 in §5, 16 or 8 in appendix E)
     c.rollout.max_new_tokens = 64  # response length, R
-    c.rollout.temperature = 1.0  # divides the logits of both policies (appendix E)
+    c.rollout.temperature = 1.0  # divides the logits, of training too unless policy.temperature is set (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
     c.rollout.weights = ""  # mismatch: its matrices rounded to bfloat16 | float16 | float8 | int8 | int4 | m1 .. m23

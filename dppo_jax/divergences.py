@@ -76,11 +76,11 @@ def _log_rest(entries: Array, in_use: Array) -> Array:
 
 
 def topk_tv(
-    logp: Float32[Array, "B R"],
-    anchor_logp: Float32[Array, "B R"],
+    logp: Float32[Array, "M Q"],
+    anchor_logp: Float32[Array, "M Q"],
     topk: TopKPair,
-    topk_anchor_logp: Float32[Array, "B R K"] | None = None,
-) -> Float32[Array, "B R"]:
+    topk_anchor_logp: Float32[Array, "M Q K"] | None = None,
+) -> Float32[Array, "M Q"]:
     """Total variation over TopK(mu, K) ∪ {sampled} ∪ {rest}: half the sum of |pi - mu|, in [0, 1].
 
     `topk_anchor_logp` replaces `topk.behavior_logp` in the decoupled variants.
@@ -93,11 +93,11 @@ def topk_tv(
 
 
 def topk_kl(
-    logp: Float32[Array, "B R"],
-    anchor_logp: Float32[Array, "B R"],
+    logp: Float32[Array, "M Q"],
+    anchor_logp: Float32[Array, "M Q"],
     topk: TopKPair,
-    topk_anchor_logp: Float32[Array, "B R K"] | None = None,
-) -> Float32[Array, "B R"]:
+    topk_anchor_logp: Float32[Array, "M Q K"] | None = None,
+) -> Float32[Array, "M Q"]:
     """KL(mu || pi) in nats over TopK(mu, K) ∪ {sampled} ∪ {rest}, at least 0. Arguments as `topk_tv`."""
     topk_anchor_logp = topk.behavior_logp if topk_anchor_logp is None else topk_anchor_logp
     policy, anchor, in_use = _union(logp, anchor_logp, topk, topk_anchor_logp)
@@ -107,6 +107,6 @@ def topk_kl(
     return jnp.maximum(entries + rest, 0.0)
 
 
-def sampled_in_topk(tokens: Array, topk_ids: Array) -> Bool[Array, "B R"]:
+def sampled_in_topk(tokens: Array, topk_ids: Array) -> Bool[Array, "M Q"]:
     """Whether each sampled token [B,R] is among its position's top-K ids [B,R,K]."""
     return jnp.any(topk_ids == tokens[..., None], axis=-1)

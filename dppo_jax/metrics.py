@@ -59,7 +59,7 @@ def _histogram(value: Array, where: Array, edges: np.ndarray) -> Float32[Array, 
 
 
 def trust_region_metrics(
-    inputs: LossInputs, output: LossOutput, entropy: Float32[Array, "B R"], weights: Float32[Array, "B R"]
+    inputs: LossInputs, output: LossOutput, entropy: Float32[Array, "M Q"], weights: Float32[Array, "M Q"]
 ) -> Metrics:
     """Everything logged of one micro-batch of tokens; names are TensorBoard tags.
 
@@ -74,7 +74,7 @@ def trust_region_metrics(
     has_advantage = mask & (advantage != 0)
     masked = has_advantage & ~output.keep
 
-    def fraction(selected: Bool[Array, "B R"]) -> tuple[Array, Array]:
+    def fraction(selected: Bool[Array, "M Q"]) -> tuple[Array, Array]:
         return mean(selected.astype(jnp.float32), has_advantage)
 
     sums = {
@@ -118,7 +118,7 @@ def routing_metrics(routing: Routing) -> Metrics:
 
 
 def shadow_loss_metrics(
-    inputs: LossInputs, shadow_losses: Mapping[str, functools.partial], weights: Float32[Array, "B R"]
+    inputs: LossInputs, shadow_losses: Mapping[str, functools.partial], weights: Float32[Array, "M Q"]
 ) -> Metrics:
     """What each shadow loss would have masked of these tokens, had it been the one that trains.
 
@@ -146,7 +146,7 @@ def shadow_loss_metrics(
     return Metrics(sums, {}, {"region_agreement": jnp.sum(agree, axis=-1, dtype=jnp.float32)})
 
 
-def token_counts(inputs: LossInputs, output: LossOutput, tokens: Int32[Array, "B R"], vocabulary: int) -> Metrics:
+def token_counts(inputs: LossInputs, output: LossOutput, tokens: Int32[Array, "M Q"], vocabulary: int) -> Metrics:
     """How often each token of the vocabulary has A != 0, and how often it is masked, by the sign of A: f32[3, V]."""
     has_advantage = inputs.mask & (jnp.where(inputs.mask, inputs.advantages, 0.0) != 0)
     masked = has_advantage & ~output.keep

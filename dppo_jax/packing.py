@@ -46,7 +46,8 @@ def pack_shape(
 
     T is P + R, rounded up to a multiple of `multiple`. Q is the number of response tokens in a row that is filled with
     prompts of `mean_prompt` tokens (None: `prompt_length`) and responses of R = `max_new_tokens`, at least R and less
-    than T. A row takes no more response tokens than Q, since the token head computes Q columns of each row.
+    than T, since prompts take their part of the row. A row takes no more response tokens than Q: the token head (the
+    product with the vocabulary) computes Q columns of each row.
     """
     length = math.ceil((prompt_length + max_new_tokens) / multiple) * multiple
     mean = prompt_length if mean_prompt is None else mean_prompt
@@ -124,7 +125,10 @@ def occupancy(*plans: Plan) -> float:
 
 
 def microbatch(plan: Plan, number: Int32[Array, ""]) -> Plan:
-    """The plan with microbatch `number` alone: [M, T] and [M, Q] in place of [I, M, T] and [I, M, Q]."""
+    """The plan with microbatch `number` alone: [M, T] and [M, Q] in place of [I, M, T] and [I, M, Q].
+
+    `batch_rows` and `num_microbatches` stay those of the minibatch.
+    """
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
     return Plan(
         plan.batch_rows,

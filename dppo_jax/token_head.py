@@ -60,13 +60,13 @@ def vocab_chunk_count(tokens: int, vocabulary: int, memory: int | None = None) -
 
 
 def token_head(
-    hidden: Float[Array, "B R E"],
+    hidden: Float[Array, "M Q E"],
     weight: Float[Array, "V E"],
-    targets: Int32[Array, "B R"],
+    targets: Int32[Array, "M Q"],
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    ids: Int32[Array, "B R K"] | None = None,
+    ids: Int32[Array, "M Q K"] | None = None,
     vocab_chunks: int | None = None,
 ) -> HeadOutput:
     """logp of `targets`, entropy in nats and, if `ids` are given, their logp; differentiable in `hidden` and `weight`.
@@ -81,9 +81,9 @@ def token_head(
 
 
 def exact_divergence(
-    hidden: Float[Array, "B R E"],
+    hidden: Float[Array, "M Q E"],
     weight: Float[Array, "V E"],
-    behavior_hidden: Float[Array, "B R E"],
+    behavior_hidden: Float[Array, "M Q E"],
     behavior_weight: Float[Array, "V E"],
     *,
     temperature: float = 1.0,

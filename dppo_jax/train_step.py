@@ -55,7 +55,8 @@ class TrainState:
         return joined(self.frozen, self.params)
 
     def saved(self, **extras: Any) -> dict[str, Any]:
-        """What a checkpoint holds: this state, and whatever else the run needs to go on (None: nothing)."""
+        """What a checkpoint holds: this state, and whatever else the run needs to go on (None: nothing). Not `frozen`,
+        which is read from the model directory again."""
         state = {"params": self.params, "opt_state": self.opt_state, "updates": self.updates}
         return state | {name: value for name, value in extras.items() if value is not None}
 
@@ -68,9 +69,9 @@ class BehaviorHead:
     weight: Float[Array, "V E"]
 
 
-NOISE = 2  # a purpose of randomness, beside those of the entry points
+NOISE = 2  # folded into the seed's key beside the step; the rollout and the evaluation have 0 and 1 (run/setup.py)
 
-PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior=None, noise_key=None)
+PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior_head=None, noise_key=None)
 BehaviorForward = Callable[[Params, PackedBatch], BehaviorHead]
 # (state, batch, plan), and the behavior parameters where exact divergences are needed
 Update = Callable[..., tuple[TrainState, Metrics]]
@@ -124,10 +125,10 @@ def make_policy_logprobs(
     behavior_temperature: float | None = None,
     head_float32: bool = False,
 ) -> PolicyLogprobs:
-    """A pure function (params, packed, behavior=None, noise_key=None) -> HeadOutput, by a teacher-forced pass.
+    """A pure function (params, packed, behavior_head=None, noise_key=None) -> HeadOutput, by a teacher-forced pass.
 
     The HeadOutput [M, Q] has the logp of every response token and the entropy, in nats, and the logp of the top-K
-    tokens where `packed` has them. With a `behavior` head it has the exact divergences from the behavior policy, too.
+    tokens where `packed` has them. With a `behavior_head` it has the exact divergences from the behavior policy, too.
     With a `noise_key` the policy is perturbed (ALP, 2603.19470).
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy.
@@ -139,7 +140,7 @@ def make_policy_logprobs(
     def policy_logprobs(
         params: Params,
         packed: PackedBatch,
-        behavior: BehaviorHead | None = None,
+        behavior_head: BehaviorHead | None = None,
         noise_key: Key[Array, ""] | None = None,
     ) -> HeadOutput:
         states, routed = states_before(
@@ -195,6 +196,7 @@ def make_recompute(policy_logprobs: PolicyLogprobs, policy: str) -> Callable[[Pa
 
     def recompute(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
         ones = jnp.ones((len(plan.batch_rows), batch.tokens.shape[1]), jnp.float32)
+        # Of each field to fill in, an array of its shape. Without top-K tokens there is one field.
         shapes = (batch.behavior_logp, batch.topk_behavior_logp)[: 1 if batch.topk_ids is None else len(fields)]
 
         def fill_in(number, filled):
@@ -265,16 +267,17 @@ def make_update(
     """A pure function (state, batch, plan) -> (state, metrics): one optimizer step on the plan's minibatch.
 
     Aggregation weights are those of the whole minibatch; the gradients of its microbatches are added. How it is cut
-    and packed changes memory and time, and nothing else. With a `behavior_forward` it takes a fourth argument, the
-    behavior parameters, and losses see exact divergences. The masks of `shadow_losses` are measured beside that of the
-    loss that trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a
-    `noise_seed` the policy is perturbed, by noise that depends on it, on the update's number and the microbatch's.
+    and packed changes memory and time, and nothing else. All plans of a run have one shape, so it compiles once.
+    With a `behavior_forward` it takes a fourth argument, the behavior parameters, and losses see exact divergences.
+    The masks of `shadow_losses` are measured beside that of the loss that trains; `count_tokens` is the size of the
+    vocabulary, where masked tokens are to be counted. With a `noise_seed` the policy is perturbed, by noise that
+    depends on it, on the update's number and the microbatch's.
     """
 
     def objective(
-        params: Params, frozen: Params, packed: PackedBatch, behavior: BehaviorHead | None, noise_key: Array | None
+        params: Params, frozen: Params, packed: PackedBatch, behavior_head: BehaviorHead | None, noise_key: Array | None
     ) -> tuple[Array, Metrics]:
-        extras = {"behavior": behavior, "noise_key": noise_key}
+        extras = {"behavior_head": behavior_head, "noise_key": noise_key}
         extras = {name: value for name, value in extras.items() if value is not None}
         head = policy_logprobs(joined(frozen, params), packed, **extras)
         inputs = loss_inputs(packed, head)
@@ -297,13 +300,13 @@ def make_update(
         def gradient(number):
             packed = packing.pack(batch, weights, packing.microbatch(plan, number))
             packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
-            behavior = None
+            behavior_head = None
             if behavior_forward is not None:
-                behavior = behavior_forward(joined(state.frozen, behavior_params), packed)
+                behavior_head = behavior_forward(joined(state.frozen, behavior_params), packed)
             noise_key = None
             if noise_seed is not None:
                 noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
-            return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior, noise_key)
+            return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior_head, noise_key)
 
         grads, measured = sum_of_microbatches(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

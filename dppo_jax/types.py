@@ -88,31 +88,35 @@ class PackedBatch:
 class TopKPair:
     """Two policies on the behavior policy's K likeliest tokens."""
 
-    logp: Float32[Array, "B R K"]
-    behavior_logp: Float32[Array, "B R K"]
-    has_sampled: Bool[Array, "B R"]  # whether the sampled token is among the K
-    proximal_logp: Float32[Array, "B R K"] | None = None
+    logp: Float32[Array, "M Q K"]
+    behavior_logp: Float32[Array, "M Q K"]
+    has_sampled: Bool[Array, "M Q"]  # whether the sampled token is among the K
+    proximal_logp: Float32[Array, "M Q K"] | None = None
 
 
 @struct.dataclass
 class ExactDivergence:
     """Full-vocabulary divergences of the policy from the behavior policy."""
 
-    tv: Float32[Array, "B R"]
-    kl: Float32[Array, "B R"]
+    tv: Float32[Array, "M Q"]
+    kl: Float32[Array, "M Q"]
 
 
 @struct.dataclass
 class LossInputs:
-    """All that a policy loss may see. A loss that needs an optional field asks with `require`."""
+    """All that a policy loss may see. A loss that needs an optional field asks with `require`.
 
-    logp: Float32[Array, "B R"]
-    behavior_logp: Float32[Array, "B R"]
-    advantages: Float32[Array, "B R"]
-    mask: Bool[Array, "B R"]
-    segments: Int32[Array, "B R"] | None = None  # which response of its row a token belongs to; None: one a row
-    proximal_logp: Float32[Array, "B R"] | None = None
-    reference_logp: Float32[Array, "B R"] | None = None
+    A row of the M holds the tokens of several responses, each in its own columns of the Q: `segments` says which. Sums
+    over a response are those of `losses.core.Sequences`, never sums over a row.
+    """
+
+    logp: Float32[Array, "M Q"]
+    behavior_logp: Float32[Array, "M Q"]
+    advantages: Float32[Array, "M Q"]
+    mask: Bool[Array, "M Q"]
+    segments: Int32[Array, "M Q"] | None = None  # the token's response, of those in its row; None: one a row
+    proximal_logp: Float32[Array, "M Q"] | None = None
+    reference_logp: Float32[Array, "M Q"] | None = None
     topk: TopKPair | None = None
     exact: ExactDivergence | None = None
 
@@ -121,9 +125,9 @@ class LossInputs:
 class LossOutput:
     """What a loss returns, per token and unreduced."""
 
-    coef: Float32[Array, "B R"]  # multiplies grad log pi; no gradient flows through it; 0 outside the mask
-    keep: Bool[Array, "B R"]  # inside the trust region; False outside the mask
-    metrics: dict[str, tuple[Float32[Array, "B R"], Bool[Array, "B R"]]]  # name -> (value, where it counts)
+    coef: Float32[Array, "M Q"]  # multiplies grad log pi; no gradient flows through it; 0 outside the mask
+    keep: Bool[Array, "M Q"]  # inside the trust region; False outside the mask
+    metrics: dict[str, tuple[Float32[Array, "M Q"], Bool[Array, "M Q"]]]  # name -> (value, where it counts)
 
 
 @struct.dataclass
@@ -139,8 +143,8 @@ class Routing:
 class HeadOutput:
     """The policy at each response position, from the token head."""
 
-    logp: Float32[Array, "B R"]  # of the target token
-    entropy: Float32[Array, "B R"]
-    ids_logp: Float32[Array, "B R K"] | None = None  # of the K token ids that were passed
+    logp: Float32[Array, "M Q"]  # of the target token
+    entropy: Float32[Array, "M Q"]
+    ids_logp: Float32[Array, "M Q K"] | None = None  # of the K token ids that were passed
     exact: ExactDivergence | None = None  # from the behavior policy; None unless its hidden states were passed
     routing: Routing | None = None  # of a mixture of experts

@@ -110,7 +110,7 @@ class Probe:
             def fill_in(number, filled):
                 microbatch = packing.microbatch(plan, number)
                 packed = packing.pack(batch, zero, microbatch)
-                head = policy_logprobs(params, packed, behavior=behavior_forward(behavior, packed))
+                head = policy_logprobs(params, packed, behavior_head=behavior_forward(behavior, packed))
                 values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
                 return tuple(
                     None if into is None else packing.unpack(batch, microbatch, x, into)

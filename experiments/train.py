@@ -32,12 +32,12 @@ from experiments.trace import trace
 
 def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluation: Evaluation) -> None:
     """Every step that is left to do, of one run or of several together."""
-    steps = runs.first.config.steps
+    steps = runs.base.config.steps
     for step in range(record.start, steps):
         scores = evaluation.at(step, learner)
         sampler.start(step)  # prompts -> rollout, on the devices; nothing where it was drawn early
         record.write()  # the last step's log, meanwhile
-        samples = sampler.collect(step)  # replies, at the verifiers
+        samples = sampler.collect(step)  # waits for the rollout; its replies go to the verifiers
         batch = learner.assemble(samples)  # with the other policies' log-probabilities
         replies = sampler.rewards(samples)  # verified and shaped
         batch = learner.advantages(batch, replies)

@@ -72,7 +72,7 @@ def from_keep(inputs: LossInputs, keep: Array, *, ratio_cap: float, metrics: dic
     return output(inputs, jnp.minimum(ratio, ratio_cap), keep, metrics=metrics)
 
 
-def two_sided(advantages: Array, high: Array, low: Array) -> Bool[Array, "B R"]:
+def two_sided(advantages: Array, high: Array, low: Array) -> Bool[Array, "M Q"]:
     """The mask that drops `high` where A > 0 and `low` where A < 0."""
     return ~jnp.where(advantages > 0, high, (advantages < 0) & low)
 
@@ -109,33 +109,33 @@ class Sequences:
     def _sum(self, x: Array) -> Array:
         return self._reduce(jnp.where(self._inside, x, 0), jax.ops.segment_sum)
 
-    def sum(self, x: Float32[Array, "B R"]) -> Float32[Array, "B R"]:
+    def sum(self, x: Float32[Array, "M Q"]) -> Float32[Array, "M Q"]:
         """Of the masked positions of each sequence, at each of them."""
         return self._back(self._sum(self._sorted(x)))
 
-    def mean(self, x: Float32[Array, "B R"]) -> Float32[Array, "B R"]:
+    def mean(self, x: Float32[Array, "M Q"]) -> Float32[Array, "M Q"]:
         """As `sum`, over the sequence's length; 0 outside the mask."""
         return self.sum(x) / jnp.maximum(self.length(), 1)
 
-    def max(self, x: Float32[Array, "B R"]) -> Float32[Array, "B R"]:
+    def max(self, x: Float32[Array, "M Q"]) -> Float32[Array, "M Q"]:
         """As `sum`."""
         return self._back(self._reduce(self._sorted(x), jax.ops.segment_max))
 
-    def length(self) -> Int32[Array, "B R"]:
+    def length(self) -> Int32[Array, "M Q"]:
         """T, at each of the sequence's positions."""
         return self.sum(self._mask.astype(jnp.int32))
 
-    def position(self) -> Int32[Array, "B R"]:
+    def position(self) -> Int32[Array, "M Q"]:
         """t - 1: how many of the sequence's masked positions come before."""
         return self._back(jnp.arange(self._mask.shape[1]) - self._start)
 
-    def before(self, x: Float32[Array, "B R"]) -> Float32[Array, "B R"]:
+    def before(self, x: Float32[Array, "M Q"]) -> Float32[Array, "M Q"]:
         """The sum over the sequence's earlier positions."""
         x = jnp.where(self._inside, self._sorted(x), 0.0)
         total = jnp.cumsum(x, axis=1) - x
         return self._back(total - jnp.take_along_axis(total, self._start, axis=1))
 
-    def quantile(self, x: Float32[Array, "B R"], q: float) -> Float32[Array, "B R"]:
+    def quantile(self, x: Float32[Array, "M Q"], q: float) -> Float32[Array, "M Q"]:
         """The q-quantile of each sequence, interpolated linearly between its values."""
         by_value = jax.vmap(lambda x, key: x[jnp.lexsort((x, key))])(x, self._key)
         rank = q * (self._sum(jnp.ones_like(by_value)) - 1)
@@ -146,7 +146,7 @@ class Sequences:
 
 
 def policy_objective(
-    coef: Float32[Array, "B R"], weights: Float32[Array, "B R"], logp: Float32[Array, "B R"], mask: Bool[Array, "B R"]
+    coef: Float32[Array, "M Q"], weights: Float32[Array, "M Q"], logp: Float32[Array, "M Q"], mask: Bool[Array, "M Q"]
 ) -> Float32[Array, ""]:
     """The scalar to minimise, -sum w c log pi. Its gradient is that of the objective; not its value."""
     scale = jax.lax.stop_gradient(jnp.where(mask, weights * coef, 0.0))

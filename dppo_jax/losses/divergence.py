@@ -19,7 +19,6 @@ def dppo_binary_tv(
 
     `proximal`: the proximal policy takes mu's place in the mask, not in the weight (section 5.2).
     """
-    _anchor(inputs, proximal)
     inputs = zero_outside_mask(inputs)
     diff = prob_diff(inputs.logp, _anchor(inputs, proximal))
     keep = two_sided(inputs.advantages, diff > delta_high, -diff > delta_low)
@@ -41,7 +40,6 @@ def dppo_binary_kl(
     inputs: LossInputs, *, delta_low: float, delta_high: float, ratio_cap: float, proximal: bool = False
 ) -> LossOutput:
     """Masked when moving away and KL(Bern mu || Bern pi) > delta, in nats (2602.04879, section 4)."""
-    _anchor(inputs, proximal)
     inputs = zero_outside_mask(inputs)
     anchor = _anchor(inputs, proximal)
     return _divergence_mask(inputs, anchor, binary_kl(inputs.logp, anchor), delta_low, delta_high, ratio_cap)

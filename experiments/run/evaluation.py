@@ -20,7 +20,7 @@ class Evaluation:
     """Of every run; `stack` closes the verifiers."""
 
     def __init__(self, runs: Runs, stack: ExitStack):
-        self._runs, setup = runs, runs.first
+        self._runs, setup = runs, runs.base
         self._setup, self._config = setup, setup.config
         self._sets = {
             name: load_prompts(setup, data, self._config.eval.prompts, stack)

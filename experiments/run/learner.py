@@ -28,23 +28,23 @@ class Learner:
     """Trains every run on its samples. `rates`: factors of the learning rate, one a run, of stacked runs."""
 
     def __init__(self, runs: Runs, rates: Sequence[float] = (1.0,)):
-        first = runs.first
-        self._runs, self._setup, self._mesh = runs, first, first.mesh
-        by_row = first.by_row
+        base = runs.base
+        self._runs, self._setup, self._mesh = runs, first, base.mesh
+        by_row = base.by_row
         self._assemble = jax.jit(runs.at_once(assemble), out_shardings=by_row)
         self._recompute = {
-            name: jax.jit(runs.each(make_recompute(first.policy_logprobs, name)), out_shardings=by_row)
+            name: jax.jit(runs.each(make_recompute(base.policy_logprobs, name)), out_shardings=by_row)
             for name in ("proximal", "reference")
             if f"{name}_logp" in runs.needed
         }
-        by_group = first.advantages
+        by_group = base.advantages
         self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
         self._critic = None if by_group else Critic(first)
         if runs.stacked:
             self._update, self._init = _stacked_update(runs, rates)
         else:
-            self._update = jit_update(first.update, first.shardings, first.mesh, needs_exact=first.needs_exact)
-            self._init = first.init_state
+            self._update = jit_update(base.update, base.shardings, base.mesh, needs_exact=base.needs_exact)
+            self._init = base.init_state
         self._finite = jit_finite()
         self._reference: Params = {}
         self._state: TrainState | None = None
@@ -133,16 +133,17 @@ class Learner:
         return batch
 
     def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:
-        """The plan of every optimizer minibatch of a step."""
+        """The plan of every optimizer minibatch of a step, made from the lengths of its replies."""
         lengths = [run.lengths for run in replies]
         if self._setup.config.advantage.drop_equal:
             lengths = [np.where(self._unequal(run), run.lengths, 0) for run in replies]
         for indices in zip(*(setup.minibatches(step) for setup in self._runs.setups), strict=True):
             yield self._plan(indices, replies, lengths)
 
-    def update(self, batch: TrainBatch, plan: Plan, behavior: Params) -> Metrics:
-        """One optimizer step. `behavior`: the parameters that drew the batch, used for exact divergences."""
-        exact = [behavior] if self._runs.needs_exact else []
+    def update(self, batch: TrainBatch, plan: Plan, behavior_params: Params) -> Metrics:
+        """One optimizer step: `train_step.make_update`, compiled once. `behavior_params` are those that drew the batch,
+        used for exact divergences alone."""
+        exact = [behavior_params] if self._runs.needs_exact else []
         self._state, measured = self._update(self.state, batch, plan, *exact)
         return measured if self._critic is None else measured | self._critic.update(batch, plan)
 
@@ -181,22 +182,26 @@ class Learner:
 
 
 def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:
-    """The update of all runs, each with its own loss and rate, and the state that they begin with."""
+    """The update of all runs, each with its own loss and rate, and the state that they begin with.
+
+    Under vmap every run computes the losses of all and keeps its own; under map it computes its own alone.
+    """
     names = sorted({setup.config.loss.name for setup in runs.setups})
     losses = with_all_metrics([next(s for s in runs.setups if s.config.loss.name == name).loss for name in names])
-    first = runs.first
+    base = runs.base
 
     def update(state, batch, plan, loss_index, rate, *behavior):
         def loss(inputs: LossInputs) -> LossOutput:
             return jax.lax.switch(loss_index, losses, inputs)
 
-        scaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
-        return first.update_with(loss, scaled, runs.needs_exact)(state, batch, plan, *behavior)
+        scaled = optax.chain(base.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
+        return base.update_with(loss, scaled, runs.needs_exact)(state, batch, plan, *behavior)
 
     compiled = jax.jit(runs.each(update), donate_argnums=0)
     loss_index = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)
     factor = jnp.asarray(rates, jnp.float32)
-    unscaled = optax.chain(first.optimizer, optax.stateless(lambda u, _: u))
+    # The structure of `scaled`'s state, whose factor is known inside the update alone.
+    unscaled = optax.chain(base.optimizer, optax.stateless(lambda u, _: u))
     fresh = jax.jit(lambda params: jax.vmap(lambda _: init_state(params, unscaled))(jnp.arange(len(runs))))
 
     def call(state: TrainState, batch: TrainBatch, plan: Plan, *behavior: Params) -> tuple[TrainState, Metrics]:

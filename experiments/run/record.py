@@ -66,7 +66,7 @@ class Record:
 
     def __init__(self, runs: Runs, workdir: Path, folders: Sequence[RunFolder]):
         self._runs, self._workdir, self._folders = runs, workdir, folders
-        self._config = runs.first.config
+        self._config = runs.base.config
         self._stack = contextlib.ExitStack()
         self._compilations = self._stack.enter_context(Compilations())
         self._logs: list[RunLog] = []
@@ -123,7 +123,7 @@ class Record:
         return self.start < c.steps or (self.start == c.steps and bool(c.eval.every or c.checkpoint.export))
 
     def _load_params(self) -> Params:
-        return load_params(self._runs.first.directory)[1]
+        return load_params(self._runs.base.directory)[1]
 
     def _changes(self, step: int) -> list[str]:
         """What is not as the checkpoint has it, in sentences."""
@@ -148,7 +148,7 @@ class Record:
         raise UserError(f"{where} has parameters that are not finite, or too large")
 
     def _open_logs(self, notes: Sequence[str]) -> None:
-        config, text, is_writer = self._config, self._runs.first.text, hosts.is_writer()
+        config, text, is_writer = self._config, self._runs.base.text, hosts.is_writer()
         for folder, setup in zip(self._folders, self._runs.setups, strict=True):
             if is_writer:
                 write_config(folder.path, setup.config.to_dict())
@@ -166,7 +166,7 @@ class Record:
                 log.scalars(0, folder.counts)
         for sentence in dict.fromkeys((*notes, *(remark for folder in self._folders for remark in folder.remarks))):
             self.note(sentence)
-        setup = self._runs.first
+        setup = self._runs.base
         if setup.platform != "cpu":
             kernel = setup.attention(dtype=config.policy.dtype, length=setup.pack_shape.length)
             self.note(f"attention of training: {kernel.name} ({kernel.why})")
@@ -205,7 +205,7 @@ class Record:
         by_run = list(zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True))
         samples.mark("trained")
         totals = [metrics_lib.merge(*measured) for measured in by_run]
-        update = (step + 1) * self._runs.first.updates_per_step - 1
+        update = (step + 1) * self._runs.base.updates_per_step - 1
         rates = [float(setup.learning_rate(update)) for setup in self._runs.setups]
         common = samples.seconds() | {"time/compile": self._compile_seconds(step)}
         of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)

@@ -30,14 +30,15 @@ OVER = {"vmap": jax.vmap, "map": _in_turns}
 
 
 class Runs:
-    """`setups` of the runs. Stacked ones have a `base`, what is compiled for all of them; they differ from it in loss,
-    seed and a factor of the learning rate. `over`: vmap, map, or auto (map on a CPU, else vmap)."""
+    """`setups` of the runs. `base` is what is compiled: the one run's own setup or, of stacked runs, one from which
+    they differ in loss, seed and a factor of the learning rate alone. `over`: vmap, map, or auto (map on a CPU, else
+    vmap)."""
 
     def __init__(self, setups: Sequence[Setup], over: str = "auto", *, base: Setup | None = None):
         if over == "auto":
             over = "map" if jax.default_backend() == "cpu" else "vmap"
         self.setups, self.stacked = tuple(setups), base is not None
-        self.first = setups[0] if base is None else base
+        self.base = setups[0] if base is None else base
         self._over = lookup(OVER, over, "--over")
 
     @cached_property
@@ -53,7 +54,7 @@ class Runs:
     @property
     def topk(self) -> int:
         """K of the rollout, for all."""
-        return self.first.config.rollout.tracked if "topk" in self.needed else 0
+        return self.base.config.rollout.tracked if "topk" in self.needed else 0
 
     def __len__(self) -> int:
         return len(self.setups)
@@ -99,7 +100,8 @@ def metric_names(loss: BoundLoss) -> set[str]:
 
 
 def with_all_metrics(losses: Sequence[BoundLoss]) -> list[BoundLoss]:
-    """The losses, each with the metrics of all: those of the others count nowhere. So one may stand for another."""
+    """The losses, each with the metrics of all, since the branches of `lax.switch` must return one structure. A metric
+    that is not the loss's own counts nowhere."""
     names = sorted(set().union(*map(metric_names, losses)))
 
     def padded(loss: BoundLoss) -> BoundLoss:

@@ -85,14 +85,14 @@ class Sampler:
     """
 
     def __init__(self, runs: Runs, streams: list[PromptStream], scorer: Scorer):
-        first = runs.first
+        base = runs.base
         self._runs, self._streams, self._scorer = runs, streams, scorer
-        self._config, self._text, self._mesh = first.config, first.text, first.mesh
-        c = first.config.rollout
-        self.prompt_share = hosts.share_over(first.mesh, c.prompts)
+        self._config, self._text, self._mesh = base.config, base.text, base.mesh
+        c = base.config.rollout
+        self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        self._generate = first.on_mesh(runs.each(first.rollout(topk=runs.topk)))
-        shardings = None if first.mesh is None else first.shardings.params
+        self._generate = base.on_mesh(runs.each(base.rollout(topk=runs.topk)))
+        shardings = None if base.mesh is None else base.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
         self._params: Params = {}  # what the learner trains
         self._frozen: Params = {}  # what no run trains of its policy
@@ -122,7 +122,7 @@ class Sampler:
         equal_params = rollout is None and len(self._param_history) <= 1
         if rollout is None:
             rollout = self._sample(prompts, step)
-        params = self._behavior
+        params = self._behavior  # not those that drew an early rollout: checks refuses what would need them
         if self._runs.needs_exact and not self._param_history:
             params = self._copy(params)  # the updates donate the learner's
         self._drawing = Drawing(prompts, examples, rollout, params, equal_params, clock)
@@ -226,7 +226,7 @@ class Sampler:
         def take(a, b, index):
             return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[index], a, b)
 
-        return jax.jit(self._runs.at_once(take), out_shardings=self._runs.first.by_row)
+        return jax.jit(self._runs.at_once(take), out_shardings=self._runs.base.by_row)
 
     # --- checkpoints ---
 
@@ -242,12 +242,12 @@ class Sampler:
         if drawn_early:
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
             shapes = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
-            by_row = self._runs.first.by_row
+            by_row = self._runs.base.by_row
             if by_row is not None:
                 shapes = abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))
             result["ahead"] = shapes
         if c.rollout.lag:
-            updates = step * self._runs.first.updates_per_step
+            updates = step * self._runs.base.updates_per_step
             result["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
         return result
 
