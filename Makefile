@@ -24,11 +24,11 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all notebooks parity benchmark smollm2 libtpu lint clean FORCE
+.PHONY: help setup quickstart test test-all test-optimized notebooks parity benchmark smollm2 libtpu lint clean FORCE
 FORCE:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## make .venv with everything but PyTorch
 
@@ -59,6 +59,14 @@ test: setup  ## run the tests that people run, in minutes; no PyTorch needed
 
 test-all: setup  ## run all tests, those too that compile for a pod or take long
 	$(PYTEST)
+
+# What numbers depend on: as users compile it.
+NUMERICS := tests/losses tests/models/test_parity.py tests/models/test_decoder.py tests/models/test_cache.py \
+  tests/test_divergences.py tests/test_packing.py tests/test_rollout.py tests/test_sampling.py tests/test_token_head.py \
+  tests/test_train_step.py tests/test_weights.py
+
+test-optimized: setup  ## run the tests of numbers again, compiled as users compile
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) $(NUMERICS)
 
 notebooks: setup  ## run the notebooks and store what they print and draw
 	$(PY) -m notebooks.run

@@ -158,13 +158,13 @@ def make_policy_logprobs(
         )
         if routed is not None:
             head = dataclasses.replace(head, routing=routing(routed, packed.segments > 0, config.num_experts))
-        if behavior is None:
+        if behavior_head is None:
             return head
         exact = exact_divergence(
             states,
             head_weight(params),
-            behavior.hidden,
-            behavior.weight,
+            behavior_head.hidden,
+            behavior_head.weight,
             temperature=temperature,
             behavior_temperature=temperature if behavior_temperature is None else behavior_temperature,
             softcap=config.logit_softcap,

@@ -55,6 +55,7 @@ def test_every_value_is_zero_at_first(batch):
     np.testing.assert_allclose(advantages, np.where(batch.mask, np.arange(4.0)[:, None], 0.0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_estimates_against_a_plain_loop(batch):
     rewards, discount, lam = np.array([1.0, 0.0, 0.5, -1.0]), 0.9, 0.8
     params = critic()

@@ -88,6 +88,7 @@ WIDE = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_memory_of_a_train_step_with_the_oracle():
     """V = 151,936, 2,048 response tokens a piece: temporaries at most 1.3 x those without, by the compiler's count."""

@@ -29,7 +29,7 @@ class Learner:
 
     def __init__(self, runs: Runs, rates: Sequence[float] = (1.0,)):
         base = runs.base
-        self._runs, self._setup, self._mesh = runs, first, base.mesh
+        self._runs, self._setup, self._mesh = runs, base, base.mesh
         by_row = base.by_row
         self._assemble = jax.jit(runs.at_once(assemble), out_shardings=by_row)
         self._recompute = {
@@ -39,7 +39,7 @@ class Learner:
         }
         by_group = base.advantages
         self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
-        self._critic = None if by_group else Critic(first)
+        self._critic = None if by_group else Critic(base)
         if runs.stacked:
             self._update, self._init = _stacked_update(runs, rates)
         else:

@@ -57,6 +57,7 @@ def other_run(tmp_path_factory):
         yield folder / "model", run(config, tmp_path_factory.mktemp("run") / "run")
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_run_is_that_of_its_export(other_run):
     """With the tokenizer's token alone, responses are longer."""
     model, done = other_run

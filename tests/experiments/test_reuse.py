@@ -50,6 +50,7 @@ def test_the_directory_is_at_most_500_kilobytes():
     assert sum(file.stat().st_size for file in REUSE.rglob("*")) <= 5e5
 
 
+@pytest.mark.slow
 def test_the_model_is_as_often_right_as_the_readme_says():
     """2,048 chains of another seed: 0.04 is 3.6 standard errors."""
     config, params = load_params(REUSE)

@@ -183,6 +183,7 @@ def test_nothing_is_compiled_after_the_first_step_and_nothing_twice(finished):
     assert count("rollout") == 2  # for training and for evaluation
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_step_with_a_proximal_policy_either(proximal):
     assert {step for _, step in proximal.compilations} <= {None, 0}
     assert sum(function == "jit(recompute)" for function, _ in proximal.compilations) == 1
@@ -330,6 +331,7 @@ def test_a_hyperparameter_that_is_set_goes_before_the_default_even_if_it_is_zero
     assert Setup(small_config(folder, loss__name="pg_is")).loss.keywords == dict(ratio_cap=float("inf"))
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_is_one_function_in_the_config_file(folder, tmp_path, tmp_path_factory):
     """Selected by name, with a hyperparameter of its own and a metric of its own, on the command line."""
     (tmp_path / "mine.py").write_text(

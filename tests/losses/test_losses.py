@@ -13,8 +13,6 @@ from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES, LossInputs, LossOutput, TopKPair, bind_loss, policy_objective, required_fields
 from tests.helpers.places import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 LOSSES_FILE = GOLDEN / "losses" / "losses.npz"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 CASES = [("k1", "jit"), ("k3", "jit"), ("k3", "eager"), ("k20", "jit"), ("ties", "jit")]

@@ -126,6 +126,7 @@ def test_scale_cap_and_window_are_the_definition(name, left_out, monkeypatch):
             assert np.abs(real(expected - without, segments)).max() > 0.1, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding", [True, False])
 def test_splash_is_xla_with_scale_cap_and_window(sliding, monkeypatch):
     """Gradients too, where a window spans several blocks or ends within one."""
@@ -220,6 +221,7 @@ def sliding(name):
     return lambda *args: self_attention(*args, implementation=name, sliding=jnp.asarray(True), **GEMMA)
 
 
+@pytest.mark.slow
 def test_splash_over_four_devices_is_xla_on_one():
     flags = f"--xla_force_host_platform_device_count=4 {HURRIED_FLAGS}"
     env = os.environ | dict(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")

@@ -138,6 +138,7 @@ def far_from_initialisation():
     )
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     """Only what is kept: `full` computes the layer's matrix products again, `dots` fewer of them."""
     params = far_from_initialisation()

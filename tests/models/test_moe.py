@@ -108,6 +108,7 @@ def test_experts_are_those_that_training_would_choose():
     assert np.array_equal(np.sort(ours, -1), np.sort(theirs[:length], -1))
 
 
+@pytest.mark.slow
 def test_replay_lowers_the_mismatch():
     """A bfloat16 rollout against float32 training: other experts are a jump, that replay takes away."""
     free, replayed = gap(jnp.bfloat16, False), gap(jnp.bfloat16, True)

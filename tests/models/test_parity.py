@@ -14,8 +14,6 @@ from dppo_jax.models import Policy, load_policy
 from dppo_jax.models.rotary import inverse_frequencies
 from tests.helpers.places import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 MODELS = GOLDEN / "models"
 FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain"]
 TOLERANCE = 1e-4  # of the largest logit

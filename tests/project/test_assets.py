@@ -36,6 +36,7 @@ def test_quickstart_asks_for_the_task_it_was_made_for(tiny):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_half_right_when_sampled_and_nearly_always_when_greedy(tiny):
     config, params, tokenizer = tiny
     entries = problems(HELD_OUT_SEED, 256)

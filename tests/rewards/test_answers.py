@@ -306,6 +306,7 @@ def maths():
         yield scorer
 
 
+@pytest.mark.slow
 def test_every_label_accepts_the_right_reply_in_every_form(maths):
     pairs = [(reply, label) for label, value in LABELS.items() for reply in in_forms(value)]
     plain = [(f"<answer>{label}</answer>", label) for label in LABELS] + [(label, label) for label in LABELS]
