@@ -109,8 +109,9 @@ libtpu: build/libtpu/.ready  ## fetch the TPU compiler, for experiments.compile_
 
 build/libtpu/.ready: .venv/.ready
 	@echo "libtpu: fetching the TPU compiler into build/libtpu"
-	@$(PY) -c 'import importlib.metadata as m; print([r for r in m.requires("jax") if r.startswith("libtpu")][0].split(";")[0])' > build-libtpu.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/libtpu -r build-libtpu.txt; status=$$?; rm -f build-libtpu.txt; exit $$status
+	@mkdir -p build
+	@$(PY) -c 'import importlib.metadata as m; print([r for r in m.requires("jax") if r.startswith("libtpu")][0].split(";")[0])' > build/libtpu.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/libtpu -r build/libtpu.txt
 	@touch $@
 
 lint: setup  ## ruff and mypy

@@ -124,3 +124,7 @@ class Probe:
     def update(self):
         """The compiled update of this config, its state donated."""
         return jit_update(self.setup.update, self.setup.shardings, self.setup.mesh)
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: experiments.probe is no command; the questions in experiments/questions use it")

@@ -163,3 +163,7 @@ def main(description: str, arms: Sequence[Arm]) -> None:
         arguments.out.with_suffix(".png"), dpi=120
     )
     print(text, end="")
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: experiments.study is no command; the questions in experiments/questions use it")

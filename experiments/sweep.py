@@ -3,9 +3,10 @@
     python -m experiments.sweep --config configs/reuse.py --workdir DIR --losses pg_is,kpop --config.eval.every=0
 
 For models so small that one run leaves the machine idle. Every run has a folder DIR/LOSS/seed_N of its own with
-TensorBoard logs and HParams, as if experiments.train had made it: the same prompts, keys and numbers, up to float
-rounding. Started again, it goes on from its last checkpoint. A loss has its loss_defaults; anything else, such as the
-advantages and the aggregation, is the config's. --rates scales optimizer.learning_rate, and names the runs LOSS_xRATE.
+TensorBoard logs and HParams: the same prompts, keys and numbers as of experiments.train, up to float rounding. Started
+again with the same runs, it goes on from its last checkpoint. A loss has its loss_defaults, and the config's own loss
+what loss.<name> sets beside; anything else, such as the advantages and the aggregation, is the config's. --rates scales
+optimizer.learning_rate, and names the runs LOSS_xRATE.
 """
 
 import contextlib
@@ -46,12 +47,20 @@ def config_of(config: ConfigDict, run: Run) -> ConfigDict:
     """The config that experiments.train would take."""
     own = config.copy_and_resolve_references()
     own.loss.name, own.seed = run.loss, run.seed
+    if run.loss != config.loss.name:  # loss.<number> is of the config's own loss
+        own.loss.update({key: None for key in own.loss if key != "name"})
     own.optimizer.learning_rate = config.optimizer.learning_rate * run.rate
     return own
 
 
 def check(config: ConfigDict, runs: list[Run]) -> None:
     """Refuses what a sweep cannot batch. UserError, one sentence."""
+    numbers = [key for key, value in config.loss.items() if key != "name" and value is not None]
+    if numbers and config.loss.name not in {run.loss for run in runs}:
+        raise UserError(
+            f"loss.{numbers[0]} is set, of {config.loss.name}, which is not among the losses of this sweep; "
+            f"set loss_defaults.{runs[0].loss}.{numbers[0]}"
+        )
     whole: set[str] = set()
     for run in runs:
         lookup(LOSSES, run.loss, "loss")
@@ -61,16 +70,13 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")
     refused = {
-        "advantage.name": (config.advantage.name == "gae", "critics are not trained side by side"),
+        "advantage.name = gae": (config.advantage.name == "gae", "critics are not trained side by side"),
         "alp.sigma": (config.alp.sigma, "its noise is drawn from one seed, a constant of the compiled update"),
         "lora.rank": (config.lora.rank, "adapters are not trained side by side"),
     }
     for key, (used, why) in refused.items():
         if used:
             raise UserError(f"a sweep does without {key}: {why}; leave it at its default, or use experiments.train")
-    given = [key for key, value in config.loss.items() if key != "name" and value is not None]
-    if given:
-        raise UserError(f"a sweep takes loss_defaults, not loss.{given[0]}: set loss_defaults.LOSS.{given[0]}")
 
 
 def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "auto") -> None:
@@ -105,6 +111,9 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
             if config.checkpoint.export:
                 for folder, setup, state in zip(folders, setups, together.apart(learner.state), strict=True):
                     export(setup, state, folder.path)
+        else:
+            print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
+    print(f"logs: {workdir}")
 
 
 def main() -> None:

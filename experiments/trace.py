@@ -73,3 +73,7 @@ def trace(config: ConfigDict) -> str:
         f"metrics      {len(metrics.sums) + len(metrics.maxima) + len(metrics.minima)} a minibatch",
     ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: experiments.trace is no command; write python -m experiments.train --config FILE --trace")

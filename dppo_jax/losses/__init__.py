@@ -122,7 +122,10 @@ def bind_loss(name: str, values: Mapping[str, float]) -> functools.partial:
             raise UserError(f"loss {name!r} has no hyperparameter {key!r}{nearest(key, names)}")
     if missing := sorted(names - set(values)):
         keys = ", ".join(f"loss.{key}" for key in missing)
-        raise UserError(f"loss {name!r} needs {keys}, which nothing sets; its hyperparameters are {sorted(names)}")
+        raise UserError(
+            f"loss {name!r} needs {keys}, which nothing sets (in a sweep: loss_defaults.{name}.{missing[0]}); "
+            f"its hyperparameters are {sorted(names)}"
+        )
     return functools.partial(loss, **values)
 
 

@@ -7,15 +7,16 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import check_text, user_path
+from dppo_jax.losses import LOSSES, hyperparameters
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,7 +121,8 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
-    text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
+    if isinstance(error, KeyError | flags.Error):  # a KeyError quotes what it says
+        text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)
     hint = re.search(r"Did you mean .*\?$", text)
     first = text.split(". Other fields present")[0]
     first = first if isinstance(error, flags.Error) else first.split("\n")[0]  # whose values may have several lines
@@ -143,6 +145,8 @@ def file_and_argument(text: str) -> tuple[str, str | None]:
         return path, argument if count < len(parts) else None
     path = re.split(r"(?<=\.py):", text)[0]
     user_path(path, "--config")
+    if os.path.isdir(os.path.expanduser(path)):
+        raise UserError(f"--config {short(path)} is a folder; name a file in it")
     hint, table, name = "the project's are in configs/", f"{Path(path).parent}.py", Path(path).stem
     if os.path.isfile(table):  # FOLDER/NAME.py, where FOLDER.py:NAME may be meant
         try:
@@ -178,13 +182,21 @@ def arguments_of(get_config: Any, path: str, argument: str | None, known: Sequen
     return () if argument is None else (argument,)
 
 
+def _known_arguments(names: dict[str, Any], path: str) -> tuple[str, ...]:
+    """What a config file calls ARGUMENTS. UserError unless it is a collection of texts."""
+    known = names.get("ARGUMENTS", ())
+    if isinstance(known, str) or not isinstance(known, Iterable) or not all(isinstance(one, str) for one in known):
+        raise UserError(f"ARGUMENTS of config file {path} must be a tuple of texts, not {short(repr(known), 60)}")
+    return tuple(known)
+
+
 def run_config(path: str, argument: str | None) -> ConfigDict:
     """What get_config of a file returns. UserError for a file that fails, or has no such function."""
     try:
         names = runpy.run_path(os.path.expanduser(path))
         get_config, config = names.get("get_config"), None
         if callable(get_config):
-            config = get_config(*arguments_of(get_config, path, argument, tuple(names.get("ARGUMENTS", ()))))
+            config = get_config(*arguments_of(get_config, path, argument, _known_arguments(names, path)))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -201,6 +213,7 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
     """The config of FILE, or of FILE:ARGUMENT by get_config(ARGUMENT), with `--config.a.b=v` overrides. UserError for a
     bad file, argument, key or value."""
     config = run_config(*file_and_argument(text))
+    _open_defaults(config, overrides)
     _check_overrides(overrides, dict(keys(config)))
     values, arguments = flags.FlagValues(), ["", *overrides]
     try:
@@ -211,6 +224,22 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(f"bad override: {short(error_line(error))}") from error
     except (RecursionError, MemoryError, OverflowError, SyntaxError) as error:  # raised by Python's reader of literals
         raise UserError(f"bad override: {type(error).__name__} in {short(' '.join(overrides))}") from error
+
+
+def _open_defaults(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Makes the keys loss_defaults.LOSS.NUMBER that an override names, of a known loss that has such a number."""
+    for override in overrides:
+        match = re.match(r"--config\.loss_defaults\.(\w+)\.(\w+)=", override)
+        if not match or match[1] not in LOSSES or "loss_defaults" not in config:
+            continue
+        if match[2] not in hyperparameters(LOSSES[match[1]]):
+            continue
+        defaults = config.loss_defaults
+        with defaults.unlocked():
+            if match[1] not in defaults:
+                defaults[match[1]] = ConfigDict()
+            if match[2] not in defaults[match[1]]:
+                defaults[match[1]][match[2]] = config_dict.placeholder(float)
 
 
 def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:

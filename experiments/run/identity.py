@@ -85,6 +85,22 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
     return changes
 
 
+def same_runs(saved: list[str], now: list[str], workdir: Path) -> None:
+    """UserError where a checkpoint is not of these runs in this order, in which it has their states; "." is a single
+    run, any other name one of a sweep."""
+    if saved == now:
+        return
+    if saved == ["."] or now == ["."]:
+        found, command = ("a run", "train") if saved == ["."] else ("a sweep", "sweep")
+        sentence = f"{str(workdir)!r} holds {found}, which experiments.{command} goes on with"
+    else:
+        sentence = (
+            f"cannot resume {str(workdir)!r}: its checkpoint has the runs {', '.join(saved)}; asked for are "
+            f"{', '.join(now)}; give --losses, --rates and --seeds as they were"
+        )
+    raise UserError(f"{sentence}, or take another --workdir")
+
+
 def edits(saved: Mapping[str, Any], workdir: Path) -> list[str]:
     """A sentence where WORKDIR/config.json was edited, or cannot be read: the checkpoint's own config counts."""
     if not (workdir / NAME).exists():

@@ -21,13 +21,13 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
 from dppo_jax.packing import Plan
-from dppo_jax.storage.checkpoint import Checkpoints
+from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config, write_config
 from dppo_jax.storage.run_log import RunLog
 from experiments.run import checks
 from experiments.run.evaluation import Evaluation
-from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere
+from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere, same_runs
 from experiments.run.learner import Learner
 from experiments.run.report import Report
 from experiments.run.runs import Runs
@@ -87,6 +87,7 @@ class Record:
 
         UserError where that is another run's, or its parameters are not finite.
         """
+        refuse_part_of_a_sweep(self._workdir)
         make_folder(self._workdir)
         if hosts.is_writer():
             self._stack.enter_context(locked(self._workdir))
@@ -127,9 +128,11 @@ class Record:
 
     def _changes(self, step: int) -> list[str]:
         """What is not as the checkpoint has it, in sentences."""
-        about, changes = self._checkpoints.about(step), dict[str, None]()
+        saved_runs, changes = self._checkpoints.about(step).get("runs"), dict[str, None]()
+        if saved_runs is not None:
+            same_runs(list(saved_runs), [self._name(folder) for folder in self._folders], self._workdir)
         for folder, setup in zip(self._folders, self._runs.setups, strict=True):
-            saved = about.get("runs", {}).get(self._name(folder)) or {"config": read_config(folder.path)}
+            saved = saved_runs[self._name(folder)] if saved_runs else {"config": read_config(folder.path)}
             found = compare(saved, folder.identity, folder.path) + rate_change(saved, setup, step)
             changes |= dict.fromkeys([*found, *edits(saved, folder.path)])
         return list(changes)

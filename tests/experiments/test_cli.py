@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dppo_jax.errors import UserError, run_main
 from experiments.run import cli
 from experiments.run.load import load_prompts, load_text
 from experiments.run.setup import Setup, model_directory
+from experiments.sweep import Run, check
 from experiments.trace import trace
 from tests.helpers.fixtures import TINY, config_file, no_cache, small_config, tiny
 from tests.helpers.places import ROOT
@@ -210,3 +212,31 @@ def test_the_quickstart_config_says_how_to_take_other_data(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             trace(cli.load_config(str(ROOT / "configs/quickstart.py"), [override]))
+
+
+def test_a_number_of_a_loss_without_defaults_is_set_for_a_sweep():
+    quickstart = str(ROOT / "configs/quickstart.py")
+    config = cli.load_config(quickstart, ["--config.loss_defaults.relax_low.alpha=0.1"])
+    assert config.loss_defaults.relax_low.alpha == 0.1
+    check(config, [Run("relax_low", 0, 1.0)])
+    with pytest.raises(UserError, match=r"unknown config key 'loss_defaults.relax_low.beta'"):
+        cli.load_config(quickstart, ["--config.loss_defaults.relax_low.beta=0.1"])
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(UserError, match=f"--config {tmp_path} is a folder; name a file in it"):
+        cli.load_config(str(tmp_path), [])
+
+
+@pytest.mark.parametrize("arguments", ["'one'", "(1, 2)", "1"])
+def test_arguments_are_texts(tmp_path, arguments):
+    file = tmp_path / "mine.py"
+    file.write_text(f"ARGUMENTS = {arguments}\n\n\ndef get_config(name):\n    raise KeyError(name)\n")
+    with pytest.raises(UserError, match="ARGUMENTS of config file .* must be a tuple of texts, not"):
+        cli.load_config(f"{file}:one", [])
+
+
+@pytest.mark.parametrize("module", ["study", "probe", "trace"])
+def test_a_module_that_is_no_command_says_so(module):
+    done = subprocess.run([sys.executable, "-m", f"experiments.{module}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"experiments.{module} is no command" in done.stderr

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dppo_jax.errors import UserError
+from dppo_jax.storage.checkpoint import restore_params
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from experiments.sweep import Run, check, config_of, train
@@ -108,12 +109,47 @@ def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
                 np.testing.assert_array_equal(whole[tag][1], cut[tag][1], err_msg=tag)
 
 
+@pytest.mark.parametrize("runs", [RUNS[::-1], RUNS[:2], [*RUNS, Run("cispo", 0, 1.0)]], ids=["order", "fewer", "more"])
+def test_states_go_to_the_runs_that_they_are_of(runs, swept, tmp_path, tmp_path_factory):
+    """A folder that holds a config.json says nothing of the checkpoint."""
+    own = shutil.copytree(swept, tmp_path / "sweep")
+    shutil.copytree(own / RUNS[0].folder, own / "cispo" / "seed_0")
+    config = small_config(tiny(tmp_path_factory), **NUMBERS | {"steps": 4})
+    with pytest.raises(UserError, match="its checkpoint has the runs ppo_clip/seed_0, .*--seeds as they were"):
+        train(config, runs, own)
+
+
+def test_the_folders_of_a_sweep_and_of_a_run_are_told_apart(swept, tmp_path, tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    for folder, sentence in ((swept, "holds a sweep"), (swept / RUNS[0].folder, "is a run of the sweep in")):
+        with pytest.raises(UserError, match=sentence):
+            run(config_of(config, RUNS[0]), folder)
+        with pytest.raises(UserError, match="checkpoint.export=True"):
+            restore_params(folder, {})
+    alone = run(config_of(config, RUNS[0]), tmp_path / "run").folder
+    with pytest.raises(UserError, match="holds a run, which experiments.train goes on with"):
+        train(config, RUNS, alone)
+
+
+def test_a_finished_sweep_says_so(swept, tmp_path_factory, capsys):
+    train(small_config(tiny(tmp_path_factory), **NUMBERS), RUNS, swept)
+    assert capsys.readouterr().out == f"nothing to do: {swept} has 3 of 3 steps\nlogs: {swept}\n"
+
+
+def test_numbers_of_the_configs_own_loss_are_of_no_other(tmp_path_factory):
+    config = small_config(tiny(tmp_path_factory), loss__name="cispo", loss__ratio_cap=2.0)
+    runs = [Run("cispo", 0, 1.0), Run("pg_is", 0, 1.0)]
+    check(config, runs)
+    assert [config_of(config, one).loss.ratio_cap for one in runs] == [2.0, None]
+
+
 REFUSED = {
     "the nearest is 'ppo_clip'": ([Run("ppo_clp", 0, 1.0)], {}),
-    "a sweep does without advantage.name: critics": (RUNS[:1], dict(advantage__name="gae", loss__name="ppo_clip")),
+    "without advantage.name = gae: critics": (RUNS[:1], dict(advantage__name="gae", loss__name="ppo_clip")),
     "a sweep does without alp.sigma: its noise": (RUNS[:1], dict(alp__sigma=0.1)),
     "a sweep does without lora.rank: adapters": (RUNS[:1], dict(lora__rank=2)),
-    "set loss_defaults.LOSS.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+    "which is not among the losses .* set loss_defaults.ppo_clip.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+    r"relax_low.alpha\)": ([Run("relax_low", 0, 1.0)], {}),
 }
 
 

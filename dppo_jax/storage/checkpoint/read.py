@@ -206,6 +206,7 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     else:
         folder, chosen_step = directory / "checkpoints", None
     if not os.path.isdir(folder):
+        refuse_part_of_a_sweep(directory)
         raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
     unreadable: dict[int, str] = {}
     while True:
@@ -216,6 +217,28 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
             if chosen_step is not None or jax.process_count() > 1:
                 raise
             unreadable[step] = error.what
+
+
+def refuse_part_of_a_sweep(workdir: Path) -> None:
+    """UserError for the folder of one run of a sweep, whose checkpoints are further up."""
+    for sweep in Path(workdir).absolute().parents[:2]:
+        folder = sweep / "checkpoints"
+        if not folder.is_dir():
+            continue
+        name = str(Path(workdir).absolute().relative_to(sweep))
+        if any(name in _runs_of(folder / str(step)) for step in manifest.entries(folder).steps):
+            raise UserError(
+                f"{workdir} is a run of the sweep in {sweep}, which has its checkpoints: experiments.sweep goes on "
+                "with it, and with checkpoint.export=True leaves a policy/ of every run"
+            )
+
+
+def _runs_of(folder: Path) -> list[str]:
+    """The runs of a step's folder: "." for a single one, the folders of a sweep's; none where it does not say."""
+    try:
+        return list(manifest.about(folder).get("runs", {}))
+    except UserError:
+        return []
 
 
 def _choose(folder: Path, chosen_step: int | None, unreadable: dict[int, str]) -> int:
@@ -240,6 +263,11 @@ def _choose(folder: Path, chosen_step: int | None, unreadable: dict[int, str]) -
 
 
 def _restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
+    if (runs := _runs_of(folder / str(step))) not in ([], ["."]):
+        raise UserError(
+            f"{folder} holds checkpoints of a sweep, all its runs in one; with checkpoint.export=True a sweep leaves a "
+            f"policy/ of every run, such as {folder.parent / runs[0] / 'policy'}"
+        )
     abstract = {"params": abstract_params}
     saved = dict(saved_tree(folder, step))["params"]
     saved = {name: value for name, value in saved.items() if name != LOG_SIGMA or name in abstract_params}
