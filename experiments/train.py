@@ -41,8 +41,9 @@ def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluat
         batch = learner.assemble(samples)  # with the other policies' log-probabilities
         replies = sampler.rewards(samples)  # verified and shaped
         batch = learner.advantages(batch, replies)
-        plans, metrics = list(learner.minibatches(step, replies)), []
-        for plan in plans:
+        plans, metrics = [], []
+        for plan in learner.minibatches(step, replies):  # made on the host, during the update before
+            plans.append(plan)
             metrics.append(learner.update(batch, plan, samples.drawing.params))
             sampler.publish(learner.params, learner.frozen)
         record.step(step, samples, plans, metrics, scores)
