@@ -176,6 +176,13 @@ def hurried_environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
+def unhurried_environment() -> dict[str, str]:
+    """For a process that compiles as users do."""
+    return {
+        key: value for key, value in os.environ.items() if key not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    }
+
+
 def hurried(tmp_path_factory) -> contextlib.AbstractContextManager[None]:
     """In this process, until the `with` ends."""
     return jax_settings(

@@ -9,7 +9,7 @@ import pytest
 from matplotlib import image
 
 from notebooks.run import NOTEBOOKS, complaints, difference, main, read, run
-from tests.helpers.fixtures import hurried_environment
+from tests.helpers.fixtures import unhurried_environment
 
 FIGURES = {"1_a_loss_and_its_mask": 4, "2_one_training_step_by_hand": 0, "3_reading_a_run": 3}
 MOST_BYTES = 400_000  # of a notebook, figures included
@@ -24,11 +24,11 @@ def test_every_notebook_is_tested():
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_notebook_prints_what_is_stored(name, tmp_path, tmp_path_factory, monkeypatch):
-    """As Jupyter runs it: from its own folder, in a kernel of its own."""
+def test_a_notebook_prints_what_is_stored(name, tmp_path, monkeypatch):
+    """As Jupyter runs it: from its own folder, in a kernel of its own, compiled as users compile."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     stored = read(NOTEBOOKS[name])
-    fresh = run(stored, hurried_environment(tmp_path_factory))  # raises what a cell raised
+    fresh = run(stored, unhurried_environment())  # raises what a cell raised
     assert complaints(fresh) == []
     changed = difference(stored, fresh)
     assert not changed, f"{name} prints something else than what is stored; `make notebooks` stores it:\n{changed}"
