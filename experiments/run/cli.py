@@ -121,8 +121,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
-    if isinstance(error, KeyError | flags.Error):  # a KeyError quotes what it says
-        text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)
+    text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
     hint = re.search(r"Did you mean .*\?$", text)
     first = text.split(". Other fields present")[0]
     first = first if isinstance(error, flags.Error) else first.split("\n")[0]  # whose values may have several lines
