@@ -60,7 +60,7 @@ test: setup  ## run the tests that people run, in minutes; no PyTorch needed
 test-all: setup  ## run all tests, those too that compile for a pod or take long
 	$(PYTEST)
 
-# What numbers depend on: as users compile it.
+# What numbers depend on: as users compile it, but where a test itself asks for a quick compilation.
 NUMERICS := tests/losses tests/models/test_parity.py tests/models/test_decoder.py tests/models/test_cache.py \
   tests/test_divergences.py tests/test_packing.py tests/test_rollout.py tests/test_sampling.py tests/test_token_head.py \
   tests/test_train_step.py tests/test_weights.py

@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def optimized():
-    """Compiles as users do: for tests of memory, of copies, and of the last bits."""
+    """Compiles with all optimisations but that of XLA_FLAGS above: for tests of memory, of copies, of last bits."""
     import jax
 
     before = jax.config.values["jax_disable_most_optimizations"]

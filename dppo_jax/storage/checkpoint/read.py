@@ -220,13 +220,12 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
 
 
 def refuse_part_of_a_sweep(workdir: Path) -> None:
-    """UserError for the folder of one run of a sweep, whose checkpoints are further up."""
-    for sweep in Path(workdir).absolute().parents[:2]:
-        folder = sweep / "checkpoints"
-        if not folder.is_dir():
-            continue
-        name = str(Path(workdir).absolute().relative_to(sweep))
-        if any(name in _runs_of(folder / str(step)) for step in manifest.entries(folder).steps):
+    """UserError for the folder of one run of a sweep, whose checkpoints are further up. What stands there and cannot be
+    read is no sweep's that this user could go on with."""
+    workdir = Path(workdir).absolute()
+    for sweep in workdir.parents[:2]:
+        name = str(workdir.relative_to(sweep))
+        if any(name in _runs_of(folder) for folder in sweep.glob("checkpoints/*") if manifest.is_step(folder.name)):
             raise UserError(
                 f"{workdir} is a run of the sweep in {sweep}, which has its checkpoints: experiments.sweep goes on "
                 "with it, and with checkpoint.export=True leaves a policy/ of every run"
@@ -237,7 +236,7 @@ def _runs_of(folder: Path) -> list[str]:
     """The runs of a step's folder: "." for a single one, the folders of a sweep's; none where it does not say."""
     try:
         return list(manifest.about(folder).get("runs", {}))
-    except UserError:
+    except (UserError, OSError):
         return []
 
 
