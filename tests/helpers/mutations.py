@@ -67,7 +67,7 @@ BROKEN = {
     "a lone surrogate in a name": '{"\\udfff": 1}',
     "digits": '{"a": ' + "7" * 5000 + "}",
     "depth": "[" * 100_000 + "]" * 100_000,
-    "depth of objects": '{"a":' * 5000 + "1" + "}" * 5000,
+    "depth of objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
     "a byte order mark": "\ufeff{}",
     "no UTF-8": b'{"a": "\xff\xfe"}',
     "zeros": b"\0" * 100,
