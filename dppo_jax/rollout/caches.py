@@ -1,0 +1,354 @@
+"""The two ways in which a rollout keeps keys and values: blocks of columns, which all slots share, and pages.
+
+Both have the prompts of the batch in a form of their own, fill an idle slot from them, and give every decode step its
+attention. They hold no state: that is in `Slots`, as `cache` and `table`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from dppo_jax.devices.sharding import mesh_axes, num_shards, spec
+from dppo_jax.models import cache as blocks
+from dppo_jax.models import pages
+from dppo_jax.models.config import ModelConfig
+from dppo_jax.models.decoder import slides
+from dppo_jax.models.pages import PAGE, PageTable, count_for
+from dppo_jax.rollout.slots import Shards, Slots, Waiting
+
+BY_SLOT = ("batch",)
+
+# (mixed, cache, None) of (q, k, v, cache, layer number), as `decoder.Attend`
+Attend = Callable[..., tuple[Array, Any, None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A slot holds its prompt in columns 0 .. P-1 and its response from column P on; every slot reads as many blocks
+    of columns as the longest needs. Layers are `unrolled`, each with a cache of its own, which XLA's CPU backend wants,
+    or scanned over one cache of all, which compiles in a time that does not grow with their number."""
+
+    config: ModelConfig
+    dtype: Any
+    unrolled: bool
+    max_new_tokens: int
+    shards: Shards
+
+    def of_prompts(self, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        """What is kept of the prompts' keys and values of one layer, [N, P, KV, D]."""
+        return blocks.of_prompt(k, v, one_layer=self.unrolled)
+
+    def _responses(self, prompt_length: int) -> int:
+        """Columns of the cache after the prompt's: no last token is attended to. A TPU copies what has odd sides."""
+        columns = prompt_length + self.max_new_tokens - 1
+        return (columns if self.unrolled else -(-columns // 128) * 128) - prompt_length
+
+    def empty(self, slots: int, waiting: Waiting) -> tuple[Any, None]:
+        """The cache and the table of idle slots."""
+        c, prompt_length = self.config, waiting.prompt_mask.shape[1]
+        columns = prompt_length + self._responses(prompt_length)
+        shape = (slots, c.num_kv_heads, c.head_dim, columns, self.dtype)
+        return [blocks.empty(*shape)] * c.num_layers if self.unrolled else blocks.empty(*shape, c.num_layers), None
+
+    def admissible(self, waiting: Waiting, state: Slots) -> Bool[Array, "D b"]:
+        """Rows for which there is room."""
+        return state.waits
+
+    def short(self, state: Slots) -> Bool[Array, ""]:
+        """Whether rows must make room before the next step."""
+        return jnp.bool_(False)
+
+    def make_room(self, state: Slots) -> Slots:
+        """Without the rows that must make room."""
+        return state
+
+    def release(self, state: Slots, slots: Bool[Array, "S"]) -> Slots:
+        """After the last token of these slots' rows."""
+        return state
+
+    def admit(self, waiting: Waiting, state: Slots, fresh: Bool[Array, "S"], prompt: Int32[Array, "D s"]) -> Slots:
+        """The prompts of these slots in the cache; `prompt` by its number within the shard."""
+
+        def filled_anew(cache: Any, prompts: tuple[Array, Array], layer: Any = None) -> Any:
+            return blocks.fill(cache, fresh, tuple(self.shards.look_up(x, prompt) for x in prompts), layer)
+
+        if self.unrolled:
+            cache: Any = [filled_anew(*pair) for pair in zip(state.cache, waiting.prompts, strict=True)]
+        else:
+
+            def fill_layer(layer: Array, cache: Any) -> Any:
+                return filled_anew(cache, tuple(x[layer] for x in waiting.prompts), layer)
+
+            cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
+        return state.replace(cache=cache)
+
+    def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:
+        """The state, this step's attention, and how many pages of 128 columns every slot reads."""
+        prompt_length = state.prompt_mask.shape[1]
+        column = prompt_length + state.drawn - 1
+        responses = jnp.arange(self._responses(prompt_length)) < state.drawn[:, None]
+        visible = jnp.concatenate([state.prompt_mask, responses], axis=1)
+        cached_length = jnp.max(jnp.where(live, column, 0)) + 1
+
+        # A prompt ends where its response begins: columns are as far apart as positions.
+        near = visible
+        if self.config.window is not None:
+            near &= column[:, None] - jnp.arange(visible.shape[1]) < self.config.window
+        settings = dict(scale=self.config.attn_scale, softcap=self.config.attn_softcap)
+
+        def attend(q, k, v, cache, number):
+            q, k, v, sliding = q[:, 0], k[:, 0], v[:, 0], slides(self.config, number)
+            attended = visible if sliding is None else jnp.where(sliding, near, visible)
+            if self.unrolled:
+                cache = blocks.write(cache, column, k, v)
+                mixed = blocks.attend(q, cache, attended, cached_length, **settings)
+            else:
+                mixed, cache = blocks.step_of_all(q, k, v, cache, column, attended, cached_length, number, **settings)
+            return mixed[:, None], cache, None
+
+        edges = jnp.asarray(blocks.edges(visible.shape[1]))
+        read = count_for(edges[jnp.searchsorted(edges[1:], cached_length) + 1])
+        return state, attend, jnp.full_like(column, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """A slot has pages of 128 tokens, its prompt's full ones together with its group, and reads those alone.
+
+    `pages` is how many there are in a shard beside the prompts' (None: as many as its slots could ever fill). Where
+    they run out, the rows that began last make room: they wait, and are prefilled again with the tokens they have.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    unrolled: bool
+    max_new_tokens: int
+    shards: Shards
+    pages: int | None
+    attention: str  # of pages.IMPLEMENTATIONS
+
+    def of_prompts(self, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
+        """What is kept of the prompts' keys and values of one layer, [N, P, KV, D]. No mask: none is padded."""
+        return pages.prompt_pages(k, mask), pages.prompt_pages(v, mask)
+
+    def empty(self, slots: int, waiting: Waiting) -> tuple[Any, PageTable]:
+        """The cache and the table of idle slots. The prompts' pages are the first of every shard."""
+        prompts, prompt_length = waiting.prompt_mask.shape
+        per_prompt = count_for(prompt_length)
+        of_prompts = prompts // self.shards.count * per_prompt
+        width = count_for(prompt_length + self.max_new_tokens - 1)
+        most = slots // self.shards.count * width
+        free = most if self.pages is None else min(max(self.pages, width), most)
+
+        def pool(stored: Array) -> Array:
+            """[KV, D L N, 128, D], of [KV, n, p, 128, D] of one layer or of L."""
+            layers = stored[None] if self.unrolled else stored
+            count, heads, size = len(layers), layers.shape[1], layers.shape[-1]
+            by_shard = layers.reshape(count, heads, self.shards.count, of_prompts, PAGE, size)
+            room = jnp.zeros((count, heads, self.shards.count, free, PAGE, size), stored.dtype)
+            whole = jnp.moveaxis(jnp.concatenate([by_shard, room], axis=3), 0, 2)
+            return pages.constrain_pool(whole.reshape(heads, -1, PAGE, size))
+
+        stored = waiting.prompts if self.unrolled else [waiting.prompts]
+        cache = [tuple(pool(x) for x in pair) for pair in stored]
+        numbers = jnp.broadcast_to(of_prompts + jnp.arange(free, dtype=jnp.int32), (self.shards.count, free))
+        return cache if self.unrolled else cache[0], pages.empty_table(slots, width, numbers)
+
+    # --- room ---
+
+    def may_run_out(self, batch: int, slots: int | None, waiting: Waiting) -> bool:
+        """Whether rows may have to make room."""
+        if self.pages is None:
+            return False
+        width = count_for(waiting.prompt_mask.shape[1] + self.max_new_tokens - 1)
+        return self.pages < (batch if slots is None else min(slots, batch)) // self.shards.count * width
+
+    def release(self, state: Slots, slots: Bool[Array, "S"]) -> Slots:
+        """Without the own pages of these slots."""
+        assert state.table is not None
+        return state.replace(table=pages.release(state.table, slots))
+
+    def _most(self, state: Slots) -> Int32[Array, "S"]:
+        """Pages that the row of every slot may come to need."""
+        return count_for(state.position - state.drawn + state.limit)
+
+    def admissible(self, waiting: Waiting, state: Slots) -> Bool[Array, "D b"]:
+        """Rows for which there is room: the first that wait, while every row that may grow finds its next page."""
+        assert state.table is not None
+        batch, group = len(waiting.limit), len(waiting.limit) // len(waiting.prompt_mask)
+        length = self.shards.local(jnp.repeat(jnp.sum(waiting.prompt_mask, axis=1, dtype=jnp.int32), group))
+        limit, live = self.shards.local(waiting.limit), self.shards.local(state.row < batch)
+        held = length + state.progress - 1
+        needs = count_for(held + 1) - length // PAGE
+        grows = (count_for(length + limit - 1) > count_for(held + 1)).astype(jnp.int32)
+        growing = jnp.sum(live & self.shards.local(self._most(state) > state.table.count), axis=1)
+        asked_for = jnp.cumsum(jnp.where(state.waits, needs + grows, 0), axis=1)
+        fits = asked_for + growing[:, None] <= state.table.free_count[:, None]
+        alone = ~jnp.any(live, axis=1, keepdims=True) & (jnp.cumsum(state.waits, axis=1) == 1)
+        return state.waits & (fits | alone)
+
+    def _wants(self, state: Slots, live: Bool[Array, "S"]) -> Int32[Array, "S"]:
+        """Pages that every slot needs for the next step: 0 or 1."""
+        assert state.table is not None
+        return (live & (state.position >= state.table.count * PAGE)).astype(jnp.int32)
+
+    def short(self, state: Slots) -> Bool[Array, ""]:
+        """Whether rows must make room before the next step."""
+        assert state.table is not None
+        wants = self.shards.local(self._wants(state, state.row < state.waits.size))
+        return jnp.any(jnp.sum(wants, axis=1) > state.table.free_count)
+
+    def make_room(self, state: Slots) -> Slots:
+        """The rows that began last wait again, as many as leave a page for every other row that needs one."""
+        table, batch = state.table, state.waits.size
+        assert table is not None
+        live = state.row < batch
+        wants = self.shards.local(self._wants(state, live))
+        own = self.shards.local(jnp.where(live, table.count - table.shared, 0))
+        row = self.shards.within(state.row, batch)
+        last_first = jnp.argsort(jnp.where(self.shards.local(live), -row, 1), axis=1)
+        freed = jnp.cumsum(jnp.take_along_axis(own, last_first, axis=1), axis=1)
+        dropped = jnp.cumsum(jnp.take_along_axis(wants, last_first, axis=1), axis=1)
+        needed = jnp.sum(wants, axis=1, keepdims=True)
+        enough = needed - dropped <= table.free_count[:, None] + freed
+        short = needed[:, 0] > table.free_count
+        number = jnp.where(short, jnp.argmax(enough, axis=1) + 1, 0)
+        rank = jnp.argsort(last_first, axis=1)
+        leaves = rank < number[:, None]
+        at = jnp.where(leaves, row, batch)
+        leaving = leaves.reshape(-1)
+        mark = jax.vmap(lambda waits, at: waits.at[at].set(True, mode="drop"))
+        note = jax.vmap(lambda progress, at, drawn: progress.at[at].set(drawn, mode="drop"))
+        return state.replace(
+            row=jnp.where(leaving, batch, state.row),
+            waits=mark(state.waits, at),
+            progress=note(state.progress, at, self.shards.local(state.drawn)),
+            table=pages.release(table, leaving),
+            work=state.work.replace(put_back=state.work.put_back + leaving),
+        )
+
+    # --- what is in the pages ---
+
+    def _per_layer(self, pool: pages.Pool) -> int:
+        """Pages of one layer in one shard."""
+        return pool[0].shape[1] // (self.shards.count * (1 if self.unrolled else self.config.num_layers))
+
+    def _offset(self, pool: pages.Pool, slots: int) -> Int32[Array, "S"]:
+        """Where the pages of a slot's shard begin, in the pool of the device that has it."""
+        mesh = jax.sharding.get_abstract_mesh()
+        of_shard = pool[0].shape[1] // self.shards.count if mesh.empty else 0
+        return jnp.repeat(jnp.arange(self.shards.count, dtype=jnp.int32) * of_shard, slots // self.shards.count)
+
+    def _on_devices(self, function: Callable, pool: pages.Pool, *arguments: tuple[Array, tuple], mixed: bool = False):
+        """function(pool, *arguments), each device with its own pages, slots and heads; an argument comes with the
+        logical names of its dimensions. `mixed`: the function returns what has the first one's names beside the pool.
+        """
+        values, names = zip(*arguments, strict=True)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(pool, *values)
+        # Where the mesh cuts the heads into more pieces than there are key heads, every device has all of them.
+        whole = () if pool[0].shape[0] % num_shards(mesh, *mesh_axes("kv_heads")) == 0 else ("heads", "kv_heads")
+        own = [spec(*[None if name in whole else name for name in axes]) for axes in names]
+        pools = (spec(None if whole else "kv_heads", "batch", None, None),) * 2
+        out = (own[0], pools) if mixed else pools
+        # A shard's loop is as long as its own pages.
+        return jax.shard_map(function, in_specs=(pools, *own), out_specs=out, check_vma=False)(pool, *values)
+
+    def _layers(self, pool: pages.Pool) -> Int32[Array, "l 1"]:
+        """Where the layers of a pool begin."""
+        count = 1 if self.unrolled else self.config.num_layers
+        return (jnp.arange(count, dtype=jnp.int32) * self._per_layer(pool))[:, None]
+
+    def admit(self, waiting: Waiting, state: Slots, fresh: Bool[Array, "S"], prompt: Int32[Array, "D s"]) -> Slots:
+        """The prompts of these slots in their pages; `prompt` by its number within the shard."""
+        assert state.table is not None
+        length = state.position - state.drawn + 1
+        full, first = length // PAGE, prompt.reshape(-1) * count_for(waiting.prompt_mask.shape[1])
+        table = pages.share(state.table, fresh, first, full)
+        table = pages.take(table, jnp.where(fresh, count_for(state.position + 1) - full, 0))
+        # What is left of the prompt after its full pages is copied: the slot writes on behind it.
+        begun = fresh & (length % PAGE > 0)
+        to = jnp.take_along_axis(table.pages, full[:, None], axis=1, mode="clip")[:, 0]
+
+        def copied(pool: pages.Pool) -> pages.Pool:
+            layers, offset = self._layers(pool), self._offset(pool, len(begun))
+
+            def local(pool, begun, source, target, offset):
+                none = pool[0].shape[1]
+                source = (layers + source + offset).reshape(-1)
+                target = jnp.where(begun, layers + target + offset, none).reshape(-1)
+                return tuple(x.at[:, target].set(x[:, jnp.minimum(source, none - 1)], mode="drop") for x in pool)
+
+            return self._on_devices(local, pool, *[(x, BY_SLOT) for x in (begun, first + full, to, offset)])
+
+        cache = [copied(pool) for pool in state.cache] if self.unrolled else copied(state.cache)
+        return state.replace(cache=cache, table=table)
+
+    def fill(self, state: Slots, slot: Int32[Array, "E"], filled: Any, length: Int32[Array, "E"]) -> Slots:
+        """The own pages of these slots (S: none) with the first `length` tokens of rows: `filled` are their keys and
+        values as of `of_prompts`, of rows without padding."""
+        assert state.table is not None
+        at, none = jnp.minimum(slot, len(state.row) - 1), slot >= len(state.row)
+        width = state.table.pages.shape[1]
+        number = jnp.arange(width)
+        own = (number >= state.table.shared[at, None]) & (number < count_for(length)[:, None]) & ~none[:, None]
+
+        def put(pool: pages.Pool, *stored: Array) -> pages.Pool:
+            layers, offset = self._layers(pool)[..., None], self._offset(pool, len(slot))
+
+            def local(pool, own, target, offset, *stored):
+                at = jnp.where(own, layers + target + offset[:, None], pool[0].shape[1]).reshape(-1)
+                new = [jnp.moveaxis(x[:, :, :, :width], 0, 1) for x in stored]
+                new = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in new]
+                return tuple(x.at[:, at].set(n, mode="drop") for x, n in zip(pool, new, strict=True))
+
+            by_slot = (own, BY_SLOT + (None,)), (state.table.pages[at], BY_SLOT + (None,)), (offset, BY_SLOT)
+            of_rows = [(x, (None, "kv_heads", "batch", None, None, None)) for x in stored]
+            return self._on_devices(local, pool, *by_slot, *of_rows)
+
+        if self.unrolled:
+            one = zip(state.cache, filled, strict=True)
+            cache: Any = [put(pool, *(x[None] for x in pair)) for pool, pair in one]
+        else:
+            cache = put(state.cache, *filled)
+        return state.replace(cache=cache)
+
+    def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:
+        """The state, this step's attention, and how many pages every slot reads."""
+        assert state.table is not None
+        table = pages.take(state.table, self._wants(state, live))
+        position = state.position
+        target = jnp.take_along_axis(table.pages, (position // PAGE)[:, None], axis=1, mode="clip")[:, 0]
+        length = jnp.where(live, position + 1, 0)
+        settings = dict(scale=self.config.attn_scale, softcap=self.config.attn_softcap)
+
+        def attend(q, k, v, cache, number):
+            sliding = slides(self.config, number)
+            window = None if sliding is None else jnp.where(sliding, self.config.window, jnp.iinfo(jnp.int32).max)
+            first = self._offset(cache, len(live)) + (0 if self.unrolled else number * self._per_layer(cache))
+
+            def local(pool, q, k, v, live, own, target, length, first, *window):
+                target = jnp.where(live, target + first, pool[0].shape[1])
+                pool = pages.write(pool, target, (length - 1) % PAGE, k, v)
+                options = settings | dict(window=window[0] if window else None, implementation=self.attention)
+                return pages.attend(q, pool, own + first[:, None], length, **options), pool
+
+            mixed, cache = self._on_devices(
+                local,
+                cache,
+                (q[:, 0], (*BY_SLOT, "heads", None)),
+                *[(x[:, 0], (*BY_SLOT, "kv_heads", None)) for x in (k, v)],
+                (live, BY_SLOT),
+                (table.pages, (*BY_SLOT, None)),
+                *[(x, BY_SLOT) for x in (target, length, first)],
+                *[(x, ()) for x in (window,) if x is not None],
+                mixed=True,
+            )
+            return mixed[:, None], cache, None
+
+        return state.replace(table=table), attend, pages.read_by(self.attention, length, table.pages.shape[1])

@@ -1,0 +1,98 @@
+"""The state of a rollout's decode loop, and lookups that stay within a shard of the batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float32, Int32, Integer
+
+from dppo_jax.models.pages import PageTable
+
+
+@struct.dataclass
+class Drawn:
+    """Sampled tokens, their behavior log-probabilities, and the top K tokens with theirs."""
+
+    token: Int32[Array, "*n"]
+    logp: Float32[Array, "*n"]
+    topk_ids: Int32[Array, "*n K"]
+    topk_logp: Float32[Array, "*n K"]
+
+
+@struct.dataclass
+class Work:
+    """What decoding cost so far, by slot."""
+
+    steps: Int32[Array, "S"]  # decode steps in which it had a row
+    pages_read: Int32[Array, "S"]  # of the cache, 128 tokens each
+    pages_live: Int32[Array, "S"]  # those that held tokens of its row
+    put_back: Int32[Array, "S"]  # how often its row had to make room
+
+
+@struct.dataclass
+class Slots:
+    """The state of the decode loop: S slots, and the batch as it is filled in.
+
+    Slot s decodes row `row[s]` of the batch; row B says that it is idle. The slots and rows are cut into D shards, and
+    a slot decodes rows of its own shard only.
+    """
+
+    row: Int32[Array, "S"]
+    drawn: Int32[Array, "S"]  # response tokens that the row has so far
+    token: Int32[Array, "S"]  # the row's last token, which the next step decodes from
+    limit: Int32[Array, "S"]  # most response tokens that the row may have
+    prompt_mask: Bool[Array, "S P"]
+    waits: Bool[Array, "D b"]  # rows that need more tokens and have no slot; b = B / D
+    progress: Int32[Array, "D b"]  # tokens of a row that waits
+    cache: Any  # as `caches` has it: scanned, of all layers; unrolled, a list of L
+    table: PageTable | None
+    out: Drawn  # [B, R]
+    experts: Integer[Array, "B R Lk"] | None  # of each token that was decoded from; None: not recorded
+    work: Work
+
+    @property
+    def position(self) -> Int32[Array, "S"]:
+        """Of the token that the next step decodes from: as many tokens of the row are in the cache."""
+        return jnp.sum(self.prompt_mask, axis=1, dtype=jnp.int32) + self.drawn - 1
+
+
+@struct.dataclass
+class Waiting:
+    """What the prefill gives to the decode loop."""
+
+    first: Drawn  # [B], every row's first token
+    waits: Bool[Array, "D b"]  # rows that need more than it
+    limit: Int32[Array, "B"]
+    prompt_tokens: Int32[Array, "N P"]
+    prompt_mask: Bool[Array, "N P"]
+    prompts: Any  # the prompts' keys and values, as `caches` has them; of unrolled layers, a list of L
+    uniforms: Float32[Array, "B R 2"]  # the random numbers of every token
+
+
+class Shards(NamedTuple):
+    """Shard d of D has the rows d * B/D .. and the slots d * S/D ..: rows and prompts are moved within a shard only."""
+
+    count: int
+
+    def local(self, x: Array) -> Array:
+        """[D, n/D, ...] of [n, ...]."""
+        return x.reshape(self.count, len(x) // self.count, *x.shape[1:])
+
+    def within(self, row: Array, batch: int) -> Array:
+        """[D, S/D]: a slot's row, counted from its shard's first; B/D where the slot is idle."""
+        first = jnp.arange(self.count)[:, None] * (batch // self.count)
+        return jnp.where(self.local(row) < batch, self.local(row) - first, batch // self.count)
+
+    def look_up(self, table: Array, row: Array, column: Array | None = None) -> Array:
+        """table[row, column] for rows [D, n] counted within their shards."""
+        if column is None:
+            found = jax.vmap(lambda table, row: table[row])(self.local(table), row)
+            return found.reshape(row.size, *table.shape[1:])
+        one = jax.vmap(lambda table, row, column: table[row, column])
+        return one(self.local(table), row, self.local(column)).reshape(row.size, *table.shape[2:])
+
+    def put(self, table: Array, row: Array, column: Array, value: Array) -> Array:
+        """`table` with table[row, column] = value; nothing where a row is beyond its shard."""
+        one = jax.vmap(lambda table, row, column, value: table.at[row, column].set(value, mode="drop"))
+        return one(self.local(table), row, self.local(column), self.local(value)).reshape(table.shape)
