@@ -9,6 +9,7 @@ Of all layers together it holds [KV, L N, 128, D], and page n of layer l is l N 
 batch has a pool, slots and page numbers of its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,8 @@ def take(table: PageTable, count: Int32[Array, "S"]) -> PageTable:
     at = table.free_count[:, None, None] - 1 - _ranks(table, count)[..., None] - beyond
     found = jax.vmap(lambda free, at: free[jnp.clip(at, 0, len(free) - 1)])(table.free, at)
     is_new = (beyond >= 0) & (beyond < _by_shard(table, count)[..., None])
-    return table.replace(
+    return dataclasses.replace(
+        table,
         pages=jnp.where(is_new, found, _by_shard(table, table.pages)).reshape(table.pages.shape),
         count=table.count + count,
         free_count=table.free_count - jnp.sum(_by_shard(table, count), axis=1),
@@ -95,7 +97,8 @@ def release(table: PageTable, slots: Bool[Array, "S"]) -> PageTable:
     at = table.free_count[:, None, None] + _ranks(table, own)[..., None] + _by_shard(table, number)
     at = jnp.where(_by_shard(table, leaves), at, table.free.shape[1])
     back = jax.vmap(lambda free, at, pages: free.at[at].set(pages, mode="drop"))
-    return table.replace(
+    return dataclasses.replace(
+        table,
         count=jnp.where(slots, 0, table.count),
         shared=jnp.where(slots, 0, table.shared),
         free=back(table.free, at, _by_shard(table, table.pages)),
@@ -103,14 +106,14 @@ def release(table: PageTable, slots: Bool[Array, "S"]) -> PageTable:
     )
 
 
-def share(
-    table: PageTable, slots: Bool[Array, "S"], first: Int32[Array, "S"], count: Int32[Array, "S"]
-) -> PageTable:
+def share(table: PageTable, slots: Bool[Array, "S"], first: Int32[Array, "S"], count: Int32[Array, "S"]) -> PageTable:
     """These slots, which have none, with `count` pages of their prompts: `first` and those that follow it."""
     column = jnp.arange(table.pages.shape[1])
     is_new = slots[:, None] & (column < count[:, None])
     own = jnp.where(slots, count, table.count), jnp.where(slots, count, table.shared)
-    return table.replace(pages=jnp.where(is_new, first[:, None] + column, table.pages), count=own[0], shared=own[1])
+    return dataclasses.replace(
+        table, pages=jnp.where(is_new, first[:, None] + column, table.pages), count=own[0], shared=own[1]
+    )
 
 
 def write(

@@ -58,6 +58,10 @@ class Blocks:
         """Rows for which there is room."""
         return state.waits
 
+    def may_run_out(self, slots: int, waiting: Waiting) -> bool:
+        """Whether rows may have to make room."""
+        return False
+
     def short(self, state: Slots) -> Bool[Array, ""]:
         """Whether rows must make room before the next step."""
         return jnp.bool_(False)
@@ -84,7 +88,45 @@ class Blocks:
                 return filled_anew(cache, tuple(x[layer] for x in waiting.prompts), layer)
 
             cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
-        return state.replace(cache=cache)
+        return dataclasses.replace(state, cache=cache)
+
+    def rows(self, prompts: Array, mask: Array, tokens: Array, drawn: Int32[Array, "E"]) -> tuple[Array, Array]:
+        """Tokens and mask [E, ...] of whole rows, as `fill` takes them: prompts [E, P], all response tokens [E, R]."""
+        count = self._responses(prompts.shape[1])
+        responses = jnp.pad(tokens[:, :count], [(0, 0), (0, count - min(count, tokens.shape[1]))])
+        present = jnp.arange(count) < drawn[:, None] - 1  # the last token is decoded from
+        return jnp.concatenate([prompts, responses], axis=1), jnp.concatenate([mask, present], axis=1)
+
+    def fill(self, state: Slots, slot: Int32[Array, "E"], filled: Any, length: Int32[Array, "E"]) -> Slots:
+        """The cache of these slots (S: none) with rows of the batch, of shard after shard: `filled` are their keys and
+        values as of `of_prompts`."""
+        axis = 0 if self.unrolled else 1
+        first = jnp.arange(self.shards.count)[:, None] * (len(state.row) // self.shards.count)
+        at = self.shards.local(slot) - first
+        put = jax.vmap(lambda x, at, new: x.at[at].set(new, mode="drop"), in_axes=0)
+
+        def by_row(x: Array) -> Array:
+            """[D, n/D, ...], rows first."""
+            return self.shards.local(jnp.moveaxis(x, axis, 0))
+
+        def put_columns(cache: Any, keys: Array, values: Array) -> Any:
+            at_column, found = 0, []
+            for pair in cache:
+                width = pair[1].shape[-2]
+                new = [
+                    jax.lax.slice_in_dim(x, at_column, at_column + width, axis=side)
+                    for x, side in zip((keys, values), (-1 if self.unrolled else -2, -2), strict=True)
+                ]
+                written = [put(by_row(x), at, by_row(n)) for x, n in zip(pair, new, strict=True)]
+                found.append(tuple(jnp.moveaxis(w.reshape(-1, *w.shape[2:]), 0, axis) for w in written))
+                at_column += width
+            return tuple(found)
+
+        if self.unrolled:
+            cache: Any = [put_columns(c, *pair) for c, pair in zip(state.cache, filled, strict=True)]
+        else:
+            cache = put_columns(state.cache, *filled)
+        return dataclasses.replace(state, cache=cache)
 
     def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:
         """The state, this step's attention, and how many pages of 128 columns every slot reads."""
@@ -160,17 +202,17 @@ class Pages:
 
     # --- room ---
 
-    def may_run_out(self, batch: int, slots: int | None, waiting: Waiting) -> bool:
+    def may_run_out(self, slots: int, waiting: Waiting) -> bool:
         """Whether rows may have to make room."""
         if self.pages is None:
             return False
         width = count_for(waiting.prompt_mask.shape[1] + self.max_new_tokens - 1)
-        return self.pages < (batch if slots is None else min(slots, batch)) // self.shards.count * width
+        return self.pages < slots // self.shards.count * width
 
     def release(self, state: Slots, slots: Bool[Array, "S"]) -> Slots:
         """Without the own pages of these slots."""
         assert state.table is not None
-        return state.replace(table=pages.release(state.table, slots))
+        return dataclasses.replace(state, table=pages.release(state.table, slots))
 
     def _most(self, state: Slots) -> Int32[Array, "S"]:
         """Pages that the row of every slot may come to need."""
@@ -223,12 +265,13 @@ class Pages:
         leaving = leaves.reshape(-1)
         mark = jax.vmap(lambda waits, at: waits.at[at].set(True, mode="drop"))
         note = jax.vmap(lambda progress, at, drawn: progress.at[at].set(drawn, mode="drop"))
-        return state.replace(
+        return dataclasses.replace(
+            state,
             row=jnp.where(leaving, batch, state.row),
             waits=mark(state.waits, at),
             progress=note(state.progress, at, self.shards.local(state.drawn)),
             table=pages.release(table, leaving),
-            work=state.work.replace(put_back=state.work.put_back + leaving),
+            work=dataclasses.replace(state.work, put_back=state.work.put_back + leaving),
         )
 
     # --- what is in the pages ---
@@ -287,14 +330,22 @@ class Pages:
             return self._on_devices(local, pool, *[(x, BY_SLOT) for x in (begun, first + full, to, offset)])
 
         cache = [copied(pool) for pool in state.cache] if self.unrolled else copied(state.cache)
-        return state.replace(cache=cache, table=table)
+        return dataclasses.replace(state, cache=cache, table=table)
+
+    def rows(self, prompts: Array, mask: Array, tokens: Array, drawn: Int32[Array, "E"]) -> tuple[Array, Array]:
+        """Tokens and mask [E, ...] of whole rows, as `fill` takes them: prompts [E, P], all response tokens [E, R]."""
+        width, length = prompts.shape[1], jnp.sum(mask, axis=1, dtype=jnp.int32)
+        both = jnp.concatenate([prompts, tokens], axis=1)
+        column = jnp.arange(count_for(width + self.max_new_tokens - 1) * PAGE)
+        at = jnp.minimum((width - length)[:, None] + column, both.shape[1] - 1)
+        return jnp.take_along_axis(both, at, axis=1), column < (length + drawn - 1)[:, None]
 
     def fill(self, state: Slots, slot: Int32[Array, "E"], filled: Any, length: Int32[Array, "E"]) -> Slots:
         """The own pages of these slots (S: none) with the first `length` tokens of rows: `filled` are their keys and
         values as of `of_prompts`, of rows without padding."""
         assert state.table is not None
         at, none = jnp.minimum(slot, len(state.row) - 1), slot >= len(state.row)
-        width = state.table.pages.shape[1]
+        numbers, width = state.table.pages[at], state.table.pages.shape[1]
         number = jnp.arange(width)
         own = (number >= state.table.shared[at, None]) & (number < count_for(length)[:, None]) & ~none[:, None]
 
@@ -307,7 +358,7 @@ class Pages:
                 new = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in new]
                 return tuple(x.at[:, at].set(n, mode="drop") for x, n in zip(pool, new, strict=True))
 
-            by_slot = (own, BY_SLOT + (None,)), (state.table.pages[at], BY_SLOT + (None,)), (offset, BY_SLOT)
+            by_slot = (own, BY_SLOT + (None,)), (numbers, BY_SLOT + (None,)), (offset, BY_SLOT)
             of_rows = [(x, (None, "kv_heads", "batch", None, None, None)) for x in stored]
             return self._on_devices(local, pool, *by_slot, *of_rows)
 
@@ -316,7 +367,7 @@ class Pages:
             cache: Any = [put(pool, *(x[None] for x in pair)) for pool, pair in one]
         else:
             cache = put(state.cache, *filled)
-        return state.replace(cache=cache)
+        return dataclasses.replace(state, cache=cache)
 
     def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:
         """The state, this step's attention, and how many pages every slot reads."""
@@ -351,4 +402,8 @@ class Pages:
             )
             return mixed[:, None], cache, None
 
-        return state.replace(table=table), attend, pages.read_by(self.attention, length, table.pages.shape[1])
+        return (
+            dataclasses.replace(state, table=table),
+            attend,
+            pages.read_by(self.attention, length, table.pages.shape[1]),
+        )

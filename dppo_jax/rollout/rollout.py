@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Integer, Key
+from jaxtyping import Array, Bool, Int32, Integer, Key
 
 from dppo_jax import sampling, token_head
 from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
@@ -33,7 +33,7 @@ from dppo_jax.models.decoder import (
     slides,
     unstack,
 )
-from dppo_jax.models.pages import PAGE, count_for
+from dppo_jax.models.pages import count_for
 from dppo_jax.models.rotary import positions
 from dppo_jax.rollout.caches import Blocks, Pages
 from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
@@ -87,22 +87,30 @@ class Rollout:
             raise ValueError(f"record_experts: a {self.config.model_type} has no experts")
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> RolloutBatch:
+        return self.measured(params, prompts, key)[0]
+
+    def measured(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> tuple[RolloutBatch, Work]:
+        """The batch, and what decoding it cost."""
         with using(ROLLOUT):
             published = self.publish(params)
-            waiting, prompt_experts = self.prefill(published, prompts, key)
-            state = self.idle(waiting, prompt_experts)
-            waiting = self.without_prompts(waiting)
-            layers = self._layers(published)
-            state = jax.lax.while_loop(
-                lambda state: jnp.any(state.row < len(waiting.limit)) | jnp.any(state.waits),
-                lambda state: jax.lax.while_loop(
-                    functools.partial(self._decoding, waiting),
-                    functools.partial(self._step, published, layers, waiting),
-                    self._admit(published, waiting, self._cache.make_room(state)),
-                ),
-                state,
-            )
-            return self._result(prompts, waiting, state, prompt_experts)
+            waiting, prompt_experts = self.prefill_with(published, prompts, sampling.row_keys(key, prompts.group))
+            state = self.decoded(published, waiting, self.idle(waiting, prompt_experts))
+            return self.result(prompts, waiting, state, prompt_experts), state.work.total()
+
+    def decoded(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
+        """All that is to be drawn, drawn."""
+        # A cache of pages has the prompts; those of blocks are copied from `waiting`.
+        waiting = dataclasses.replace(waiting, prompts=None) if self.paged else waiting
+        layers = self._layers(published)
+        return jax.lax.while_loop(
+            functools.partial(self._unfinished, waiting),
+            lambda state: jax.lax.while_loop(
+                functools.partial(self._decoding, waiting),
+                functools.partial(self._step, published, layers, waiting),
+                self._admit(published, waiting, self._cache.make_room(state)),
+            ),
+            state,
+        )
 
     @functools.cached_property
     def _shards(self) -> Shards:
@@ -132,12 +140,16 @@ class Rollout:
     ) -> tuple[Waiting, Integer[Array, "N P L k"] | None]:
         """Every prompt through the model once: the queue of rows, and the experts of the prompts' tokens."""
         with using(ROLLOUT):
-            return self._prefill(published, prompts, key)
+            return self.prefill_with(published, prompts, sampling.row_keys(key, prompts.group))
 
     def step(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
         """One token more in every live slot."""
         with using(ROLLOUT):
             return self._step(published, self._layers(published), waiting, state)
+
+    def row_in_shard(self, state: Slots, batch: int) -> Int32[Array, "D s"]:
+        """The row of every slot, counted from its shard's first; batch / D where the slot is idle."""
+        return self._shards.within(state.row, batch)
 
     def _layers(self, published: Params) -> Params:
         """The model's parameters, layer by layer where they are unrolled: before the loop, which would copy them."""
@@ -174,11 +186,14 @@ class Rollout:
         kind = jnp.uint8 if self.config.num_experts <= 256 else jnp.int32
         return jax.lax.collapse(jnp.moveaxis(routed.experts, 0, 2).astype(kind), 2)
 
-    def _prefill(self, published: Params, prompts: PromptBatch, key: Key[Array, ""]):
+    def prefill_with(
+        self, published: Params, prompts: PromptBatch, group_keys: Key[Array, "N"]
+    ) -> tuple[Waiting, Integer[Array, "N P L k"] | None]:
+        """`prefill` under the table `ROLLOUT`; row j of a group draws from fold_in(its group's key, j)."""
         prompt_count, group, limit_all = len(prompts.tokens), self.group_size, self.max_new_tokens
         batch = prompt_count * group
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
-        keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(group)))(sampling.row_keys(key, prompts.group))
+        keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(group)))(group_keys)
         keys = keys.reshape(-1)
         every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(limit_all))
         uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)
@@ -216,10 +231,6 @@ class Rollout:
         hidden, _, stored, routed = stacked(tokens, positions(mask), attend, None, round_inputs=self.round_inputs)
         return hidden, list(zip(*stored, strict=True)) if self.unrolled else stored, routed
 
-    def without_prompts(self, waiting: Waiting) -> Waiting:
-        """Without what the slots have from now on."""
-        return waiting.replace(prompts=None) if self.paged else waiting
-
     def idle(self, waiting: Waiting, prompt_experts: Array | None) -> Slots:
         """Idle slots, and a batch that holds each row's first token."""
         prompt_length = waiting.prompt_mask.shape[1]
@@ -230,7 +241,7 @@ class Rollout:
             return jnp.full((batch, self.max_new_tokens, *x.shape[1:]), fill, x.dtype).at[:, 0].set(x)
 
         cache, table = self._cache.empty(slots, waiting)
-        nothing = jnp.zeros(slots, jnp.int32)
+        nothing = jnp.zeros(slots)
         experts = None
         if prompt_experts is not None:
             experts = jnp.zeros((batch, self.max_new_tokens, *prompt_experts.shape[2:]), prompt_experts.dtype)
@@ -242,11 +253,12 @@ class Rollout:
             prompt_mask=jnp.zeros((slots, prompt_length), bool),
             waits=waiting.waits,
             progress=jnp.ones_like(waiting.waits, jnp.int32),
+            missing=None,
             cache=cache,
             table=table,
             out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, self.pad_id)),
             experts=experts,
-            work=Work(nothing, nothing, nothing, nothing),
+            work=Work(jnp.int32(0), nothing, nothing, nothing, nothing),
         )
 
     def _admit(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
@@ -267,7 +279,8 @@ class Rollout:
 
         leave = jax.vmap(lambda waits, at: waits.at[at].set(False, mode="drop"))
         progress = shards.look_up(state.progress.reshape(-1), index)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             row=row,
             waits=leave(state.waits, jnp.where(taken, index, per_shard)),
             drawn=choose(progress, state.drawn),
@@ -276,24 +289,19 @@ class Rollout:
             prompt_mask=choose(shards.look_up(waiting.prompt_mask, index // group), state.prompt_mask),
         )
         state = self._cache.admit(waiting, state, fresh, index // group)
-        if not self._resumes(waiting):
-            return state
+        if state.missing is None and not self._cache.may_run_out(len(state.row), waiting):
+            return state  # every row that waits has its first token alone
         return jax.lax.while_loop(
             lambda carry: jnp.any(carry[1]),
             lambda carry: self._resume(published, waiting, *carry),
             (state, fresh & (state.drawn > 1)),
         )[0]
 
-    def _resumes(self, waiting: Waiting) -> bool:
-        """Whether a row may wait that has more than its first token."""
-        return isinstance(self._cache, Pages) and self._cache.may_run_out(len(waiting.limit), self.slots, waiting)
-
     def _resume(
         self, published: Params, waiting: Waiting, state: Slots, cold: Bool[Array, "S"]
     ) -> tuple[Slots, Bool[Array, "S"]]:
         """Some of the `cold` slots, whose cache holds their prompts alone, with all their tokens; and those left."""
-        assert isinstance(self._cache, Pages)
-        shards, batch, width = self._shards, len(waiting.limit), waiting.prompt_mask.shape[1]
+        shards, batch = self._shards, len(waiting.limit)
         by_shard = shards.local(cold)
         number = max(1, min(by_shard.shape[1], len(waiting.prompt_mask) // self.shards))
         chosen = jnp.argsort(~by_shard, axis=1, stable=True)[:, :number]
@@ -303,15 +311,11 @@ class Rollout:
         row = shards.within(jnp.where(slot < len(cold), state.row[at], 0), batch)
         row = jnp.minimum(row, batch // self.shards - 1)
         prompts = shards.look_up(waiting.prompt_tokens, row // self.group_size)
-        tokens = jnp.concatenate([prompts, shards.look_up(state.out.token, row)], axis=1)
-        padding = width - jnp.sum(state.prompt_mask[at], axis=1, dtype=jnp.int32)
-        column = jnp.arange(count_for(width + self.max_new_tokens - 1) * PAGE)
-        tokens = jnp.take_along_axis(tokens, jnp.minimum(padding[:, None] + column, tokens.shape[1] - 1), axis=1)
-        length = state.position[at]
-        mask = column < length[:, None]
+        responses = shards.look_up(state.out.token, row)
+        tokens, mask = self._cache.rows(prompts, state.prompt_mask[at], responses, state.drawn[at])
         tokens, mask = (constrain(x, "batch", None) for x in (tokens, mask))
         _, stored, _ = self._forward(published, tokens, mask, aligned=True)
-        state = self._cache.fill(state, slot, stored, length)
+        state = self._cache.fill(state, slot, stored, state.position[at])
         return state, cold.at[slot].set(False, mode="drop")
 
     def _step(self, published: Params, layers: Params, waiting: Waiting, state: Slots) -> Slots:
@@ -333,6 +337,10 @@ class Rollout:
             experts = self._shards.put(experts, row, state.drawn - 1, self._recorded(routed)[:, 0])
         last = live & (self._is_end(token) | (drawn >= state.limit))
         state = self._cache.release(state, last)
+        if state.missing is not None:
+            of_group = self._shards.within(state.row, batch) // self.group_size
+            ended = jax.vmap(lambda missing, at, last: missing.at[at].add(-last.astype(jnp.int32), mode="drop"))
+            state = dataclasses.replace(state, missing=ended(state.missing, of_group, self._shards.local(last)))
         return dataclasses.replace(
             state,
             row=jnp.where(last, batch, state.row),
@@ -341,12 +349,21 @@ class Rollout:
             cache=cache,
             out=jax.tree.map(lambda out, x: self._shards.put(out, row, state.drawn, x), state.out, new),
             experts=experts,
-            work=state.work.replace(
-                steps=state.work.steps + live,
+            work=dataclasses.replace(
+                state.work,
+                decode_steps=state.work.decode_steps + 1,
+                live=state.work.live + live,
                 pages_read=state.work.pages_read + read,
                 pages_live=state.work.pages_live + jnp.where(live, count_for(position + 1), 0),
             ),
         )
+
+    def _unfinished(self, waiting: Waiting, state: Slots) -> Array:
+        """Whether there is more to draw."""
+        if state.missing is None:
+            return jnp.any(state.row < len(waiting.limit)) | jnp.any(state.waits)
+        complete = state.missing == 0
+        return jnp.any(waiting.due & ~complete) | jnp.any(jnp.sum(complete, axis=1) < waiting.wanted)
 
     def _decoding(self, waiting: Waiting, state: Slots) -> Array:
         """Until a sixteenth of the slots can be filled anew, or all that wait can be; or rows must make room."""
@@ -354,11 +371,13 @@ class Rollout:
         idle = jnp.sum(self._shards.local(state.row == batch), axis=1)
         enough = jnp.clip(jnp.sum(state.waits), 1, max(1, len(state.row) // 16))
         fillable = jnp.sum(jnp.minimum(idle, remaining))
-        return jnp.any(state.row < batch) & (fillable < enough) & ~self._cache.short(state)
+        going_on = jnp.any(state.row < batch) & (fillable < enough) & ~self._cache.short(state)
+        return going_on if state.missing is None else going_on & self._unfinished(waiting, state)
 
-    def _result(
+    def result(
         self, prompts: PromptBatch, waiting: Waiting, state: Slots, prompt_experts: Array | None
     ) -> RolloutBatch:
+        """The batch as it is in the slots' state."""
         # Up to the first end-of-sequence token, or the limit: what pads the rest may be an end-of-sequence token too.
         column, limit = jnp.arange(self.max_new_tokens), waiting.limit
         end = jnp.min(jnp.where(self._is_end(state.out.token), column, self.max_new_tokens), axis=1)

@@ -1,6 +1,7 @@
 """The state of a rollout's decode loop, and lookups that stay within a shard of the batch."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,17 @@ class Drawn:
 
 @struct.dataclass
 class Work:
-    """What decoding cost so far, by slot."""
+    """What decoding cost: of every slot so far, or of all together at the end."""
 
-    steps: Int32[Array, "S"]  # decode steps in which it had a row
-    pages_read: Int32[Array, "S"]  # of the cache, 128 tokens each
-    pages_live: Int32[Array, "S"]  # those that held tokens of its row
-    put_back: Int32[Array, "S"]  # how often its row had to make room
+    decode_steps: Int32[Array, ""]
+    live: Float32[Array, "*S"]  # decode steps in which a slot had a row
+    pages_read: Float32[Array, "*S"]  # of the cache, 128 tokens each
+    pages_live: Float32[Array, "*S"]  # those that held tokens of the slot's row
+    put_back: Float32[Array, "*S"]  # how often the slot's row had to make room
+
+    def total(self) -> "Work":
+        """Of all slots."""
+        return jax.tree.map(jnp.sum, self)
 
 
 @struct.dataclass
@@ -45,6 +51,7 @@ class Slots:
     prompt_mask: Bool[Array, "S P"]
     waits: Bool[Array, "D b"]  # rows that need more tokens and have no slot; b = B / D
     progress: Int32[Array, "D b"]  # tokens of a row that waits
+    missing: Int32[Array, "D n"] | None  # rows of every group that have not ended; None: all are drawn to their end
     cache: Any  # as `caches` has it: scanned, of all layers; unrolled, a list of L
     table: PageTable | None
     out: Drawn  # [B, R]
@@ -68,9 +75,12 @@ class Waiting:
     prompt_mask: Bool[Array, "N P"]
     prompts: Any  # the prompts' keys and values, as `caches` has them; of unrolled layers, a list of L
     uniforms: Float32[Array, "B R 2"]  # the random numbers of every token
+    due: Bool[Array, "D n"] | None = None  # groups that are drawn to their end; None: all
+    wanted: int = struct.field(pytree_node=False, default=0)  # groups of a shard that are, those among them
 
 
-class Shards(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shards:
     """Shard d of D has the rows d * B/D .. and the slots d * S/D ..: rows and prompts are moved within a shard only."""
 
     count: int

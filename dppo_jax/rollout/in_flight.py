@@ -1,0 +1,221 @@
+"""Rows in flight: a rollout that ends when N groups are complete, and leaves the others to the next one.
+
+C = k N + N groups are drawn at a time: the N that a step trains, and those of k further batches of prompts, so that the
+slots have rows while the longest of a batch go on. A row that has not ended stays: under the next parameters it is
+prefilled with its tokens so far, and goes on. Every token's log-probability is that under the parameters that drew it.
+(Partial rollouts: Kimi k1.5, 2501.12599, section 2.6; interruptible generation: AReaL, 2505.24298, section 4.)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int32, Key
+
+from dppo_jax.devices.sharding import ROLLOUT, using
+from dppo_jax.models.decoder import Params
+from dppo_jax.rollout.rollout import Rollout
+from dppo_jax.rollout.slots import Drawn, Slots, Waiting, Work
+from dppo_jax.types import PromptBatch, RolloutBatch
+
+
+@struct.dataclass
+class Flight:
+    """The groups that are being drawn, in C places, C / D a shard. A shard's groups are its first, in the order of
+    their beginning. This is all that a checkpoint needs: keys and values are made again from it.
+    """
+
+    count: Int32[Array, "D"]  # groups that a shard has
+    prompts: PromptBatch  # [C, P]; `group` is the number in the batch of prompts that it came with
+    batch: Int32[Array, "C"]  # that batch's number
+    tokens_drawn: Int32[Array, "C G"]  # of every row; 0: not begun
+    ended: Bool[Array, "C G"]
+    out: Drawn  # [C, G, R]
+    step: Int32[Array, "C G R"]  # of training, in which each token was drawn
+
+
+@struct.dataclass
+class Finished:
+    """The N groups that a step trains, and what it is told about them."""
+
+    prompts: PromptBatch  # [N, P]; `group` is 0 .. N-1
+    rollout: RolloutBatch
+    age: Int32[Array, "B R"]  # steps since each token was drawn
+    origin: Int32[Array, "N 2"]  # the batch of prompts that a group came with, and its number there
+    rows_left: Int32[Array, ""]  # begun, and not ended
+    work: Work
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InFlight:
+    """`rollout` drawn in pieces: N = `prompts` groups a step, and those of `ahead` further batches in the meantime.
+
+    The first complete groups are trained, in the order of their beginning, and a step waits for those whose tokens
+    would otherwise be older than `max_age` steps when they are; `max_age` is at least `ahead`. Every shard gives N / D.
+    """
+
+    rollout: Rollout
+    prompts: int
+    ahead: int
+    max_age: int
+
+    __name__ = "rollout"
+
+    @property
+    def _places(self) -> int:
+        return (self.ahead + 1) * self.prompts
+
+    @property
+    def _per_step(self) -> int:
+        """Groups that leave a shard in a step."""
+        return self.prompts // self.rollout.shards
+
+    def empty(self, prompt_length: int) -> Flight:
+        """No group is in flight."""
+        r, places = self.rollout, self._places
+        rows = places, r.group_size
+        each = *rows, r.max_new_tokens
+
+        def zeros(*shape: int) -> Array:
+            return jnp.zeros(shape, jnp.int32)
+
+        tokens = zeros(places, prompt_length)
+        drawn = Drawn(zeros(*each), jnp.zeros(each), zeros(*each, r.topk), jnp.zeros((*each, r.topk)))
+        return Flight(
+            count=zeros(r.shards),
+            prompts=PromptBatch(tokens, tokens > 0, zeros(places), zeros(*rows)),
+            batch=zeros(places),
+            tokens_drawn=zeros(*rows),
+            ended=jnp.zeros(rows, bool),
+            out=drawn,
+            step=zeros(*each),
+        )
+
+    def join(self, flight: Flight, prompts: PromptBatch, batch: Int32[Array, ""]) -> Flight:
+        """With the groups of one more batch of prompts, N of them, at the end. There must be places for them."""
+        r, first = self.rollout, flight.count[0]
+        limit = prompts.limit
+        if limit is None:
+            limit = jnp.full((self.prompts, r.group_size), r.max_new_tokens, jnp.int32)
+
+        def put(places: Array, new: Array) -> Array:
+            placed = jax.lax.dynamic_update_slice_in_dim(self._by_shard(places), self._by_shard(new), first, axis=1)
+            return placed.reshape(places.shape)
+
+        new = dataclasses.replace(prompts, limit=limit)
+        nobody = jnp.zeros((self.prompts, r.group_size), jnp.int32)
+        return dataclasses.replace(
+            flight,
+            count=flight.count + self._per_step,
+            prompts=jax.tree.map(put, flight.prompts, new),
+            batch=put(flight.batch, jnp.full(self.prompts, batch, jnp.int32)),
+            tokens_drawn=put(flight.tokens_drawn, nobody),
+            ended=put(flight.ended, nobody > 0),
+        )
+
+    def __call__(
+        self, params: Params, flight: Flight, key: Key[Array, ""], step: Int32[Array, ""]
+    ) -> tuple[Flight, Finished]:
+        """Draws until there is what this step of training needs: what stays in flight, and what is finished.
+
+        A row draws from fold_in(fold_in(fold_in(key, its batch), its group), its number in the group), whatever the
+        steps in which it does.
+        """
+        r = self.rollout
+        with using(ROLLOUT):
+            published = r.publish(params)
+            keys = jax.vmap(lambda batch, group: jax.random.fold_in(jax.random.fold_in(key, batch), group))
+            waiting, _ = r.prefill_with(published, flight.prompts, keys(flight.batch, flight.prompts.group))
+            waiting, state = self._going_on(flight, waiting, r.idle(waiting, None), step)
+            state = r.decoded(published, waiting, state)
+            return self._parted(flight, waiting, state, step)
+
+    def _by_shard(self, x: Array) -> Array:
+        return x.reshape(self.rollout.shards, -1, *x.shape[1:])
+
+    def _is_there(self, flight: Flight) -> Bool[Array, "D c"]:
+        """Whether a place has a group."""
+        return jnp.arange(self._places // self.rollout.shards) < flight.count[:, None]
+
+    def _going_on(
+        self, flight: Flight, waiting: Waiting, state: Slots, step: Int32[Array, ""]
+    ) -> tuple[Waiting, Slots]:
+        """What is to be drawn, and the state of rows that have tokens already."""
+        r = self.rollout
+        there, begun = self._is_there(flight), flight.tokens_drawn.reshape(-1) > 0
+
+        def rows_of(x: Array) -> Array:
+            return x.reshape(-1, *x.shape[2:])
+
+        def either(old: Array, new: Array) -> Array:
+            return jnp.where(begun.reshape(-1, *[1] * (new.ndim - 1)), rows_of(old), new)
+
+        # A row that has no token yet has its first from the prefill, and may have ended with it.
+        to_go = ~jnp.where(begun, rows_of(flight.ended), ~waiting.waits.reshape(-1))
+        to_go &= jnp.repeat(there.reshape(-1), r.group_size)
+        missing = jnp.sum(self._by_shard(to_go.reshape(-1, r.group_size)), axis=2, dtype=jnp.int32)
+        oldest = step + self.ahead - self.max_age
+        waiting = dataclasses.replace(
+            waiting, due=there & (self._by_shard(flight.batch) <= oldest), wanted=self._per_step
+        )
+        progress = jnp.maximum(rows_of(flight.tokens_drawn), 1)
+        return waiting, dataclasses.replace(
+            state,
+            waits=self._by_shard(to_go),
+            progress=self._by_shard(progress),
+            missing=jnp.where(there, missing, 1),  # a place without a group is not complete
+            out=jax.tree.map(either, flight.out, state.out),
+        )
+
+    def _parted(
+        self, flight: Flight, waiting: Waiting, state: Slots, step: Int32[Array, ""]
+    ) -> tuple[Flight, Finished]:
+        """What stays, and what is finished, of what was drawn."""
+        r, places, per_step = self.rollout, self._places, self._per_step
+        batch = places * r.group_size
+        whole = r.result(flight.prompts, waiting, state, None)
+        row, live = r.row_in_shard(state, batch), self._by_shard(state.row < batch)
+        note = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
+        in_slot = note(jnp.zeros_like(state.waits), row, live)
+        progress = note(state.progress, row, self._by_shard(state.drawn))
+        # A first token that nothing followed is drawn again, under the parameters of the step that goes on from it.
+        unfinished = jnp.where(in_slot | (progress > 1), progress, 0)
+        length = jnp.sum(whole.response_mask, axis=1, dtype=jnp.int32)
+        ended = ~(state.waits | in_slot)
+        drawn = jnp.where(ended, self._by_shard(length), unfinished).reshape(places, r.group_size)
+        column = jnp.arange(r.max_new_tokens)
+        is_new = (column >= flight.tokens_drawn[..., None]) & (column < drawn[..., None])
+        now = dataclasses.replace(
+            flight,
+            tokens_drawn=drawn,
+            ended=ended.reshape(places, r.group_size),
+            out=jax.tree.map(lambda x: x.reshape(places, r.group_size, *x.shape[1:]), state.out),
+            step=jnp.where(is_new, step, flight.step),
+        )
+        complete = (state.missing == 0) if state.missing is not None else ended
+        leaves = complete & (jnp.cumsum(complete, axis=1) <= per_step)
+        order = jnp.argsort(leaves, axis=1, stable=True)  # those that stay, then those that leave
+
+        def taken(at: Int32[Array, "D n"], tree):
+            one = jax.vmap(lambda x, at: x[at])
+            return jax.tree.map(lambda x: one(self._by_shard(x), at).reshape(at.size, *x.shape[1:]), tree)
+
+        groups = jnp.argsort(~leaves, axis=1, stable=True)[:, :per_step]
+        rows = (groups[..., None] * r.group_size + jnp.arange(r.group_size)).reshape(r.shards, -1)
+        by_place = dataclasses.replace(now, count=jnp.zeros(places))
+        staying = dataclasses.replace(taken(order, by_place), count=flight.count - per_step)
+        prompts, origin = taken(groups, (now.prompts, jnp.stack([now.batch, now.prompts.group], axis=1)))
+        own = jnp.arange(self.prompts, dtype=jnp.int32)
+        rollout = dataclasses.replace(taken(rows, whole), group=jnp.repeat(own, r.group_size))
+        drawn_in = taken(rows, now.step.reshape(batch, -1))
+        there = jnp.arange(places // r.shards) < staying.count[:, None]
+        is_left = there.reshape(-1, 1) & (staying.tokens_drawn > 0) & ~staying.ended
+        return staying, Finished(
+            prompts=dataclasses.replace(prompts, group=own),
+            rollout=rollout,
+            age=jnp.where(rollout.response_mask, step - drawn_in, 0),
+            origin=origin,
+            rows_left=jnp.sum(is_left, dtype=jnp.int32),
+            work=state.work.total(),
+        )
