@@ -11,7 +11,12 @@ from dppo_jax.token_head import log_normaliser
 
 def step_key(seed: int, step: int | Int32[Array, ""] | UInt32[Array, ""], purpose: int) -> Key[Array, ""]:
     """The key of one step for one purpose: randomness is a function of (seed, step, purpose) and hides nowhere."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    return jax.random.fold_in(purpose_key(seed, purpose), step)
+
+
+def purpose_key(seed: int, purpose: int) -> Key[Array, ""]:
+    """The key of all steps for one purpose."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def row_keys(key: Key[Array, ""], row: Int32[Array, "B"]) -> Key[Array, "B"]:

@@ -1,6 +1,6 @@
 """The methods of configs/methods.py as a page; caps, anchors and other numbers are read off the bound losses.
 
-python -m experiments.methods > docs/methods.md
+    python -m experiments.methods > docs/methods.md
 """
 
 from collections.abc import Mapping

@@ -246,6 +246,13 @@ class PromptStream:
         """Of the N prompts of a step, in tokens, i[N]."""
         return np.array([len(self._ids[index]) for index in self._of_step(step)])
 
+    def of_groups(self, origin: np.ndarray) -> tuple[list[Example], np.ndarray]:
+        """Example, and length i[n] in tokens, of prompts by (step, number in its batch): origin i[n, 2]."""
+        n = len(self.examples)
+        positions = [int(step) * self.num_prompts + int(number) for step, number in origin]
+        index = [int(self._permutation(position // n)[position % n]) for position in positions]
+        return [self.examples[i] for i in index], np.array([len(self._ids[i]) for i in index])
+
     def eval_batches(
         self, num_prompts: int, rows: Sequence[int] | np.ndarray | None = None
     ) -> Iterator[tuple[PromptBatch, list[Example]]]:

@@ -183,6 +183,18 @@ def _xla(q, pool, table, length, softcap, window) -> Array:
     return (mixed / jnp.where(total == 0, 1.0, total)[..., None]).astype(q.dtype).reshape(slots, heads, size)
 
 
+def _pallas_gpu(q, pool, table, length, softcap, window) -> Array:
+    """The GPU kernel of jax. A slot without tokens has 0."""
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    assert window is None
+    width = table.shape[1]
+    mixed = paged_attention(
+        q, *pool, table, length, pages_per_compute_block=1, k_splits=math.gcd(width, 16), attn_logits_soft_cap=softcap
+    )
+    return jnp.where((length > 0)[:, None, None], mixed, 0).astype(q.dtype)
+
+
 def _pallas_tpu(q, pool, table, length, softcap, window) -> Array:
     """The TPU kernel of jax. A slot without tokens reads one page, and its result means nothing."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
@@ -198,7 +210,7 @@ def _pallas_tpu(q, pool, table, length, softcap, window) -> Array:
     ).astype(q.dtype)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "pallas_tpu": _pallas_tpu}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu}
 
 
 def per_block(width: int) -> int:
@@ -208,7 +220,7 @@ def per_block(width: int) -> int:
 
 def read_by(implementation: str, length: Int32[Array, "S"], width: int) -> Int32[Array, "S"]:
     """How many pages every slot reads for the attention of its last token."""
-    if implementation == "xla":
+    if implementation != "pallas_tpu":
         return count_for(length)
     block = per_block(width)
     return -(-jnp.maximum(count_for(length), 1) // block) * block

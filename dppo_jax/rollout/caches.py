@@ -6,7 +6,7 @@ attention. They hold no state: that is in `Slots`, as `cache` and `table`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,36 @@ from dppo_jax.models.pages import PAGE, PageTable, count_for
 from dppo_jax.rollout.slots import Shards, Slots, Waiting
 
 BY_SLOT = ("batch",)
+FEW = 2 * PAGE  # columns of which a CPU gains nothing by reading fewer
+
+
+class Choice(NamedTuple):
+    """How a rollout keeps keys and values, and why so."""
+
+    paged: bool
+    attention: str  # of pages.IMPLEMENTATIONS
+    why: str
+
+
+def choose(platform: str, model: ModelConfig, *, dtype: Any, length: int, cache: str = "auto") -> Choice:
+    """For rows of at most `length` tokens on a "cpu", "gpu" or "tpu". `cache`: auto, or the one that is wanted.
+
+    Pages where a kernel of jax reads them, else blocks; on a CPU pages where rows may be long enough to gain by them.
+    """
+    size, slides = model.head_dim, model.window is not None and model.window < length
+    obstacle = {
+        "tpu": (size % 128 != 0, f"heads of {size} are not of 128 lanes"),
+        "gpu": (jnp.dtype(dtype).itemsize != 2 or size & (size - 1) != 0, f"{jnp.dtype(dtype)} heads of {size}"),
+    }.get(platform, (True, ""))
+    kernel = "xla" if slides or obstacle[0] else f"pallas_{platform}"
+    if cache != "auto":
+        return Choice(cache == "pages", kernel, "rollout.cache")
+    if platform == "cpu":
+        return Choice(length > FEW, "xla", f"rows of up to {length} tokens")
+    if kernel != "xla":
+        return Choice(True, kernel, "the default on its platform")
+    return Choice(False, "xla", f"a window of {model.window}" if slides else obstacle[1])
+
 
 # (mixed, cache, None) of (q, k, v, cache, layer number), as `decoder.Attend`
 Attend = Callable[..., tuple[Array, Any, None]]
@@ -378,8 +408,10 @@ class Pages:
         length = jnp.where(live, position + 1, 0)
         settings = dict(scale=self.config.attn_scale, softcap=self.config.attn_softcap)
 
+        reach = table.pages.shape[1] * PAGE
+
         def attend(q, k, v, cache, number):
-            sliding = slides(self.config, number)
+            sliding = slides(self.config, number) if (self.config.window or reach) < reach else None
             window = None if sliding is None else jnp.where(sliding, self.config.window, jnp.iinfo(jnp.int32).max)
             first = self._offset(cache, len(live)) + (0 if self.unrolled else number * self._per_layer(cache))
 

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from dppo_jax.devices.sharding import ROLLOUT, using
 from dppo_jax.models.decoder import Params
@@ -42,6 +42,8 @@ class Finished:
     prompts: PromptBatch  # [N, P]; `group` is 0 .. N-1
     rollout: RolloutBatch
     age: Int32[Array, "B R"]  # steps since each token was drawn
+    age_mean: Float32[Array, ""]  # over all tokens
+    age_max: Int32[Array, ""]
     origin: Int32[Array, "N 2"]  # the batch of prompts that a group came with, and its number there
     rows_left: Int32[Array, ""]  # begun, and not ended
     work: Work
@@ -82,13 +84,14 @@ class InFlight:
 
         tokens = zeros(places, prompt_length)
         drawn = Drawn(zeros(*each), jnp.zeros(each), zeros(*each, r.topk), jnp.zeros((*each, r.topk)))
+        out = drawn if r.topk else _without_topk(drawn)
         return Flight(
             count=zeros(r.shards),
             prompts=PromptBatch(tokens, tokens > 0, zeros(places), zeros(*rows)),
             batch=zeros(places),
             tokens_drawn=zeros(*rows),
             ended=jnp.zeros(rows, bool),
-            out=drawn,
+            out=out,
             step=zeros(*each),
         )
 
@@ -146,7 +149,7 @@ class InFlight:
         there, begun = self._is_there(flight), flight.tokens_drawn.reshape(-1) > 0
 
         def rows_of(x: Array) -> Array:
-            return x.reshape(-1, *x.shape[2:])
+            return jax.lax.collapse(x, 0, 2)
 
         def either(old: Array, new: Array) -> Array:
             return jnp.where(begun.reshape(-1, *[1] * (new.ndim - 1)), rows_of(old), new)
@@ -160,12 +163,14 @@ class InFlight:
             waiting, due=there & (self._by_shard(flight.batch) <= oldest), wanted=self._per_step
         )
         progress = jnp.maximum(rows_of(flight.tokens_drawn), 1)
+        fields = vars(flight.out).items()
+        out = {name: either(old, getattr(state.out, name)) for name, old in fields if old is not None}
         return waiting, dataclasses.replace(
             state,
             waits=self._by_shard(to_go),
             progress=self._by_shard(progress),
             missing=jnp.where(there, missing, 1),  # a place without a group is not complete
-            out=jax.tree.map(either, flight.out, state.out),
+            out=dataclasses.replace(state.out, **out),
         )
 
     def _parted(
@@ -186,11 +191,12 @@ class InFlight:
         drawn = jnp.where(ended, self._by_shard(length), unfinished).reshape(places, r.group_size)
         column = jnp.arange(r.max_new_tokens)
         is_new = (column >= flight.tokens_drawn[..., None]) & (column < drawn[..., None])
+        out = state.out if r.topk else _without_topk(state.out)
         now = dataclasses.replace(
             flight,
             tokens_drawn=drawn,
             ended=ended.reshape(places, r.group_size),
-            out=jax.tree.map(lambda x: x.reshape(places, r.group_size, *x.shape[1:]), state.out),
+            out=jax.tree.map(lambda x: x.reshape(places, r.group_size, *x.shape[1:]), out),
             step=jnp.where(is_new, step, flight.step),
         )
         complete = (state.missing == 0) if state.missing is not None else ended
@@ -209,13 +215,21 @@ class InFlight:
         own = jnp.arange(self.prompts, dtype=jnp.int32)
         rollout = dataclasses.replace(taken(rows, whole), group=jnp.repeat(own, r.group_size))
         drawn_in = taken(rows, now.step.reshape(batch, -1))
+        age = jnp.where(rollout.response_mask, step - drawn_in, 0)
         there = jnp.arange(places // r.shards) < staying.count[:, None]
         is_left = there.reshape(-1, 1) & (staying.tokens_drawn > 0) & ~staying.ended
         return staying, Finished(
             prompts=dataclasses.replace(prompts, group=own),
             rollout=rollout,
-            age=jnp.where(rollout.response_mask, step - drawn_in, 0),
+            age=age,
+            age_mean=jnp.sum(age) / jnp.maximum(jnp.sum(rollout.response_mask), 1),
+            age_max=jnp.max(age),
             origin=origin,
             rows_left=jnp.sum(is_left, dtype=jnp.int32),
             work=state.work.total(),
         )
+
+
+def _without_topk(drawn: Drawn) -> Drawn:
+    """Without the arrays of K = 0 columns."""
+    return dataclasses.replace(drawn, topk_ids=None, topk_logp=None)

@@ -17,8 +17,8 @@ class Drawn:
 
     token: Int32[Array, "*n"]
     logp: Float32[Array, "*n"]
-    topk_ids: Int32[Array, "*n K"]
-    topk_logp: Float32[Array, "*n K"]
+    topk_ids: Int32[Array, "*n K"] | None
+    topk_logp: Float32[Array, "*n K"] | None
 
 
 @struct.dataclass

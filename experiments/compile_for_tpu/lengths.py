@@ -32,8 +32,8 @@ class Decoding:
 
 
 def drawn_from(text: str, count: int, limit: int, seed: int = 0) -> np.ndarray:
-    """Lengths i[count] of responses, from 1 to `limit`: "lognormal:MEAN:SIGMA" (the mean of the length, the deviation of
-    its logarithm) or "uniform:A:B". UserError for what is neither."""
+    """Lengths i[count] of responses, from 1 to `limit`: "lognormal:MEAN:SIGMA" (the mean of the length, the deviation
+    of its logarithm) or "uniform:A:B". UserError for what is neither."""
     kind, *numbers = text.split(":")
     try:
         first, second = map(float, numbers)

@@ -22,6 +22,7 @@ from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.config import MATRICES
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
+from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.weights import WEIGHTS
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
@@ -47,6 +48,7 @@ def check(config: ConfigDict) -> None:
     _check_precision(config)
     _check_shadow_losses(config)
     _check_needed(config, setup.needed)
+    _check_in_flight(config, setup.needed)
     _check_learning(config, setup)
 
 
@@ -82,6 +84,7 @@ def _check_names(c: ConfigDict) -> None:
     lookup(REMAT, c.policy.remat, "policy.remat")
     lookup(MATMUL, c.policy.matmul, "policy.matmul")
     lookup({"auto": None, **KERNELS}, c.policy.attention, "policy.attention")
+    lookup(dict.fromkeys(("auto", "pages", "blocks")), c.rollout.cache, "rollout.cache")
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
     lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
     lookup({**ADVANTAGES, "gae": None}, c.advantage.name, "advantage.name")
@@ -187,6 +190,45 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
             f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
             "perturbation: set alp.sigma=0, or loss.name=ppo_clip"
         )
+
+
+def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
+    """Rows that are drawn over several steps, and pages."""
+    r = c.rollout
+    if r.pages and r.cache == "blocks":
+        raise UserError(
+            f"rollout.pages = {r.pages}, but rollout.cache = 'blocks' has none; set rollout.cache=pages"
+        )
+    least = count_for(c.data.max_prompt_len + r.max_new_tokens - 1)
+    if 0 < r.pages < least:
+        raise UserError(
+            f"rollout.pages = {r.pages} is less than one row may need: data.max_prompt_len + rollout.max_new_tokens = "
+            f"{c.data.max_prompt_len} + {r.max_new_tokens} tokens take {least} pages of {PAGE}"
+        )
+    if not r.in_flight:
+        if r.max_age is not None:
+            raise UserError(f"rollout.max_age = {r.max_age} is of rows in flight: set rollout.in_flight to at least 1")
+        return
+    if r.max_age is not None and r.max_age < r.in_flight:
+        raise UserError(
+            f"rollout.max_age = {r.max_age} is below rollout.in_flight = {r.in_flight}: a group that is drawn so many "
+            "steps ahead waits as many for its turn"
+        )
+    rows = (r.in_flight + 1) * r.prompts * r.group_size
+    if rows > ROWS:
+        raise UserError(
+            f"rollout.in_flight = {r.in_flight} keeps {rows:,} rows, more than the {ROWS:,} that can be counted"
+        )
+    several = "rollout.in_flight draws a batch from several steps' parameters"
+    if "exact" in needed:
+        raise UserError(f"exact divergences need those of every token, and {several}; set rollout.in_flight=0")
+    for key in ("train.staleness", "rollout.lag"):
+        if value(c, key):
+            raise UserError(f"{key} and rollout.in_flight both age the behavior parameters: set one of them to 0")
+    if r.resample:
+        raise UserError(f"rollout.resample draws whole batches, and {several}; set one of them to 0")
+    if r.router_replay:
+        raise UserError(f"rollout.router_replay needs one set of experts a token, and {several}; set one of them off")
 
 
 def _check_shadow_losses(c: ConfigDict) -> None:

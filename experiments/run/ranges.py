@@ -90,6 +90,9 @@ NUMBERS: Mapping[str, Range] = {
     "rollout.lag": Range(0, 10_000),  # as many copies of the parameters
     "rollout.resample": Range(0, 1000),  # step + 1000 * resample.AWAY has 32 bits
     "rollout.slots": Range(0, ROWS),
+    "rollout.pages": Range(0, INT32 // 128),
+    "rollout.in_flight": Range(0, 1000),
+    "rollout.max_age": NATURAL,
     "rollout.tracked": Range(0, ROWS),
     "reward.workers": Range(1, 1024),
     "reward.time_limit_s": Range(0.01, MAX_TIME_LIMIT_S),  # a timer counts no 10^9 s, and no verifier ends at once

@@ -1,6 +1,7 @@
 """What a run leaves behind, and how it goes on: logs, checkpoints, config.json, the clocks of a step."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,8 +98,8 @@ class Record:
         def wanted(step: int) -> dict[str, Any]:
             changes[:] = self._changes(step)
             saved, policy = learner.shapes()
-            drawn_early = self._checkpoints.holds(step, "ahead")
-            return saved | sampler.shapes(step, saved["params"], policy, drawn_early=drawn_early)
+            held = functools.partial(self._checkpoints.holds, step)
+            return saved | sampler.shapes(step, saved["params"], policy, held=held)
 
         step, found, notes = self._checkpoints.resume(wanted)
         self.start = step or 0
@@ -109,7 +110,7 @@ class Record:
         else:
             learner.restore(found, self._load_params)
             notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
-        sampler.restore(found or {}, learner.params, learner.frozen)
+        sampler.restore(found or {}, learner.params, learner.frozen, self.start)
         learner.keep_reference(self._load_params)
         self._refuse_unless_sound(learner, step)
         if self.unfinished:
@@ -221,6 +222,7 @@ class Record:
                 **{f"reward/{name}": float(count) for name, count in own.counts.items()},
                 **evaluated,
                 "rollout/resampled": float(own.redrawn),
+                **{f"rollout/{name}": value for name, value in own.work.items()},
                 "response/length_mean": float(own.lengths.mean()),
                 "response/truncated": float(own.truncated.mean()),
                 "train/occupancy": packing.occupancy(*planned),

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, decode_replies
@@ -18,14 +19,17 @@ from dppo_jax.lora import joined
 from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
+from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.types import PromptBatch, RolloutBatch
+from experiments.run.carried import NAME, Carried
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
 
 # Further draws of a step (rollout.resample) take the prompts of a step so far away that no run comes there by itself.
 AWAY = 1_000_003
+WORK = ("decode_steps", "pages_read", "pages_live", "put_back")  # of `rollout.Work`, as the log has it
 
 
 @dataclasses.dataclass
@@ -39,6 +43,7 @@ class Replies:
     verified: np.ndarray  # f32[B], the verifier's scores; empty until they are there
     shaped_rewards: np.ndarray  # f32[B], the scores with what shaping adds; advantages are made of these
     counts: dict[str, int]  # the verifier's: killed, failed, ...
+    work: dict[str, float]  # what the rollout cost, and how old its tokens are, by the name of the log's tag
     redrawn: int = 0  # further batches that were drawn for this step
 
 
@@ -46,10 +51,12 @@ class Drawing(NamedTuple):
     """A rollout that the devices compute, of all runs together."""
 
     prompts: PromptBatch
-    examples: list[list[Example]]  # by run, of every response that this host scores
     rollout: RolloutBatch
+    work: Work | None  # None: drawn before the checkpoint that the run goes on from
     params: Params  # the trained part of the behavior policy's parameters
+    age: int  # steps since it was drawn
     equal_params: bool  # whether they are the learner's, before its updates
+    finished: Finished | None  # what is known of groups that several steps drew
     clock: dict[str, float]  # when the step began, and what was done when
 
 
@@ -91,13 +98,14 @@ class Sampler:
         c = base.config.rollout
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        self._generate = base.on_mesh(runs.each(base.rollout(topk=runs.topk)))
+        self._generate = base.on_mesh_measured(runs.each(base.rollout(topk=runs.topk).measured))
+        self._carried = Carried(runs, self._prompts_of) if c.in_flight else None
         shardings = None if base.mesh is None else base.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
         self._params: Params = {}  # what the learner trains
         self._frozen: Params = {}  # what no run trains of its policy
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
-        self._next_rollout: RolloutBatch | None = None  # drawn a step early
+        self._next_rollout: tuple[RolloutBatch, Work | None] | None = None  # drawn a step early
         self._drawing: Drawing | None = None
 
     # --- parameters ---
@@ -117,15 +125,19 @@ class Sampler:
     def start(self, step: int) -> None:
         """Has the devices draw the rollout of a step, unless they did so early."""
         clock = {"began": time.perf_counter()}
-        prompts, examples = self._prompts_of(step)
-        rollout, self._next_rollout = self._next_rollout, None
-        equal_params = rollout is None and len(self._param_history) <= 1
-        if rollout is None:
-            rollout = self._sample(prompts, step)
         params = self._behavior  # not those that drew an early rollout: checks refuses what would need them
+        if self._carried:
+            finished = self._carried.draw(joined(self._frozen, params), step)
+            drawn = finished.prompts, finished.rollout, finished.work
+            self._drawing = Drawing(*drawn, params, 0, False, finished, clock)
+            return
+        prompts = self._prompts_of(step)
+        early, self._next_rollout = self._next_rollout, None
+        rollout, work = early or self._sample(prompts, step)
+        equal_params = early is None and len(self._param_history) <= 1
         if self._runs.needs_exact and not self._param_history:
             params = self._copy(params)  # the updates donate the learner's
-        self._drawing = Drawing(prompts, examples, rollout, params, equal_params, clock)
+        self._drawing = Drawing(prompts, rollout, work, params, int(early is not None), equal_params, None, clock)
 
     def collect(self, step: int) -> Samples:
         """Waits for the rollout, decodes it, and hands its replies to the verifiers; more batches where groups are
@@ -135,21 +147,16 @@ class Sampler:
         host = self._to_host(drawing.rollout)
         drawing.clock["drawn"] = time.perf_counter()
         if self._config.train.staleness and step + 1 < self._config.steps:
-            self._next_rollout = self._sample(self._prompts_of(step + 1)[0], step + 1)
+            self._next_rollout = self._sample(self._prompts_of(step + 1), step + 1)
         samples = self._submitted(step, drawing, host)
         return self._resampled(step, samples) if self._config.rollout.resample else samples
 
-    def _prompts_of(self, step: int) -> tuple[PromptBatch, list[list[Example]]]:
-        """The prompts of a step on the devices, and, by run, the example of every response that this host scores."""
-        batches, examples = [], []
-        for stream in self._streams:
-            prompts, held_examples = stream.batch(step, self.prompt_share.held)
-            batches.append(prompts)
-            owned = self.prompt_share.of_owned(held_examples)
-            examples.append([example for example in owned for _ in range(self._config.rollout.group_size)])
-        return hosts.to_global(self._runs.together(batches), self._mesh, self.prompt_share), examples
+    def _prompts_of(self, step: int) -> PromptBatch:
+        """The prompts of a step, of all runs, on the devices."""
+        batches = [stream.batch(step, self.prompt_share.held)[0] for stream in self._streams]
+        return hosts.to_global(self._runs.together(batches), self._mesh, self.prompt_share)
 
-    def _sample(self, prompts: PromptBatch, step: int) -> RolloutBatch:
+    def _sample(self, prompts: PromptBatch, step: int) -> tuple[RolloutBatch, Work]:
         return self._generate(joined(self._frozen, self._behavior), prompts, self._keys(step))
 
     def _keys(self, step: int) -> jax.Array:
@@ -164,17 +171,44 @@ class Sampler:
             by_run.append((tokens, mask, *hosts.gather((lengths, truncated), self.row_share)))
         return by_run
 
+    def _origins(self, step: int, drawing: Drawing) -> list[np.ndarray]:
+        """By run, of every group the step whose prompts it is of and its number among them, i[N, 2]."""
+        if drawing.finished is None:
+            number = np.arange(self.prompt_share.size)
+            return [np.stack([np.full_like(number, step), number], axis=1)] * len(self._runs)
+        origins = self._runs.apart(hosts.owned(drawing.finished.origin, self.prompt_share))
+        return [hosts.gather(origin, self.prompt_share) for origin in origins]
+
     def _submitted(self, step: int, drawing: Drawing, host: Sequence[tuple[np.ndarray, ...]]) -> Samples:
         """Samples whose replies are at the verifiers; `host` as of `_to_host`."""
         replies, pending = [], []
         none: np.ndarray = np.zeros(0, np.float32)
-        of_run = zip(self._streams, drawing.examples, host, strict=True)
-        for stream, examples, (tokens, mask, lengths, truncated) in of_run:
+        of_run = zip(self._streams, self._origins(step, drawing), self._work(drawing), host, strict=True)
+        for stream, origin, work, (tokens, mask, lengths, truncated) in of_run:
+            of_group, prompt_lengths = stream.of_groups(origin)
+            group_size = self._config.rollout.group_size
+            examples = [of_group[number] for number in self.prompt_share.owned for _ in range(group_size)]
             texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
             pairs = dict(zip(self.row_share.owned.tolist(), zip(examples, texts, strict=True), strict=True))
-            replies.append(Replies(stream.lengths(step), lengths, truncated, pairs, none, none, {}))
+            replies.append(Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work))
             pending.append(self._scorer.submit(texts, examples))
+        if drawing.finished is not None:
+            drawing = drawing._replace(equal_params=all(run.work["age_max"] == 0 for run in replies))
         return Samples(drawing, replies, pending)
+
+    def _work(self, drawing: Drawing) -> list[dict[str, float]]:
+        """By run, what a rollout cost and how old it is, by the log's names."""
+        count, finished = len(self._runs), drawing.finished
+        ages = [dict(age_mean=float(drawing.age), age_max=float(drawing.age), in_flight=0.0)] * count
+        if finished is not None:
+            fields = dict(age_mean=finished.age_mean, age_max=finished.age_max, in_flight=finished.rows_left)
+            ages = [{name: float(x) for name, x in run.items()} for run in self._runs.apart(jax.device_get(fields))]
+        if drawing.work is None:
+            return ages
+        works = self._runs.apart(jax.device_get(drawing.work))
+        return [
+            age | {name: float(getattr(work, name)) for name in WORK} for age, work in zip(ages, works, strict=True)
+        ]
 
     def rewards(self, samples: Samples) -> list[Replies]:
         """Waits until every host has scored its share of the replies, and fills in the rewards of all."""
@@ -199,10 +233,9 @@ class Sampler:
             if all(groups.all() for groups in unequal):
                 break
             far_step = step + attempt * AWAY
-            prompts, examples = self._prompts_of(far_step)
-            drawing = samples.drawing._replace(
-                prompts=prompts, examples=examples, rollout=self._sample(prompts, far_step)
-            )
+            prompts = self._prompts_of(far_step)
+            rollout, work = self._sample(prompts, far_step)
+            drawing = samples.drawing._replace(prompts=prompts, rollout=rollout, work=work)
             more = self._submitted(far_step, drawing, self._to_host(drawing.rollout))
             more_unequal = [unequal_groups(replies.shaped_rewards, group)[::group] for replies in self.rewards(more)]
             sources = [chosen(groups, more_groups) for groups, more_groups in zip(unequal, more_unequal, strict=True)]
@@ -233,32 +266,43 @@ class Sampler:
     def saved(self) -> dict[str, Any]:
         """What a checkpoint needs of the sampler, beside the learner's state."""
         history = list(self._param_history)
-        state = {"ahead": self._next_rollout, "past": history or None}
+        ahead, work = self._next_rollout or (None, None)
+        state = {"ahead": ahead, "ahead_work": work, "past": history or None}
+        state |= self._carried.saved() if self._carried else {}
         return {name: value for name, value in state.items() if value is not None}
 
-    def shapes(self, step: int, params: Any, policy: Any, *, drawn_early: bool) -> dict[str, Any]:
-        """Shapes and shardings of what `saved` gave at a step, for parameters of these shapes."""
-        c, result = self._config, {}
-        if drawn_early:
+    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]:
+        """Shapes and shardings of what `saved` gave at a step, for parameters of these shapes; `held` says which names
+        a checkpoint has."""
+        c, base, result = self._config, self._runs.base, {}
+        if held("ahead"):
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
-            shapes = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
-            by_row = self._runs.base.by_row
-            if by_row is not None:
-                shapes = abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))
-            result["ahead"] = shapes
+            ahead, work = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
+            result["ahead"] = _laid_out(ahead, base.by_row)
+            if held("ahead_work"):
+                result["ahead_work"] = _laid_out(work, base.everywhere)
+        if self._carried and held(NAME):
+            result |= self._carried.shapes()
         if c.rollout.lag:
             updates = step * self._runs.base.updates_per_step
             result["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
         return result
 
-    def restore(self, saved: dict[str, Any], params: Params, frozen: Params) -> None:
+    def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None:
         """From a checkpoint, or fresh where it has nothing; with the learner's parameters."""
         self._frozen = frozen
-        self._next_rollout = saved.get("ahead")
+        self._next_rollout = (saved["ahead"], saved.get("ahead_work")) if "ahead" in saved else None
+        if self._carried and NAME in saved:
+            self._carried.restore(saved, step)
         self._param_history.extend(saved.get("past", []))
         self._params = params
         if self._config.rollout.lag and not self._param_history:
             self.publish(params, frozen)
+
+
+def _laid_out(shapes: Any, sharding: NamedSharding | None) -> Any:
+    """Shapes with this sharding of every array, where there is one."""
+    return shapes if sharding is None else abstract_state(shapes, jax.tree.map(lambda _: sharding, shapes))
 
 
 def chosen(unequal: np.ndarray, more_unequal: np.ndarray) -> np.ndarray:
@@ -296,5 +340,6 @@ def _merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int)
         verified=host(before.verified, more.verified),
         shaped_rewards=host(before.shaped_rewards, more.shaped_rewards),
         counts={name: count + more.counts[name] for name, count in before.counts.items()},
+        work=before.work | {name: before.work[name] + more.work[name] for name in WORK},
         redrawn=before.redrawn + 1,
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dppo_jax import lora, packing, precision, quantize
@@ -31,7 +31,7 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_par
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import PackShape
 from dppo_jax.rewards.shaping import overlong_penalty
-from dppo_jax.rollout import Rollout
+from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache
 from dppo_jax.sampling import step_key
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
@@ -45,7 +45,9 @@ from dppo_jax.train_step import (
     make_update,
     state_shardings,
 )
+from dppo_jax.types import RolloutBatch
 from dppo_jax.weights import WEIGHTS
+from experiments.run import memory
 
 # Purposes of randomness, folded into the seed's key beside the step.
 ROLLOUT, EVALUATION = 0, 1  # 2 is the noise of the update
@@ -385,12 +387,12 @@ class Setup:
     def rollout(self, *, topk: int | None = None) -> Rollout:
         """The behavior policy, for training. `topk`: another K than the run's."""
         c, model = self.config.rollout, self.model
-        topk = self.topk if topk is None else topk
+        topk, prompts = self.topk if topk is None else topk, (c.in_flight + 1) * c.prompts
         if topk > model.vocab_size:
             raise UserError(f"rollout.tracked = {topk} is more than the model's vocabulary of {model.vocab_size}")
         if c.router_replay and not model.num_experts:
             raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
-        return Rollout(
+        rollout = Rollout(
             self.behavior_model,
             group_size=c.group_size,
             temperature=c.temperature,
@@ -398,13 +400,20 @@ class Setup:
             weights=self.behavior_weights,
             round_inputs=precision.activations(c.activations),
             record_experts=c.router_replay,
-            **self._rollout_settings(c.prompts * c.group_size, [self.config.data]),
+            **self._rollout_settings(prompts * c.group_size, [self.config.data]),
         )
+        return self._with_pages(rollout, prompts, self.config.data.max_prompt_len)
+
+    def in_flight(self, rollout: Rollout) -> InFlight:
+        """The rollout, drawn over several steps."""
+        c = self.config.rollout
+        max_age = c.in_flight if c.max_age is None else c.max_age
+        return InFlight(rollout, prompts=c.prompts, ahead=c.in_flight, max_age=max_age)
 
     def eval_rollout(self) -> Rollout:
         """The policy as it is evaluated: its own temperature and truncation."""
         c = self.config.eval
-        return Rollout(
+        rollout = Rollout(
             self.model,
             group_size=c.samples,
             temperature=c.temperature,
@@ -412,11 +421,13 @@ class Setup:
             weights=self.merge,
             **self._rollout_settings(c.prompts * c.samples, list(c.sets.values())),
         )
+        return self._with_pages(rollout, c.prompts, max(data.max_prompt_len for data in c.sets.values()))
 
     def _rollout_settings(self, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
         """What training and evaluation share. The attention is one that takes the prompts of every data section."""
         c = self.config.rollout
         kernels = {self.attention(dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
+        cache = self.cache(max(data.max_prompt_len for data in sections))
         return dict(
             max_new_tokens=c.max_new_tokens,
             eos_ids=self.text.eos_ids,
@@ -427,13 +438,42 @@ class Setup:
             attention=kernels.pop() if len(kernels) == 1 else "xla",
             unrolled=self.platform != "tpu",
             head_float32=self.config.policy.head_float32,
+            paged=cache.paged,
+            paged_attention=cache.attention,
         )
+
+    def cache(self, prompt_length: int) -> CacheChoice:
+        """How a rollout keeps keys and values, of prompts up to this length."""
+        c = self.config.rollout
+        return choose_cache(
+            self.platform,
+            self.model,
+            dtype=DTYPES[c.dtype],
+            length=prompt_length + c.max_new_tokens - 1,
+            cache="pages" if c.pages else c.cache,
+        )
+
+    def _with_pages(self, rollout: Rollout, prompts: int, prompt_length: int) -> Rollout:
+        """With as many pages as rollout.pages says, or as the devices have memory for; None: enough for all slots."""
+        pages = self.config.rollout.pages or None
+        if rollout.paged and pages is None and self.memory_bytes is not None:
+            pages = memory.free_pages(self, rollout, self.memory_bytes, prompts, prompt_length)
+        return dataclasses.replace(rollout, pages=pages)
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """Where an array lives that every device has; None: on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def on_mesh(self, generate: Generate) -> Generate:
         """jit of a rollout: parameters where they live, prompts and rows over the batch axes. On several hosts the
         prompts are global arrays; see `hosts.to_global`."""
-        by_row = self.by_row
-        return jax.jit(generate, in_shardings=(None, by_row, None), out_shardings=by_row)
+        return jax.jit(generate, in_shardings=(None, self.by_row, None), out_shardings=self.by_row)
+
+    def on_mesh_measured(self, generate: Callable[..., tuple[RolloutBatch, Work]]) -> Callable:
+        """The same of `Rollout.measured`."""
+        out_shardings = self.by_row, self.everywhere
+        return jax.jit(generate, in_shardings=(None, self.by_row, None), out_shardings=out_shardings)
 
     def published_axes(self, published: Params) -> Params:
         """Logical axis names of what the rollout holds."""

@@ -1,0 +1,81 @@
+"""Groups in flight over the steps of a run (rollout.in_flight): which prompts join them, what a checkpoint holds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.models.decoder import Params
+from dppo_jax.rollout import Finished, Flight
+from dppo_jax.sampling import purpose_key
+from dppo_jax.storage.checkpoint import abstract_state
+from dppo_jax.types import PromptBatch
+from experiments.run.runs import Runs
+from experiments.run.setup import ROLLOUT
+
+NAME = "in_flight"  # in a checkpoint
+
+
+class Carried:
+    """What is in flight of every run. `prompts_of` gives the prompts of a step, of all runs, on the devices."""
+
+    def __init__(self, runs: Runs, prompts_of: Callable[[int], PromptBatch]):
+        base = runs.base
+        self._runs, self._prompts_of, self._config = runs, prompts_of, base.config
+        in_flight = base.in_flight(base.rollout(topk=runs.topk))
+        by_row: Any = base.by_row
+        everywhere: Any = base.everywhere
+        finished = Finished(
+            prompts=by_row,
+            rollout=by_row,
+            age=by_row,
+            age_mean=everywhere,
+            age_max=everywhere,
+            origin=by_row,
+            rows_left=everywhere,
+            work=everywhere,
+        )
+        length = base.config.data.max_prompt_len
+        self._empty = jax.jit(lambda: runs.together([in_flight.empty(length)] * len(runs)), out_shardings=by_row)
+        self._join = jax.jit(runs.each(in_flight.join), donate_argnums=0, out_shardings=by_row)
+        self._draw = jax.jit(
+            runs.each(in_flight),
+            in_shardings=(None, by_row, everywhere, everywhere),
+            out_shardings=(by_row, finished),
+            donate_argnums=1,
+        )
+        self._flight: Flight | None = None
+        self._joined = 0  # batches of prompts
+
+    def draw(self, params: Params, step: int) -> Finished:
+        """What a step trains, of all runs, from whole parameters."""
+        runs, last = self._runs, min(step + self._config.rollout.in_flight, self._config.steps - 1)
+        flight = self._flight if self._flight is not None else self._empty()
+        for batch in range(self._joined, last + 1):
+            flight = self._join(flight, self._prompts_of(batch), self._number(batch))
+        keys = runs.together([purpose_key(run.config.seed, ROLLOUT) for run in runs.setups])
+        self._flight, finished = self._draw(params, flight, keys, self._number(step))
+        self._joined = last + 1
+        return finished
+
+    def _number(self, value: int) -> Any:
+        return self._runs.together([np.int32(value)] * len(self._runs))
+
+    # --- checkpoints ---
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint needs of the groups in flight."""
+        return {NAME: self._flight}
+
+    def shapes(self) -> dict[str, Any]:
+        """Shapes and shardings of what `saved` gives."""
+        shapes, by_row = jax.eval_shape(self._empty), self._runs.base.by_row
+        return {NAME: shapes if by_row is None else abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))}
+
+    def restore(self, saved: dict[str, Any], step: int) -> None:
+        """At a step, from a checkpoint."""
+        self._flight = saved[NAME]
+        count = jnp.sum(self._runs.apart(self._flight)[0].count)  # the same of every run
+        self._joined = step + int(count) // self._config.rollout.prompts

@@ -1,0 +1,54 @@
+"""How many pages of a rollout's cache the memory of a device has room for, by the shapes of what else is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.devices.sharding import ROLLOUT, named_shardings, num_shards
+from dppo_jax.models.pages import PAGE, count_for
+from dppo_jax.rollout import Rollout
+
+if TYPE_CHECKING:
+    from experiments.run.setup import Setup
+
+SPARE = 0.1  # of the memory: the prefill, and what is not counted here
+
+
+def bytes_on_a_device(shapes: Any, shardings: Any) -> int:
+    """Of arrays of these shapes, laid out so; no shardings: on one device."""
+
+    def size(x: Any, sharding: Any = None) -> int:
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        return int(np.prod(shape)) * x.dtype.itemsize
+
+    found = jax.tree.map(size, shapes) if shardings is None else jax.tree.map(size, shapes, shardings)
+    return sum(jax.tree.leaves(found))
+
+
+def page_bytes(setup: Setup, rollout: Rollout) -> int:
+    """Of one page on one device: keys and values of all layers, of the heads that it has."""
+    model, mesh = rollout.config, setup.mesh
+    cut = 1 if mesh is None else num_shards(mesh, *ROLLOUT["kv_heads"])
+    heads = model.num_kv_heads // cut if model.num_kv_heads % cut == 0 else model.num_kv_heads
+    return 2 * model.num_layers * heads * PAGE * model.head_dim * jnp.dtype(rollout.dtype).itemsize
+
+
+def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt_length: int) -> int:
+    """Pages that a device of so many bytes has room for, beside the training state, what the rollout keeps, and the
+    pages of so many prompts."""
+    c, mesh, state = setup.config, setup.mesh, setup.state_shapes
+    shardings = None if mesh is None else setup.shardings
+    published = jax.eval_shape(rollout.publish, state.policy)
+    axes = setup.published_axes(published)
+    kept = bytes_on_a_device(state, shardings)
+    kept += bytes_on_a_device(published, None if mesh is None else named_shardings(mesh, axes, ROLLOUT))
+    copies = bool(c.reference.coef) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
+    kept += copies * bytes_on_a_device(state.params, None if shardings is None else shardings.params)
+    rows = prompts * rollout.group_size // setup.batch_shards
+    kept += rows * rollout.max_new_tokens * (16 + 8 * rollout.topk)  # tokens, logp, two uniforms; the top K
+    free = int((1 - SPARE) * memory) - kept
+    return max(0, free // page_bytes(setup, rollout) - prompts // setup.batch_shards * count_for(prompt_length))
