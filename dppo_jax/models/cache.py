@@ -96,6 +96,38 @@ def _column_in(column: Array, start: int, width: int) -> Array:
     return jnp.where((column >= start) & (column < start + width), column - start, width)
 
 
+def put(
+    cache: Cache,
+    row: Int32[Array, "D T"],
+    column: Int32[Array, "D T"],
+    key: Float[Array, "*L D T KV H"],
+    value: Float[Array, "*L D T KV H"],
+) -> Cache:
+    """The cache of one layer, or of all, with tokens put into any rows and columns; none where the column is beyond.
+
+    Rows are counted within their shard, of which there are D.
+    """
+    of_all, start, blocks = key.ndim == 5, 0, []
+    rows_axis = 1 if of_all else 0
+
+    def put_in(block: Array, new: Array, where: Array, keys_last: bool) -> Array:
+        def one(block: Array, row: Array, where: Array, new: Array) -> Array:
+            if of_all:
+                return block.at[:, row, :, where].set(jnp.moveaxis(new, 1, 0), mode="drop")
+            at = (row, slice(None), slice(None), where) if keys_last else (row, slice(None), where)
+            return block.at[at].set(new, mode="drop")
+
+        shape = *block.shape[:rows_axis], len(row), -1, *block.shape[rows_axis + 1 :]
+        by_shard = jax.vmap(one, in_axes=(rows_axis, 0, 0, rows_axis), out_axes=rows_axis)
+        return by_shard(block.reshape(shape), row, where, new).reshape(block.shape)
+
+    for k, v in cache:
+        where = _column_in(column, start, v.shape[-2])
+        blocks.append((put_in(k, key, where, True), put_in(v, value, where, False)))
+        start += v.shape[-2]
+    return tuple(blocks)
+
+
 def attend(
     q: Float[Array, "B H D"],
     cache: Cache,

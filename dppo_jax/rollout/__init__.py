@@ -3,7 +3,7 @@
 from dppo_jax.rollout.caches import Choice as CacheChoice
 from dppo_jax.rollout.caches import choose as choose_cache
 from dppo_jax.rollout.in_flight import Finished, Flight, InFlight
-from dppo_jax.rollout.rollout import Rollout
+from dppo_jax.rollout.rollout import Rollout, resumed_tokens
 from dppo_jax.rollout.slots import Work
 
-__all__ = ["CacheChoice", "Finished", "Flight", "InFlight", "Rollout", "Work", "choose_cache"]
+__all__ = ["CacheChoice", "Finished", "Flight", "InFlight", "Rollout", "Work", "choose_cache", "resumed_tokens"]

@@ -120,42 +120,20 @@ class Blocks:
             cache = jax.lax.fori_loop(0, self.config.num_layers, fill_layer, state.cache)
         return dataclasses.replace(state, cache=cache)
 
-    def rows(self, prompts: Array, mask: Array, tokens: Array, drawn: Int32[Array, "E"]) -> tuple[Array, Array]:
-        """Tokens and mask [E, ...] of whole rows, as `fill` takes them: prompts [E, P], all response tokens [E, R]."""
-        count = self._responses(prompts.shape[1])
-        responses = jnp.pad(tokens[:, :count], [(0, 0), (0, count - min(count, tokens.shape[1]))])
-        present = jnp.arange(count) < drawn[:, None] - 1  # the last token is decoded from
-        return jnp.concatenate([prompts, responses], axis=1), jnp.concatenate([mask, present], axis=1)
-
-    def fill(self, state: Slots, slot: Int32[Array, "E"], filled: Any, length: Int32[Array, "E"]) -> Slots:
-        """The cache of these slots (S: none) with rows of the batch, of shard after shard: `filled` are their keys and
-        values as of `of_prompts`."""
-        axis = 0 if self.unrolled else 1
-        first = jnp.arange(self.shards.count)[:, None] * (len(state.row) // self.shards.count)
-        at = self.shards.local(slot) - first
-        put = jax.vmap(lambda x, at, new: x.at[at].set(new, mode="drop"), in_axes=0)
-
-        def by_row(x: Array) -> Array:
-            """[D, n/D, ...], rows first."""
-            return self.shards.local(jnp.moveaxis(x, axis, 0))
-
-        def put_columns(cache: Any, keys: Array, values: Array) -> Any:
-            at_column, found = 0, []
-            for pair in cache:
-                width = pair[1].shape[-2]
-                new = [
-                    jax.lax.slice_in_dim(x, at_column, at_column + width, axis=side)
-                    for x, side in zip((keys, values), (-1 if self.unrolled else -2, -2), strict=True)
-                ]
-                written = [put(by_row(x), at, by_row(n)) for x, n in zip(pair, new, strict=True)]
-                found.append(tuple(jnp.moveaxis(w.reshape(-1, *w.shape[2:]), 0, axis) for w in written))
-                at_column += width
-            return tuple(found)
-
+    def fill(
+        self, state: Slots, slot: Int32[Array, "D T"], number: Int32[Array, "D T"], filled: tuple[Array, Array]
+    ) -> Slots:
+        """The cache with tokens of rows: token `number` of the row in `slot`, counted within the shard; none where that
+        is negative. `filled` are their keys and values in all layers, [L, D, T, KV, D]."""
+        prompt_length = state.prompt_mask.shape[1]
+        padding = prompt_length - jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32)
+        column = self.shards.look_up(padding, slot).reshape(slot.shape) + number
+        column = jnp.where(number < 0, prompt_length + self._responses(prompt_length), column)
         if self.unrolled:
-            cache: Any = [put_columns(c, *pair) for c, pair in zip(state.cache, filled, strict=True)]
+            by_layer = zip(state.cache, *filled, strict=True)
+            cache: Any = [blocks.put(cache, slot, column, k, v) for cache, k, v in by_layer]
         else:
-            cache = put_columns(state.cache, *filled)
+            cache = blocks.put(state.cache, slot, column, *filled)
         return dataclasses.replace(state, cache=cache)
 
     def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:
@@ -362,41 +340,33 @@ class Pages:
         cache = [copied(pool) for pool in state.cache] if self.unrolled else copied(state.cache)
         return dataclasses.replace(state, cache=cache, table=table)
 
-    def rows(self, prompts: Array, mask: Array, tokens: Array, drawn: Int32[Array, "E"]) -> tuple[Array, Array]:
-        """Tokens and mask [E, ...] of whole rows, as `fill` takes them: prompts [E, P], all response tokens [E, R]."""
-        width, length = prompts.shape[1], jnp.sum(mask, axis=1, dtype=jnp.int32)
-        both = jnp.concatenate([prompts, tokens], axis=1)
-        column = jnp.arange(count_for(width + self.max_new_tokens - 1) * PAGE)
-        at = jnp.minimum((width - length)[:, None] + column, both.shape[1] - 1)
-        return jnp.take_along_axis(both, at, axis=1), column < (length + drawn - 1)[:, None]
-
-    def fill(self, state: Slots, slot: Int32[Array, "E"], filled: Any, length: Int32[Array, "E"]) -> Slots:
-        """The own pages of these slots (S: none) with the first `length` tokens of rows: `filled` are their keys and
-        values as of `of_prompts`, of rows without padding."""
+    def fill(
+        self, state: Slots, slot: Int32[Array, "D T"], number: Int32[Array, "D T"], filled: tuple[Array, Array]
+    ) -> Slots:
+        """The slots' own pages with tokens of rows: token `number` of the row in `slot`, counted within the shard; none
+        where that is negative. `filled` are their keys and values in all layers, [L, D, T, KV, D]."""
         assert state.table is not None
-        at, none = jnp.minimum(slot, len(state.row) - 1), slot >= len(state.row)
-        numbers, width = state.table.pages[at], state.table.pages.shape[1]
-        number = jnp.arange(width)
-        own = (number >= state.table.shared[at, None]) & (number < count_for(length)[:, None]) & ~none[:, None]
+        of_row = jnp.clip(number // PAGE, 0).reshape(-1)
+        page = self.shards.look_up(state.table.pages, slot, of_row)
+        own = (number.reshape(-1) >= 0) & (of_row >= self.shards.look_up(state.table.shared, slot))
+        column = number.reshape(-1) % PAGE
 
-        def put(pool: pages.Pool, *stored: Array) -> pages.Pool:
-            layers, offset = self._layers(pool)[..., None], self._offset(pool, len(slot))
+        def put(pool: pages.Pool, *new: Array) -> pages.Pool:
+            layers, offset = self._layers(pool), self._offset(pool, page.size)
 
-            def local(pool, own, target, offset, *stored):
-                at = jnp.where(own, layers + target + offset[:, None], pool[0].shape[1]).reshape(-1)
-                new = [jnp.moveaxis(x[:, :, :, :width], 0, 1) for x in stored]
-                new = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in new]
-                return tuple(x.at[:, at].set(n, mode="drop") for x, n in zip(pool, new, strict=True))
+            def local(pool, own, page, column, offset, *new):
+                at = jnp.where(own, layers + page + offset, pool[0].shape[1])
+                new = [jnp.moveaxis(x, 2, 0) for x in new]
+                return tuple(x.at[:, at, column].set(n, mode="drop") for x, n in zip(pool, new, strict=True))
 
-            by_slot = (own, BY_SLOT + (None,)), (numbers, BY_SLOT + (None,)), (offset, BY_SLOT)
-            of_rows = [(x, (None, "kv_heads", "batch", None, None, None)) for x in stored]
-            return self._on_devices(local, pool, *by_slot, *of_rows)
+            by_token = [(x, BY_SLOT) for x in (own, page, column, offset)]
+            return self._on_devices(local, pool, *by_token, *[(x, (None, *BY_SLOT, "kv_heads", None)) for x in new])
 
+        flat = [jax.lax.collapse(x, 1, 3) for x in filled]
         if self.unrolled:
-            one = zip(state.cache, filled, strict=True)
-            cache: Any = [put(pool, *(x[None] for x in pair)) for pool, pair in one]
+            cache: Any = [put(pool, k[None], v[None]) for pool, k, v in zip(state.cache, *flat, strict=True)]
         else:
-            cache = put(state.cache, *filled)
+            cache = put(state.cache, *flat)
         return dataclasses.replace(state, cache=cache)
 
     def step(self, state: Slots, live: Bool[Array, "S"]) -> tuple[Slots, Attend, Int32[Array, "S"]]:

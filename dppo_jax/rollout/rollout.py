@@ -40,6 +40,13 @@ from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
+def resumed_tokens(prompt_length: int, max_new_tokens: int) -> int:
+    """T, how many tokens of rows that go on pass through the model at a time: at least those of the longest row."""
+    longest = prompt_length + max_new_tokens - 1
+    multiple = 128 if longest < 4096 else 512
+    return -(-longest // multiple) * multiple
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
     """A pure function (params, prompts, key) -> RolloutBatch, in stages; jit it, or a stage.
@@ -49,6 +56,7 @@ class Rollout:
     `topk` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, the number of shards of the batch over the mesh; it divides S and the number of prompts.
     `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
+    `attention` is of prompts, `resume_attention` of `resumed_tokens` tokens: names in `attention.KERNELS`.
     `record_experts`: the batch has the experts of every token of a mixture, so that training can take the same ones.
     `weights` rounds the parameters to a narrower format, `round_inputs` the inputs of linear layers (precision.py).
     `paged` keeps the cache as pages, of which a shard has `pages` beside its prompts' (None: enough for all slots, and
@@ -69,6 +77,7 @@ class Rollout:
     slots: int | None = None
     shards: int = 1
     attention: str = "xla"
+    resume_attention: str = "xla"
     unrolled: bool = True
     weights: Callable[[Params], Params] | None = None
     round_inputs: Callable[[Array], Array] | None = None
@@ -198,7 +207,14 @@ class Rollout:
         every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(limit_all))
         uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)
         limit = jnp.full(batch, limit_all, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
-        hidden, prompts_cache, routed = self._forward(published, prompts.tokens, prompts.mask)
+        kept, hidden, routed = self._forward(
+            published,
+            prompts.tokens,
+            positions(prompts.mask),
+            prompts.mask.astype(jnp.int32),
+            self.attention,
+            functools.partial(self._cache.of_prompts, mask=prompts.mask),
+        )
         z = self._distribution(published, hidden[:, -1])
         by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group, 2), 0, 1)
         token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
@@ -211,25 +227,30 @@ class Rollout:
             limit=limit,
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.mask,
-            prompts=prompts_cache,
+            prompts=list(zip(*kept, strict=True)) if self.unrolled else kept,
             uniforms=uniforms,
         )
         return waiting, self._recorded(routed) if self.record_experts else None
 
     def _forward(
-        self, published: Params, tokens: Array, mask: Array, *, aligned: bool = False
-    ) -> tuple[Array, Any, Routed | None]:
-        """Hidden states of rows, all tokens of each at once; keys and values as the cache has prompts; the routes."""
-        segments = mask.astype(jnp.int32)
+        self,
+        published: Params,
+        tokens: Array,
+        position: Array,
+        segments: Array,
+        attention: str,
+        keep: Callable[[Array, Array], Any],
+    ) -> tuple[Any, Array, Routed | None]:
+        """What `keep` keeps of the keys and values of every layer, stacked; hidden states; the routes of tokens."""
 
         def attend(q, k, v, cache, number):
             sliding, settings = slides(self.config, number), scores(self.config)
-            mixed = self_attention(q, k, v, segments, implementation=self.attention, sliding=sliding, **settings)
-            return mixed, cache, self._cache.of_prompts(k, v, None if aligned else mask)
+            mixed = self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **settings)
+            return mixed, cache, keep(k, v)
 
         stacked = as_module(self.config, {k: v for k, v in published.items() if k != "head_float32"})
-        hidden, _, stored, routed = stacked(tokens, positions(mask), attend, None, round_inputs=self.round_inputs)
-        return hidden, list(zip(*stored, strict=True)) if self.unrolled else stored, routed
+        hidden, _, kept, routed = stacked(tokens, position, attend, None, round_inputs=self.round_inputs)
+        return kept, hidden, routed
 
     def idle(self, waiting: Waiting, prompt_experts: Array | None) -> Slots:
         """Idle slots, and a batch that holds each row's first token."""
@@ -300,23 +321,31 @@ class Rollout:
     def _resume(
         self, published: Params, waiting: Waiting, state: Slots, cold: Bool[Array, "S"]
     ) -> tuple[Slots, Bool[Array, "S"]]:
-        """Some of the `cold` slots, whose cache holds their prompts alone, with all their tokens; and those left."""
-        shards, batch = self._shards, len(waiting.limit)
-        by_shard = shards.local(cold)
-        number = max(1, min(by_shard.shape[1], len(waiting.prompt_mask) // self.shards))
-        chosen = jnp.argsort(~by_shard, axis=1, stable=True)[:, :number]
-        slot = chosen + jnp.arange(self.shards)[:, None] * by_shard.shape[1]
-        slot = jnp.where(jnp.take_along_axis(by_shard, chosen, axis=1), slot, len(cold)).reshape(-1)
-        at = jnp.minimum(slot, len(cold) - 1)
-        row = shards.within(jnp.where(slot < len(cold), state.row[at], 0), batch)
-        row = jnp.minimum(row, batch // self.shards - 1)
-        prompts = shards.look_up(waiting.prompt_tokens, row // self.group_size)
-        responses = shards.look_up(state.out.token, row)
-        tokens, mask = self._cache.rows(prompts, state.prompt_mask[at], responses, state.drawn[at])
-        tokens, mask = (constrain(x, "batch", None) for x in (tokens, mask))
-        _, stored, _ = self._forward(published, tokens, mask, aligned=True)
-        state = self._cache.fill(state, slot, stored, state.position[at])
-        return state, cold.at[slot].set(False, mode="drop")
+        """The tokens of some of the `cold` slots, whose cache holds their prompts alone, one row after another through
+        the model and into the cache; and the slots that are left."""
+        shards, width = self._shards, waiting.prompt_mask.shape[1]
+        column = jnp.arange(resumed_tokens(width, self.max_new_tokens))
+        length = shards.local(jnp.where(cold, state.position, 0))
+        ends = jnp.cumsum(length, axis=1)
+        fits = ends <= len(column)
+        slot = jax.vmap(lambda ends: jnp.searchsorted(ends, column, side="right"))(ends).astype(jnp.int32)
+        slot = jnp.minimum(slot, length.shape[1] - 1)
+        number = column - jnp.take_along_axis(ends - length, slot, axis=1)
+        is_token = column < jnp.max(jnp.where(fits, ends, 0), axis=1, keepdims=True)
+
+        row = jnp.minimum(shards.within(state.row, len(waiting.limit)), len(waiting.limit) // self.shards - 1)
+        row = jnp.take_along_axis(row, slot, axis=1)
+        prompt = shards.local(jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32))
+        at = number - jnp.take_along_axis(prompt, slot, axis=1)  # of the response
+        of_prompt = jnp.clip(width + at, 0, width - 1), jnp.clip(at, 0, self.max_new_tokens - 1)
+        before = shards.look_up(waiting.prompt_tokens, row // self.group_size, of_prompt[0].reshape(-1))
+        after = shards.look_up(state.out.token, row, of_prompt[1].reshape(-1))
+        tokens = jnp.where(at < 0, before.reshape(at.shape), after.reshape(at.shape))
+        segments = jnp.where(is_token, slot + 1, 0)
+        tokens, segments, number = (constrain(x, "batch", None) for x in (tokens, segments, number))
+        filled, _, _ = self._forward(published, tokens, number, segments, self.resume_attention, lambda k, v: (k, v))
+        state = self._cache.fill(state, slot, jnp.where(is_token, number, -1), filled)
+        return state, cold & ~fits.reshape(-1)
 
     def _step(self, published: Params, layers: Params, waiting: Waiting, state: Slots) -> Slots:
         decoder = as_module(self.config, layers, stacked=not self.unrolled)

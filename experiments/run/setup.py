@@ -31,7 +31,7 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_par
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import PackShape
 from dppo_jax.rewards.shaping import overlong_penalty
-from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache
+from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache, resumed_tokens
 from dppo_jax.sampling import step_key
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
@@ -437,10 +437,16 @@ class Setup:
             shards=self.batch_shards,
             attention=kernels.pop() if len(kernels) == 1 else "xla",
             unrolled=self.platform != "tpu",
+            resume_attention=self._resume_attention(max(data.max_prompt_len for data in sections)),
             head_float32=self.config.policy.head_float32,
             paged=cache.paged,
             paged_attention=cache.attention,
         )
+
+    def _resume_attention(self, prompt_length: int) -> str:
+        """The attention of rows that go on, several of which pass the model at a time."""
+        c = self.config.rollout
+        return self.attention(dtype=c.dtype, length=resumed_tokens(prompt_length, c.max_new_tokens)).name
 
     def cache(self, prompt_length: int) -> CacheChoice:
         """How a rollout keeps keys and values, of prompts up to this length."""
