@@ -413,15 +413,16 @@ class Setup:
     def eval_rollout(self) -> Rollout:
         """The policy as it is evaluated: its own temperature and truncation."""
         c = self.config.eval
+        sections = list(c.sets.values()) or [self.config.data]
         rollout = Rollout(
             self.model,
             group_size=c.samples,
             temperature=c.temperature,
             top_p=c.top_p,
             weights=self.merge,
-            **self._rollout_settings(c.prompts * c.samples, list(c.sets.values())),
+            **self._rollout_settings(c.prompts * c.samples, sections),
         )
-        return self._with_pages(rollout, c.prompts, max(data.max_prompt_len for data in c.sets.values()))
+        return self._with_pages(rollout, c.prompts, max(data.max_prompt_len for data in sections))
 
     def _rollout_settings(self, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
         """What training and evaluation share. The attention is one that takes the prompts of every data section."""
