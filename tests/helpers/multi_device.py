@@ -34,7 +34,7 @@ ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # data, fsdp, tensor
 MIXTURE_MESHES = [(1, 2, 1, 4), (2, 1, 2, 2), (1, 1, 4, 2)]  # and expert
 # A cache of pages on some of them, and rows in flight: how the layers are, and pages of a shard.
-PAGED = {(8, 1, 1): (True, None), (2, 2, 2): (False, 4), (1, 2, 4): (False, 6), (2, 1, 2, 2): (False, 4)}
+PAGED = {(8, 1, 1): (True, None), (2, 2, 2): (False, 4), (1, 2, 4): (False, 4), (2, 1, 2, 2): (False, 4)}
 IN_FLIGHT = {(2, 2, 2): True, (1, 8, 1): False}  # whether on pages
 
 
