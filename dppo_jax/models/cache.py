@@ -78,9 +78,7 @@ def fill(cache: Cache, rows: Bool[Array, "B"], prompt: tuple[Array, Array], laye
     return tuple(blocks)
 
 
-def write(
-    cache: Cache, column: Int32[Array, "B"], key: Float[Array, "B KV D"], value: Float[Array, "B KV D"]
-) -> Cache:
+def write(cache: Cache, column: Int32[Array, "B"], key: Float[Array, "B KV D"], value: Float[Array, "B KV D"]) -> Cache:
     """The cache of one layer with one column of every row set."""
     rows = jnp.arange(len(column))
     at, blocks = 0, []

@@ -39,7 +39,8 @@ def choose(platform: str, model: ModelConfig, *, dtype: Any, length: int, cache:
     """
     size, slides = model.head_dim, model.window is not None and model.window < length
     obstacle = {
-        "tpu": (size % 128 != 0, f"heads of {size} are not of 128 lanes"),
+        # The TPU's kernel rounds keys and values to bfloat16.
+        "tpu": (jnp.dtype(dtype) != jnp.bfloat16 or size % 128 != 0, f"{jnp.dtype(dtype)} heads of {size}"),
         "gpu": (jnp.dtype(dtype).itemsize != 2 or size & (size - 1) != 0, f"{jnp.dtype(dtype)} heads of {size}"),
     }.get(platform, (True, ""))
     kernel = "xla" if slides or obstacle[0] else f"pallas_{platform}"

@@ -47,14 +47,15 @@ MESHES = {
     "turns": ((4, 2, 1), IN_TURN),  # the hosts' rows alternate
     "shared": ((2, 2, 2), IN_TURN),  # tensor is over the hosts: both hold every row
 }
-DRAWN = ("rows", "shared")  # what rollouts are drawn on
+# What rollouts are drawn on, and with which cache.
+DRAWN = {"rows": ("rows", "blocks"), "shared": ("shared", "blocks"), "pages": ("shared", "pages")}
 SLOTS = 8  # of 32 rows
 TIME_LIMIT_S = 300
 
 
-def config_of(sizes):
+def config_of(sizes, cache: str):
     """Top-K, so that tracked ids meet a sharded vocabulary."""
-    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, rollout__slots=SLOTS)
+    numbers = dict(loss__name="dppo_topk_tv", rollout__tracked=3, rollout__slots=SLOTS, rollout__cache=cache)
     places = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes, strict=True))
     return small_config(Path("unused"), **numbers, **places)
 
@@ -79,9 +80,9 @@ def place(params, mesh):
     return jax.tree.map(one, params, named_shardings(mesh, param_axes(TINY)))
 
 
-def rollouts(sizes, devices) -> tuple[list[RolloutBatch], int]:
+def rollouts(sizes, devices, cache: str = "blocks") -> tuple[list[RolloutBatch], int]:
     """Two steps in NumPy, as every host reads them; and how often they were compiled."""
-    config = config_of(sizes)
+    config = config_of(sizes, cache)
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         checks.check(config)
@@ -134,7 +135,7 @@ def processes(tmp_path_factory) -> tuple[Path, list[str]]:
 def folder(processes) -> Path:
     """Where the rollouts are."""
     folder, errors = processes
-    assert all((folder / f"{mesh}-{process}.npz").exists() for mesh in DRAWN for process in range(2)), errors
+    assert all((folder / f"{name}-{process}.npz").exists() for name in DRAWN for process in range(2)), errors
     return folder
 
 
@@ -152,18 +153,18 @@ def test_the_rollouts_are_worth_comparing(single):
     assert 0 < first.truncated.sum() < len(first.tokens)
 
 
-@pytest.mark.parametrize("mesh", DRAWN)
-def test_both_hosts_read_the_same(folder, mesh):
-    first, second = (np.load(folder / f"{mesh}-{process}.npz") for process in range(2))
+@pytest.mark.parametrize("name", DRAWN)
+def test_both_hosts_read_the_same(folder, name):
+    first, second = (np.load(folder / f"{name}-{process}.npz") for process in range(2))
     assert set(first) == set(second)
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name])
+    for field in first:
+        np.testing.assert_array_equal(first[field], second[field])
 
 
-@pytest.mark.parametrize("mesh", DRAWN)
-def test_two_hosts_draw_what_one_device_draws(folder, single, mesh):
-    """Whole arrays, of both steps, compiled once."""
-    found = np.load(folder / f"{mesh}-0.npz")
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_two_hosts_draw_what_one_device_draws(folder, single, drawn):
+    """Whole arrays, of both steps, compiled once. One device has blocks."""
+    found = np.load(folder / f"{drawn}-0.npz")
     assert found["compiled"] == 1
     for step, want in enumerate(single):
         for name in ("tokens", "response_mask", "truncated", "group", "topk_ids"):

@@ -165,6 +165,28 @@ def test_eight_devices_draw_the_same_tokens(found, mesh):
     assert found[mesh]["topk_logp"] < 1e-5
 
 
+@pytest.mark.parametrize("mesh", ["8x1x1", "2x2x2", "1x2x4", "2x1x2x2"])
+def test_eight_devices_draw_the_same_tokens_with_a_cache_of_pages(found, mesh):
+    """Of rows that share pages, and where there are few, make room; against one device and blocks."""
+    report = found[f"paged-{mesh}"]
+    for name in ("same_tokens", "same_response_mask", "same_topk_ids", "same_experts"):
+        assert report[name], name
+    assert report["behavior_logp"] < 2e-5 and report["topk_logp"] < 2e-5
+    assert report["pages_read"] == report["pages_live"] > report["live"] > 0
+    assert (report["put_back"] > 0) == (mesh != "8x1x1")  # where every shard has one slot
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", "1x8x1"])
+def test_rows_in_flight_over_eight_devices_are_those_of_one_device(found, mesh):
+    """Drawn in pieces, under the same parameters, in steps that end before the longest rows do."""
+    report = found[f"flight-{mesh}"]
+    assert report["same_tokens"] and report["behavior_logp"] < 2e-5
+    origins = [tuple(origin) for origin in report["origins"]]
+    assert len(set(origins)) == len(origins) == 3 * 8
+    assert all(left > 0 for left in report["rows_left"])
+    assert (origins != sorted(origins)) == (mesh == "2x2x2"), "a later group was complete before an earlier one"
+
+
 @pytest.mark.parametrize("mesh", [*MESHES, *MIXTURE_MESHES])
 def test_eight_devices_make_the_same_updates(found, mesh):
     alone = "moe-1x1x1" if mesh in MIXTURE_MESHES else "1x1x1"

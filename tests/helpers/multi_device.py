@@ -1,4 +1,4 @@
-"""One rollout and two updates on several meshes of eight devices, against one device.
+"""Rollouts and two updates on several meshes of eight devices, against one device.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m tests.helpers.multi_device FOLDER
 
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import packing
-from dppo_jax.devices.sharding import batch_sharding, make_mesh
+from dppo_jax.devices.sharding import batch_sharding, make_mesh, named_shardings
 from dppo_jax.metrics import summary
 from dppo_jax.models import ModelConfig, moe
 from dppo_jax.models.decoder import abstract_params, param_axes
+from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
-from dppo_jax.types import PromptBatch
+from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run import checks
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.helpers.fixtures import EOS, MOE, PAD, TINY, random_params, small_config
@@ -32,6 +33,9 @@ from tests.helpers.fixtures import EOS, MOE, PAD, TINY, random_params, small_con
 ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]  # data, fsdp, tensor
 MIXTURE_MESHES = [(1, 2, 1, 4), (2, 1, 2, 2), (1, 1, 4, 2)]  # and expert
+# A cache of pages on some of them, and rows in flight: how the layers are, and pages of a shard.
+PAGED = {(8, 1, 1): (True, None), (2, 2, 2): (False, 4), (1, 2, 4): (False, 4), (2, 1, 2, 2): (False, 4)}
+IN_FLIGHT = {(2, 2, 2): True, (1, 8, 1): False}  # whether on pages
 
 
 class Case(NamedTuple):
@@ -130,6 +134,96 @@ def run(sizes, devices, folder, case: Case):
         }
 
 
+def on_mesh(sizes, devices, case: Case, **numbers) -> Setup:
+    """Of a rollout, on a mesh of these sizes; its rows never end before their limits."""
+    config = config_of(sizes, case.numbers | numbers)
+    return Setup(config, case.model, make_mesh(config.mesh, devices), Text(None, (), PAD))
+
+
+def placed(setup: Setup, params):
+    return jax.device_put(params, named_shardings(setup.mesh, param_axes(setup.model)))
+
+
+def paged(sizes, devices, case: Case, unrolled: bool = False, pages: int | None = None) -> tuple[RolloutBatch, Work]:
+    """Rows of up to three pages that make room for one another; on one device, in blocks."""
+    setup, numbers, length = on_mesh(sizes, devices, case), np.random.default_rng(4), 150
+    prompts = PromptBatch(
+        tokens=numbers.integers(2, TINY.vocab_size, size=(8, length)).astype(np.int32),
+        mask=np.arange(length) >= length - np.array([125, 120, 150, 127, 1, 128, 126, 124])[:, None],
+        group=np.arange(8, dtype=np.int32),
+        limit=numbers.choice([3, 100, 138, 140], size=(8, 2)).astype(np.int32),
+    )
+    with jax.set_mesh(setup.mesh):
+        policy = dataclasses.replace(
+            setup.rollout(), group_size=2, max_new_tokens=140, slots=None if sizes == ALONE else 8, unrolled=unrolled,
+            paged=sizes != ALONE, pages=pages,
+        )  # fmt: skip
+        generate = setup.on_mesh_measured(policy.measured)
+        found = generate(placed(setup, case.params), prompts, step_key(0, 0, ROLLOUT))
+        return jax.tree.map(np.asarray, found)
+
+
+def in_flight(sizes, devices, case: Case, pages: bool) -> list[Finished]:
+    """Three steps of rows in flight under the same parameters."""
+    cache = "pages" if pages else "blocks"
+    setup = on_mesh(sizes, devices, case, rollout__in_flight=1, rollout__max_age=3, rollout__cache=cache)
+    found, key = [], jax.random.key(5)
+    with jax.set_mesh(setup.mesh):
+        draws = setup.in_flight(setup.rollout())
+        params = placed(setup, case.params)
+        empty = jax.jit(lambda: draws.empty(setup.config.data.max_prompt_len), out_shardings=setup.by_row)
+        join, draw = jax.jit(draws.join, out_shardings=setup.by_row), jax.jit(draws)
+        flight = join(empty(), flight_prompts(setup, 0), np.int32(0))
+        for step in range(3):
+            flight = join(flight, flight_prompts(setup, step + 1), np.int32(step + 1))
+            flight, finished = draw(params, flight, key, np.int32(step))
+            found.append(jax.tree.map(np.asarray, finished))
+    return found
+
+
+def flight_prompts(setup: Setup, batch: int) -> PromptBatch:
+    """The prompts of a step, with limits so that many rows stay in flight."""
+    numbers, c = np.random.default_rng(batch), setup.config.rollout
+    limit = numbers.choice([1, 3, 12, 24], size=(c.prompts, c.group_size)).astype(np.int32)
+    return dataclasses.replace(prompt_batch(setup.config), limit=limit)
+
+
+def without_flight(devices, case: Case) -> list[RolloutBatch]:
+    """The same batches of prompts, each drawn to its end on one device."""
+    setup, key = on_mesh(ALONE, devices, case), jax.random.key(5)
+    with jax.set_mesh(setup.mesh):
+        generate, params = setup.on_mesh(setup.rollout()), placed(setup, case.params)
+        batches = [generate(params, flight_prompts(setup, batch), jax.random.fold_in(key, batch)) for batch in range(4)]
+        return jax.tree.map(np.asarray, batches)
+
+
+def compare_flight(found: list[Finished], whole: list[RolloutBatch]) -> dict:
+    """Every group against the one of its batch and number there."""
+    report: dict = {"same_tokens": True, "behavior_logp": 0.0, "origins": [], "rows_left": []}
+    for finished in found:
+        group_size = len(finished.rollout.tokens) // len(finished.origin)
+        for at, (batch, number) in enumerate(finished.origin.tolist()):
+            got, want = (slice(x * group_size, (x + 1) * group_size) for x in (at, number))
+            for name in ("tokens", "response_mask", "topk_ids"):
+                same = np.array_equal(getattr(finished.rollout, name)[got], getattr(whole[batch], name)[want])
+                report["same_tokens"] &= same
+            gap = largest_difference(finished.rollout.behavior_logp[got], whole[batch].behavior_logp[want])
+            report["behavior_logp"] = max(report["behavior_logp"], gap)
+            report["origins"].append([batch, number])
+        report["rows_left"].append(int(finished.rows_left))
+    return report
+
+
+def compare_paged(found: tuple[RolloutBatch, Work], single: tuple[RolloutBatch, Work]) -> dict:
+    (batch, work), (want, _) = found, single
+    report: dict = {name: float(x) for name, x in vars(work).items()}
+    for name in ("tokens", "response_mask", "topk_ids", "experts"):
+        report[f"same_{name}"] = bool(np.array_equal(getattr(batch, name), getattr(want, name)))
+    for name in ("behavior_logp", "topk_logp"):
+        report[name] = largest_difference(getattr(batch, name), getattr(want, name))
+    return report
+
+
 def largest_difference(tree, other) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y))), tree, other)))
 
@@ -159,6 +253,15 @@ def main(folder: Path) -> None:
         for sizes in meshes:
             name = prefix + "x".join(map(str, sizes))
             report[name] = compare(run(sizes, devices, folder / name, case), single)
+        single_paged = paged(ALONE, devices[:1], case)
+        for sizes in [sizes for sizes in meshes if sizes in PAGED]:
+            report[f"paged-{'x'.join(map(str, sizes))}"] = compare_paged(
+                paged(sizes, devices, case, *PAGED[sizes]), single_paged
+            )
+    whole = without_flight(devices[:1], dense())
+    for sizes, pages in IN_FLIGHT.items():
+        name = f"flight-{'x'.join(map(str, sizes))}"
+        report[name] = compare_flight(in_flight(sizes, devices, dense(), pages), whole)
     (folder / "found.json").write_text(json.dumps(report, indent=1))
 
 

@@ -4,7 +4,7 @@
     python -m tests.helpers.two_hosts FOLDER PORT PROCESS
 
 Run once with PROCESS 0 and once with 1, side by side: they talk over the loopback, and their devices make a mesh of
-eight. tests/devices/test_hosts.py starts them. It reads what each saw of every rollout, FOLDER/<mesh>-<process>.npz,
+eight. tests/devices/test_hosts.py starts them. It reads what each saw of every rollout, FOLDER/<name>-<process>.npz,
 and what each holds of the rows of a batch, FOLDER/shares-<process>.json.
 """
 
@@ -42,13 +42,14 @@ def main(folder: Path, port: int, process: int) -> None:
 
     assert jax.process_count() == 2 and len(jax.local_devices()) == 4
     shares = {}
+    for name, (mesh, cache) in DRAWN.items():
+        sizes, order = MESHES[mesh]
+        found, compiled = rollouts(sizes, [jax.devices()[number] for number in order], cache)
+        fields = {f"{step}/{field}": x for step, out in enumerate(found) for field, x in vars(out).items()}
+        arrays = {field: x for field, x in fields.items() if x is not None}
+        np.savez(folder / f"{name}-{process}.npz", compiled=compiled, **arrays)
     for name, (sizes, order) in MESHES.items():
         devices = [jax.devices()[number] for number in order]
-        if name in DRAWN:
-            found, compiled = rollouts(sizes, devices)
-            fields = {f"{step}/{field}": x for step, out in enumerate(found) for field, x in vars(out).items()}
-            arrays = {name: x for name, x in fields.items() if x is not None}
-            np.savez(folder / f"{name}-{process}.npz", compiled=compiled, **arrays)
         shares[name] = rows_of(make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), devices), 8)
     (folder / f"shares-{process}.json").write_text(json.dumps(shares))
     everyone_s = {"numpy": np.arange(3), "scalar": np.float32(2), "local": jax.numpy.arange(4)}

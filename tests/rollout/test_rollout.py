@@ -228,9 +228,7 @@ def test_bfloat16_rollout_differs_a_little_from_float32_training():
 def test_top_k_is_left_out_unless_asked_for():
     config, params = policy("llama")
     for topk in (0, V):
-        generate = Rollout(
-            config, group_size=2, max_new_tokens=3, temperature=1.0, eos_ids=(2,), pad_id=0, topk=topk
-        )
+        generate = Rollout(config, group_size=2, max_new_tokens=3, temperature=1.0, eos_ids=(2,), pad_id=0, topk=topk)
         out = jax.eval_shape(generate, params, prompts(), jax.random.key(0))
         assert (out.topk_ids is None) == (out.topk_logp is None) == (topk == 0)
         assert topk == 0 or out.topk_ids.shape == out.topk_logp.shape == (2 * N, 3, V)
