@@ -45,7 +45,7 @@ from dppo_jax.train_step import (
     make_update,
     state_shardings,
 )
-from dppo_jax.types import RolloutBatch
+from dppo_jax.types import PromptBatch, RolloutBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.run import memory
 
@@ -479,8 +479,11 @@ class Setup:
 
     def on_mesh_measured(self, generate: Callable[..., tuple[RolloutBatch, Work]]) -> Callable:
         """The same of `Rollout.measured`."""
-        out_shardings = self.by_row, self.everywhere
-        return jax.jit(generate, in_shardings=(None, self.by_row, None), out_shardings=out_shardings)
+
+        def rollout(params: Params, prompts: PromptBatch, key: jax.Array) -> tuple[RolloutBatch, Work]:
+            return generate(params, prompts, key)
+
+        return jax.jit(rollout, in_shardings=(None, self.by_row, None), out_shardings=(self.by_row, self.everywhere))
 
     def published_axes(self, published: Params) -> Params:
         """Logical axis names of what the rollout holds."""
