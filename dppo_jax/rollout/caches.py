@@ -21,7 +21,7 @@ from dppo_jax.models.pages import PAGE, PageTable, count_for
 from dppo_jax.rollout.slots import Shards, Slots, Waiting
 
 BY_SLOT = ("batch",)
-FEW = 2 * PAGE  # columns of which a CPU gains nothing by reading fewer
+FEW = 4 * PAGE  # columns; with so few, a CPU copies pages in the time in which it reads what it need not
 
 
 class Choice(NamedTuple):

@@ -61,6 +61,7 @@ PAIRS = (
     Pair("L", "rollout", "tunix", "rollout", "tunix, 64 rows a call"),
     Pair("L", "rollout", "tunix", "rollout_one_call", "tunix, 512 rows a call"),
     Pair("L", "rollout", "ours", "static rollout", "ours, static batch"),
+    Pair("L", "rollout in flight", "ours", "rollout", "ours, a batch at a time"),
     Pair("L", "train", "ours", "unpacked train", "ours, not packed"),
     Pair("M", "rollout", "torch", "rollout", "transformers generate"),
     Pair("M1", "rollout", "torch", "rollout", "transformers generate"),

@@ -10,6 +10,7 @@ from experiments.benchmark.workloads import WORKLOADS, Workload
 
 LIBRARIES = {"jax": "jax", "experiments.run.setup": "dppo_jax"}
 SLOTS = 48  # rollout.slots of workload L
+IN_FLIGHT_SLOTS = 64  # where no slot waits for the longest response, more of them pay
 TOPK = 20
 SHADOW_LOSSES = (
     "ppo_clip", "clip_higher", "dual_clip", "gspo", "dppo_binary_tv", "dppo_binary_kl", "minimal_mask", "kpop",
@@ -107,6 +108,34 @@ def rollout(workload: Workload, **changes: Any) -> worker.Run:
     def run() -> worker.Json:
         mask = jax.block_until_ready(experiment.generate(params, experiment.prompts, key)).response_mask
         return {"tokens": int(mask.sum())}
+
+    return run
+
+
+def rollout_in_flight(workload: Workload, **changes: Any) -> worker.Run:
+    """One step's responses, while those of the next step's prompts are under way in the other slots. Every step has
+    lengths of its own, as many tokens as the workload's, and goes on from the one before."""
+    import dataclasses
+    import itertools
+
+    import jax
+
+    experiment = Experiment(workload, rollout__in_flight=1, rollout__slots=IN_FLIGHT_SLOTS, **changes)
+    in_flight = experiment.setup.in_flight(experiment.setup.rollout())
+    draw, join = jax.jit(in_flight, donate_argnums=1), jax.jit(in_flight.join, donate_argnums=0)
+    key, params = jax.random.key(workload.seed), jax.device_put(experiment.params)
+    steps, flights = itertools.count(), [in_flight.empty(workload.prompt_length)]
+
+    def with_prompts(flight, number: int):
+        limit = workloads.lengths(dataclasses.replace(workload, seed=number)).reshape(workload.prompts, -1)
+        return join(flight, dataclasses.replace(experiment.prompts, limit=limit), number)
+
+    def run() -> worker.Json:
+        step, flight = next(steps), flights.pop()
+        flight = with_prompts(flight if step else with_prompts(flight, 0), step + 1)
+        flight, finished = jax.block_until_ready(draw(params, flight, key, step))
+        flights.append(flight)
+        return {"tokens": int(finished.rollout.response_mask.sum())}
 
     return run
 
@@ -305,6 +334,7 @@ TABLE: worker.Table = {
     ("S", "train dppo_topk_tv"): _on("S", train, loss__name="dppo_topk_tv"),
     ("S", "train ten regions"): _on("S", train, log__regions=SHADOW_LOSSES),
     ("L", "rollout"): _on("L", rollout),
+    ("L", "rollout in flight"): _on("L", rollout_in_flight),
     ("L", "static rollout"): _on("L", rollout, rollout__slots=0),
     ("L", "train"): _on("L", train),
     ("L", "unpacked train"): _on("L", train, train__pack=False),

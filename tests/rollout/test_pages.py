@@ -196,4 +196,4 @@ def test_pages_are_for_platforms_with_a_kernel_that_takes_the_model():
         assert choice(platform, cache="blocks")[0] is False
         assert choice(platform, jnp.float32, cache="pages") == (True, "xla")
     assert choice("tpu", jnp.float16) == choice("tpu", size=64) == (False, "xla")
-    assert choice("cpu", jnp.float32, length=257) == (True, "xla") and choice("cpu", length=256) == (False, "xla")
+    assert choice("cpu", jnp.float32, length=513) == (True, "xla") and choice("cpu", length=512) == (False, "xla")
