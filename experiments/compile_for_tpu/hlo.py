@@ -187,12 +187,18 @@ class Module:
         size, i = max(arrays, key=lambda sized: sized[0])
         return size, f"{i.outputs[0].dtype}{list(i.outputs[0].shape)} {i.op_name or i.name}"
 
-    def traffic(self) -> int:
+    def traffic(self, kernel: Callable[[Instruction], int | None] = lambda i: None) -> int:
         """Bytes that move between the chip's memory and its compute units: operands read, results written.
 
-        A fusion that reads or writes a slice of an array counts the slice.
+        A fusion that reads or writes a slice of an array counts the slice. `kernel` gives the bytes of a custom call
+        that reads parts of its operands; None: it reads them whole.
         """
-        return sum(times * self._moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
+
+        def moved(i: Instruction) -> int:
+            of_kernel = kernel(i) if i.kind == "custom-call" else None
+            return self._moved(i) if of_kernel is None else of_kernel
+
+        return sum(times * moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
 
     def _moved(self, i: Instruction) -> int:
         if i.kind == "copy-start":  # between the chip's two memories, ahead of time

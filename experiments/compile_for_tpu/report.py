@@ -47,10 +47,16 @@ def flops(config: ConfigDict, model: ModelConfig, step: Step) -> tuple[float, fl
     return forward, forward
 
 
-def kernel_cycles(chip: Chip, rows_share: float):
-    """Cycles of a Pallas kernel: its products at the chip's full rate. `rows_share`: real rows of a grouped product."""
+PAGED = "paged_attention"  # what the kernel that reads pages is called
+
+
+def kernel_cycles(chip: Chip, rows_share: float, paged_bytes: float = 0.0):
+    """Cycles of a Pallas kernel: its products at the chip's full rate, or, where it reads pages, its bytes at the speed
+    of the memory. `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages."""
 
     def cycles(i: Instruction, module: Module) -> float:
+        if i.name.startswith(PAGED):
+            return paged_bytes / chip.bandwidth * chip.clock
         if i.name.startswith(("splash", "ragged-dot", "gmm", "tgmm")) and "metadata" not in i.name:
             return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
         return 0.0
@@ -76,9 +82,13 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
         # A mixture's load is taken to be even: its first expert chunk is the only one.
         return 0 if "shard_map" in loop.op_name else step.microbatches
 
+    def reads(i: Instruction) -> int | None:
+        return step.read_bytes // model.num_layers if i.name.startswith(PAGED) else None
+
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
-    predicted = module.cycles(kernel_cycles(chip, 1 / FIRST), *speeds) / chip.clock
+    kernels = kernel_cycles(chip, 1 / FIRST, step.read_bytes / model.num_layers)
+    predicted = module.cycles(kernels, *speeds) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():
@@ -110,12 +120,13 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
         "exchange_seconds": sum(size for _, size, _ in exchanged.values()) / chip.links,
         "ideal_seconds": executed / chips / chip.flops,
         "mfu": useful / chips / chip.flops / predicted,
-        "moved_bytes": module.traffic(),
+        "moved_bytes": module.traffic(reads),
     }
     if step.name == "decode":
-        roofline = (step.weight_bytes + step.cache_bytes) / chip.bandwidth
+        roofline = (step.weight_bytes + step.read_bytes) / chip.bandwidth
         result |= {
             "cache_bytes": step.cache_bytes,
+            "read_bytes": step.read_bytes,
             "weight_bytes": step.weight_bytes,
             "roofline_seconds": roofline,
             "ideal_seconds": roofline,
@@ -149,7 +160,7 @@ def text(step_facts: dict[str, Any]) -> str:
         f"{f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none overlap: {_time(f['exchange_seconds'])}"
     )
     if f["step"] == "decode":
-        least = f["weight_bytes"] + f["cache_bytes"]
+        least = f["weight_bytes"] + f["read_bytes"]
         lines.append(
             f"  bytes      {f['moved_bytes'] / GIB:.2f} GiB moved a step, weights and cache {least / GIB:.2f}; ratio "
             f"{f['moved_bytes'] / least:.2f}; temporary / cache {f['temp_gib'] * GIB / f['cache_bytes']:.4f}"
