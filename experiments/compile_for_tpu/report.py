@@ -187,6 +187,31 @@ def whole_run(config: ConfigDict, step_facts: list[dict[str, Any]]) -> str:
     )
 
 
+def rollout_text(f: dict[str, Any]) -> str:
+    """A whole rollout, from `whole_rollout.facts`, for people."""
+    read, ratio = f["pages_read"] / max(f["pages_live"], 1), f["predicted_seconds"] / f["ideal_seconds"]
+    lines = [
+        f"rollout at lengths {f['lengths']}, a cache of {f['cache']}",
+        f"  decode     {f['decode_steps']:,.0f} steps of {f['slots']:,} slots, {100 * f['live_share']:.0f}% of them "
+        f"live; {f['decode_steps_without_tail']:,.0f} steps if all were",
+        f"  cache      read / live {read:.2f}; rows that made room {f['put_back']:,.0f}",
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate; ideal {_time(f['ideal_seconds'])}; ratio "
+        f"{ratio:.2f}; in it, prompts {_time(f['prefill_seconds'])}, rows that go on {_time(f['resume_seconds'])}",
+    ]
+    return "\n".join(lines)
+
+
+def run_at_lengths(config: ConfigDict, step_facts: list[dict[str, Any]], turns: tuple[int, int]) -> str:
+    """How long the run would take. `turns`: microbatches of a training step, at these lengths and at most."""
+    c, seconds = config, {f["step"]: f["predicted_seconds"] for f in step_facts}
+    updates = c.train.epochs * c.train.minibatches * seconds["train"] * turns[0] / turns[1]
+    hours = c.steps * (seconds["rollout"] + updates) / 3600
+    return (
+        f"a step of the run at these lengths: {seconds['rollout']:,.0f} s of rollout, {updates:,.0f} s of updates "
+        f"({turns[0]:,} microbatches of {turns[1]:,}); {c.steps} steps, without evaluation: {hours:.1f} hours, estimate"
+    )
+
+
 ADVICE = {
     "train": "train.micro_rows, or raise mesh.tensor or mesh.fsdp; policy.remat=full keeps least",
     "prefill": "rollout.prompts or data.max_prompt_len, or raise mesh.tensor",

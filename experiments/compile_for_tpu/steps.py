@@ -114,7 +114,8 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     c, setup = config, Setup(config, model, mesh)
     policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = with_shardings(_prompts(c), jax.tree.map(lambda _: batch_sharding(mesh), _prompts(c)))
+    prompts = _prompts(c, c.rollout.in_flight + 1)
+    prompts = with_shardings(prompts, jax.tree.map(lambda _: batch_sharding(mesh), prompts))
     published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
     published = with_shardings(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
@@ -127,7 +128,7 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
     if policy.paged:  # as in the rollout's own loop: the pool has the prompts
         waiting = dataclasses.replace(waiting, prompts=None)
-    slots, count = len(state.row), c.rollout.prompts
+    slots, count = len(state.row), len(prompts.tokens)
     read = {name: p for name, p in published.items() if name != "embed" or model.tie_embeddings}
     shards, cache_bytes = setup.batch_shards, local_bytes(state.cache)
     full_tables = cache_bytes if state.table is None else state.table.pages.size // shards * page_bytes(setup, policy)
@@ -162,8 +163,8 @@ def _vocabulary_shards(mesh: Mesh) -> int:
     return num_shards(mesh, *ROLLOUT["vocab"])
 
 
-def _prompts(config: ConfigDict) -> PromptBatch:
-    n, length = config.rollout.prompts, config.data.max_prompt_len
+def _prompts(config: ConfigDict, batches: int = 1) -> PromptBatch:
+    n, length = batches * config.rollout.prompts, config.data.max_prompt_len
     return PromptBatch(
         tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),
         mask=jax.ShapeDtypeStruct((n, length), jnp.bool_),
