@@ -1,8 +1,10 @@
 """What was found of each compiled step, as numbers for scripts and as text for people."""
 
+import json
 import math
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -156,8 +158,9 @@ def text(step_facts: dict[str, Any]) -> str:
             f"{c['bytes'] / 2**20:>12,.1f} MiB to each chip, the largest {c['largest_bytes'] / 2**20:,.1f}"
         )
     lines.append(
-        f"  time       {_time(f['predicted_seconds'])} predicted, estimate; ideal {_time(f['ideal_seconds'])}; ratio "
-        f"{f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none overlap: {_time(f['exchange_seconds'])}"
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate{real_systems(f['step'])}; ideal "
+        f"{_time(f['ideal_seconds'])}; ratio {f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none "
+        f"overlap: {_time(f['exchange_seconds'])}"
     )
     if f["step"] == "decode":
         least = f["weight_bytes"] + f["read_bytes"]
@@ -168,6 +171,22 @@ def text(step_facts: dict[str, Any]) -> str:
     else:
         lines.append(f"  MFU        {100 * f['mfu']:.0f}%, estimate (the model's operations at bfloat16 peak)")
     return "\n".join(lines)
+
+
+CALIBRATION = (
+    Path(__file__).parent / "result" / "calibration.json"
+)  # written by experiments.compile_for_tpu.calibration
+
+
+def real_systems(step: str) -> str:
+    """How much longer real systems took than what is predicted for them, of the measured shapes of that kind; nothing
+    where none is. A rollout is as decoding is, a prefill as training."""
+    kind = {"rollout": "decode", "prefill": "train"}.get(step, step)
+    entries = json.loads(CALIBRATION.read_text()) if CALIBRATION.is_file() else []
+    ratios = [entry["ratio"] for entry in entries if entry["step"] == kind and entry["ratio"] is not None]
+    if not ratios:
+        return ""
+    return f"; real systems took {min(ratios):.1f} to {max(ratios):.1f} times this (docs/pods.md)"
 
 
 def _time(seconds: float) -> str:
@@ -195,8 +214,9 @@ def rollout_text(f: dict[str, Any]) -> str:
         f"  decode     {f['decode_steps']:,.0f} steps of {f['slots']:,} slots, {100 * f['live_share']:.0f}% of them "
         f"live; {f['decode_steps_without_tail']:,.0f} steps if all were",
         f"  cache      read / live {read:.2f}; rows that made room {f['put_back']:,.0f}",
-        f"  time       {_time(f['predicted_seconds'])} predicted, estimate; ideal {_time(f['ideal_seconds'])}; ratio "
-        f"{ratio:.2f}; in it, prompts {_time(f['prefill_seconds'])}, rows that go on {_time(f['resume_seconds'])}",
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate{real_systems(f['step'])}; ideal "
+        f"{_time(f['ideal_seconds'])}; ratio {ratio:.2f}",
+        f"             of it the prompts {_time(f['prefill_seconds'])}, rows that go on {_time(f['resume_seconds'])}",
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -125,7 +126,9 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     replicated = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     prefill = jax.jit(policy.prefill, out_shardings=out[:2])
-    step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
+    # A rollout publishes the weights and decodes in one program, which lays them out as its loop reads them.
+    laid_out = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), published)
+    step = jax.jit(policy.step, donate_argnums=2, in_shardings=(laid_out, None, None), out_shardings=out[2])
     if policy.paged:  # as in the rollout's own loop: the pool has the prompts
         waiting = dataclasses.replace(waiting, prompts=None)
     slots, count = len(state.row), len(prompts.tokens)
