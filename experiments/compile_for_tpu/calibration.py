@@ -175,7 +175,8 @@ def main() -> None:
     rows = []
     for case in CASES:
         rows.append(row(case))
-        print(f"{case.step} {case.model} {case.shape}: predicted {rows[-1]['predicted']}, measured {case.measured}")
+        told = f"predicted {rows[-1]['predicted']}, measured {case.measured}"
+        print(f"{case.step} {case.model} {case.shape}: {told}", flush=True)
     (arguments.out / "calibration.json").write_text(json.dumps(rows, indent=2) + "\n")
     (arguments.out / "calibration.md").write_text(table(rows))
 

@@ -196,11 +196,12 @@ class Module:
 
         def moved(i: Instruction) -> int:
             of_kernel = kernel(i) if i.kind == "custom-call" else None
-            return self._moved(i) if of_kernel is None else of_kernel
+            return self.moved(i) if of_kernel is None else of_kernel
 
         return sum(times * moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
 
-    def _moved(self, i: Instruction) -> int:
+    def moved(self, i: Instruction) -> int:
+        """Bytes that an instruction reads and writes, once."""
         if i.kind == "copy-start":  # between the chip's two memories, ahead of time
             copied = i.outputs[:2]
             return sum(b.bytes for b in copied if b.in_hbm)
@@ -270,7 +271,7 @@ class Module:
         if i.kind != "fusion":
             return i.cycles
         if not 0 < i.cycles < SENTINEL:
-            return self._moved(i) / bytes_per_cycle
+            return self.moved(i) / bytes_per_cycle
         read, written = self._read(i, whole=True), self._written(i)
         share = (self._read(i) + written) / (read + written) if read + written else 1.0
         products = sum(self._product_flops(c) for c in i.called) / flops_per_cycle

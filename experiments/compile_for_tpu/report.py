@@ -53,14 +53,17 @@ PAGED = "paged_attention"  # what the kernel that reads pages is called
 
 
 def kernel_cycles(chip: Chip, rows_share: float, paged_bytes: float = 0.0):
-    """Cycles of a Pallas kernel: its products at the chip's full rate, or, where it reads pages, its bytes at the speed
-    of the memory. `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages."""
+    """Cycles of a Pallas kernel: its products at the chip's full rate, or its bytes at the speed of the memory where
+    that takes longer (a grouped product of few tokens reads every expert) or is all there is (attention to pages).
+    `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages."""
 
     def cycles(i: Instruction, module: Module) -> float:
         if i.name.startswith(PAGED):
             return paged_bytes / chip.bandwidth * chip.clock
         if i.name.startswith(("splash", "ragged-dot", "gmm", "tgmm")) and "metadata" not in i.name:
-            return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
+            products = _kernel_flops(i, module, rows_share) / chip.flops
+            moved = 0.0 if i.name.startswith("splash") else module.moved(i) / chip.bandwidth
+            return max(products, moved) * chip.clock
         return 0.0
 
     return cycles

@@ -91,7 +91,7 @@ def test_a_slice_that_is_read_counts_as_a_slice():
     """64 x 128 of bfloat16 read and 64 x 32 written, in each of six turns."""
     module = Module(TEXT)
     i = module.computations["body"]["fusion.1"]
-    assert module._moved(i) == 2 * (64 * 128 + 64 * 32) + 4  # and the number
+    assert module.moved(i) == 2 * (64 * 128 + 64 * 32) + 4  # and the number
 
 
 def test_estimates_of_slices_are_cut_to_what_moves_but_not_below_the_products():
