@@ -2,10 +2,10 @@
 
     python -m experiments.compile_for_tpu.calibration --out experiments/compile_for_tpu/result
 
-Writes DIR/calibration.json, from which every prediction takes its range of real systems, and DIR/calibration.md. The
-measured systems are others' code on the same shapes, so that a ratio holds what a real system adds, and what that
-system does otherwise: MaxText trains without our loss, sglang-jax serves requests that arrive. Half an hour on two
-cores.
+Writes DIR/calibration.json, from which every prediction takes its range of real systems, and DIR/calibration.md. Shapes
+that the file has already are not compiled again: remove it after a change to the predictor. The measured systems are
+others' code on the same shapes, so that a ratio holds what a real system adds, and what that system does otherwise:
+MaxText trains without our loss, sglang-jax serves requests that arrive. Half an hour on two cores.
 """
 
 from experiments.compile_for_tpu.__main__ import compile_all  # noqa: F401  first: it sets jax up
@@ -162,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratio = f"- ({case.why_not})" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
         lines.append(
             f"| {case.step}, {case.model} | {case.topology} | {case.shape} | {said} | "
-            f"{format(case.measured, number)} {unit}, [{where}]({case.source}) | {ratio} |"
+            f"{format(case.measured, number)} {unit}, {where} | {ratio} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -172,12 +172,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    file = arguments.out / "calibration.json"
+    before = json.loads(file.read_text()) if file.is_file() else []
+    rows: list[dict[str, Any]] = []
     for case in CASES:
-        rows.append(row(case))
+        kept = [entry for entry in before if dataclasses.asdict(case).items() <= entry.items()]
+        rows.append(kept[0] if kept else row(case))
         told = f"predicted {rows[-1]['predicted']}, measured {case.measured}"
         print(f"{case.step} {case.model} {case.shape}: {told}", flush=True)
-    (arguments.out / "calibration.json").write_text(json.dumps(rows, indent=2) + "\n")
+        rest = [entry for entry in before if entry not in rows]
+        file.write_text(json.dumps(rows + rest, indent=2) + "\n")
+    file.write_text(json.dumps(rows, indent=2) + "\n")
     (arguments.out / "calibration.md").write_text(table(rows))
 
 
