@@ -5,7 +5,9 @@
 
 The mesh is for v5p:4x4x4: 18.3 GiB a chip in training, 67.5 in the rollout, of 95.7. 300 steps, every response as long
 as it may be, take 98 hours without evaluation. For v6e:8x8, with --config.mesh.fsdp=8 --config.mesh.expert=8
---config.rollout.slots=512: 20.6 and 22.4, of 31.3; 163 hours. Estimates of experiments.compile_for_tpu (docs/pods.md).
+--config.rollout.slots=512: 20.6 and 22.4, of 31.3; 163 hours. With responses of 3,700 tokens on average (lognormal,
+deviation 1), --config.rollout.slots=512 and --config.rollout.in_flight=1: 27 hours on v5p:4x4x4. Estimates of
+experiments.compile_for_tpu; real systems took 1.1 to 2.4 times as long (docs/pods.md).
 Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them, --trace
 checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
 """

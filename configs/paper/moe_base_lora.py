@@ -4,7 +4,7 @@
 
 The mesh is for v5p:4x4x4: 8.2 GiB a chip in training, 29.8 in the rollout, of 95.7; 300 steps, every response as long
 as it may be, take 10 hours without evaluation. For v6e:8x8, with --config.mesh.fsdp=8 --config.mesh.expert=8: 8.9 and
-23.0, of 31.3; 11 hours. Estimates of experiments.compile_for_tpu (docs/pods.md).
+23.0, of 31.3; 11 hours. Estimates of experiments.compile_for_tpu (docs/pods.md), not made at shorter lengths.
 Adapters of rank 32 on every matrix of every layer, experts' too (which matrices is ours). The rollout has them merged.
 """
 

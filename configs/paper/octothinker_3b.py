@@ -4,7 +4,7 @@
 
 The mesh is for v5p:2x2x4: 9.6 GiB a chip in training, 65.3 in the rollout, of 95.7. 300 steps, every response as long
 as it may be, take 22 hours without evaluation. For v6e:4x4, with --config.rollout.slots=256: 9.6 and 18.6, of 31.3; 34
-hours. Estimates of experiments.compile_for_tpu (docs/pods.md).
+hours. Estimates of experiments.compile_for_tpu (docs/pods.md), not made at shorter lengths.
 Batch, lengths and thresholds are dense_base's: the paper's table is of the five large runs.
 """
 

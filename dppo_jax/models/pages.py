@@ -119,10 +119,18 @@ def share(table: PageTable, slots: Bool[Array, "S"], first: Int32[Array, "S"], c
 def write(
     pool: Pool, at: Int32[Array, "S"], column: Int32[Array, "S"], key: Float[Array, "S KV D"], value: Array
 ) -> Pool:
-    """The pool with one token written for every slot, into `column` of page `at`; nowhere where `at` is no page."""
+    """The pool with one token written for every slot, into `column` of page `at`; nowhere where `at` is no page.
+
+    Heads and pages are one dimension of the scatter: over a dimension of heads beside them XLA would lay the whole pool
+    out anew on a TPU.
+    """
+    heads, count = pool[0].shape[:2]
+    rows = jnp.where(at < count, at + jnp.arange(heads)[:, None] * count, heads * count).reshape(-1)
+    columns = jnp.broadcast_to(column, (heads, len(column))).reshape(-1)
 
     def put(pages: Array, new: Array) -> Array:
-        return pages.at[:, at, column].set(jnp.moveaxis(new, 0, 1), mode="drop")
+        flat, new = pages.reshape(-1, *pages.shape[2:]), jnp.moveaxis(new, 1, 0)
+        return flat.at[rows, columns].set(new.reshape(-1, new.shape[-1]), mode="drop").reshape(pages.shape)
 
     return put(pool[0], key), put(pool[1], value)
 

@@ -1,10 +1,12 @@
 """Compiles a config for a TPU pod without one: does it fit, what does it exchange, how fast should it be?
 
-    python -m experiments.compile_for_tpu --config configs/paper/dense_base.py --topology v5p:4x4x4 [--json F]
+    python -m experiments.compile_for_tpu --config configs/paper/dense_base.py --topology v5p:4x4x4 [--json F] \\
+        [--lengths lognormal:2000:1]
 
 Needs libtpu (`make libtpu`) and no TPU. The update, the prefill and one decode step are compiled for the config's mesh
 over the topology, with every prompt and response as long as it may be. Times are estimates: the compiler's cycles,
 each loop's counted by its trips, with attention and grouped products at the chip's full rate and exchanges overlapped.
+With --lengths also a whole rollout, and the run, at response lengths of a distribution, or of a run that has been.
 """
 
 import dataclasses
@@ -29,15 +31,22 @@ from ml_collections import ConfigDict  # noqa: E402
 from dppo_jax.devices import chips  # noqa: E402
 from dppo_jax.errors import UserError, lookup, run_main  # noqa: E402
 from dppo_jax.models import ModelConfig  # noqa: E402
-from experiments.compile_for_tpu import report, steps  # noqa: E402
+from experiments.compile_for_tpu import report, steps, whole_rollout  # noqa: E402
+from experiments.compile_for_tpu.lengths import drawn_from  # noqa: E402
 from experiments.run import checks, cli  # noqa: E402
 from experiments.trace import model_config  # noqa: E402
 
 
 def compile_all(
-    config: ConfigDict, model: ModelConfig, topology: str, only: tuple[str, ...], hlo: Path | None = None
+    config: ConfigDict,
+    model: ModelConfig,
+    topology: str,
+    only: tuple[str, ...],
+    hlo: Path | None = None,
+    lengths: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The facts of every step. UserError for one that does not fit, after the others."""
+    """The facts of every step, and with `lengths` those of a whole rollout of them. UserError for a step that does not
+    fit, after the others."""
     chip = chips.of_topology(topology)
     checks.check(config)
     checks.check_length(config, model)
@@ -46,6 +55,10 @@ def compile_all(
     step_facts, failures = [], []
     for name in only:
         lookup(dict.fromkeys(steps.NAMES), name, "step")
+    if lengths is not None:
+        drawn_from(lengths, 1, 1)  # refused before anything is compiled
+        if missing := [name for name in ("prefill", "decode") if name not in only]:
+            raise UserError(f"--lengths needs the step {missing[0]}: add it to --steps")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     print(f"jax {jax.__version__}, libtpu {_libtpu_version()}, {topology}: {mesh.size} chips, mesh {sizes}", flush=True)
     with steps.in_force(config, mesh):
@@ -67,6 +80,11 @@ def compile_all(
         raise UserError("; ".join(failures))
     if len(step_facts) == 3:
         print(report.whole_run(config, step_facts))
+    if lengths is not None:
+        step_facts.append(whole_rollout.facts(config, model, mesh, step_facts, chip, lengths))
+        print(report.rollout_text(step_facts[-1]))
+        if len(step_facts) == 4:
+            print(report.run_at_lengths(config, step_facts, whole_rollout.microbatches(config, model, mesh, lengths)))
     return step_facts
 
 
@@ -84,6 +102,7 @@ def main() -> None:
             "--json": dict(type=Path, metavar="F", help="write a list with one object per step"),
             "--steps": dict(type=cli.by_commas(), default=steps.NAMES, metavar="S,...", help="only these"),
             "--layers": dict(type=cli.whole(1, 1000), metavar="N", help="of a model otherwise the same: quicker"),
+            "--lengths": dict(metavar="L", help="lognormal:MEAN:SIGMA, uniform:A:B or a run's folder: of responses"),
             "--hlo": dict(type=Path, metavar="DIR", help="keep the compiled programs' text"),
         },
     )
@@ -92,7 +111,8 @@ def main() -> None:
         model = dataclasses.replace(model, num_layers=arguments.layers)
     if arguments.hlo:
         arguments.hlo.mkdir(parents=True, exist_ok=True)
-    step_facts = compile_all(config, model, arguments.topology, tuple(arguments.steps), arguments.hlo)
+    only = tuple(arguments.steps)
+    step_facts = compile_all(config, model, arguments.topology, only, arguments.hlo, arguments.lengths)
     if arguments.json:
         arguments.json.write_text(json.dumps(step_facts, indent=2) + "\n")
 

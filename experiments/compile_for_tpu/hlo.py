@@ -187,14 +187,21 @@ class Module:
         size, i = max(arrays, key=lambda sized: sized[0])
         return size, f"{i.outputs[0].dtype}{list(i.outputs[0].shape)} {i.op_name or i.name}"
 
-    def traffic(self) -> int:
+    def traffic(self, kernel: Callable[[Instruction], int | None] = lambda i: None) -> int:
         """Bytes that move between the chip's memory and its compute units: operands read, results written.
 
-        A fusion that reads or writes a slice of an array counts the slice.
+        A fusion that reads or writes a slice of an array counts the slice. `kernel` gives the bytes of a custom call
+        that reads parts of its operands; None: it reads them whole.
         """
-        return sum(times * self._moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
 
-    def _moved(self, i: Instruction) -> int:
+        def moved(i: Instruction) -> int:
+            of_kernel = kernel(i) if i.kind == "custom-call" else None
+            return self.moved(i) if of_kernel is None else of_kernel
+
+        return sum(times * moved(i) for i, times, _ in self.executed if i.kind not in NO_WORK)
+
+    def moved(self, i: Instruction) -> int:
+        """Bytes that an instruction reads and writes, once."""
         if i.kind == "copy-start":  # between the chip's two memories, ahead of time
             copied = i.outputs[:2]
             return sum(b.bytes for b in copied if b.in_hbm)
@@ -264,7 +271,7 @@ class Module:
         if i.kind != "fusion":
             return i.cycles
         if not 0 < i.cycles < SENTINEL:
-            return self._moved(i) / bytes_per_cycle
+            return self.moved(i) / bytes_per_cycle
         read, written = self._read(i, whole=True), self._written(i)
         share = (self._read(i) + written) / (read + written) if read + written else 1.0
         products = sum(self._product_flops(c) for c in i.called) / flops_per_cycle

@@ -1,8 +1,10 @@
 """What was found of each compiled step, as numbers for scripts and as text for people."""
 
+import json
 import math
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,12 +49,21 @@ def flops(config: ConfigDict, model: ModelConfig, step: Step) -> tuple[float, fl
     return forward, forward
 
 
-def kernel_cycles(chip: Chip, rows_share: float):
-    """Cycles of a Pallas kernel: its products at the chip's full rate. `rows_share`: real rows of a grouped product."""
+PAGED = "paged_attention"  # what the kernel that reads pages is called
+
+
+def kernel_cycles(chip: Chip, rows_share: float, paged_bytes: float = 0.0):
+    """Cycles of a Pallas kernel: its products at the chip's full rate, or its bytes at the speed of the memory where
+    that takes longer (a grouped product of few tokens reads every expert) or is all there is (attention to pages).
+    `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages."""
 
     def cycles(i: Instruction, module: Module) -> float:
+        if i.name.startswith(PAGED):
+            return paged_bytes / chip.bandwidth * chip.clock
         if i.name.startswith(("splash", "ragged-dot", "gmm", "tgmm")) and "metadata" not in i.name:
-            return _kernel_flops(i, module, rows_share) / chip.flops * chip.clock
+            products = _kernel_flops(i, module, rows_share) / chip.flops
+            moved = 0.0 if i.name.startswith("splash") else module.moved(i) / chip.bandwidth
+            return max(products, moved) * chip.clock
         return 0.0
 
     return cycles
@@ -76,9 +87,13 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
         # A mixture's load is taken to be even: its first expert chunk is the only one.
         return 0 if "shard_map" in loop.op_name else step.microbatches
 
+    def reads(i: Instruction) -> int | None:
+        return step.read_bytes // model.num_layers if i.name.startswith(PAGED) else None
+
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
-    predicted = module.cycles(kernel_cycles(chip, 1 / FIRST), *speeds) / chip.clock
+    kernels = kernel_cycles(chip, 1 / FIRST, step.read_bytes / model.num_layers)
+    predicted = module.cycles(kernels, *speeds) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in module.collectives():
@@ -110,12 +125,13 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
         "exchange_seconds": sum(size for _, size, _ in exchanged.values()) / chip.links,
         "ideal_seconds": executed / chips / chip.flops,
         "mfu": useful / chips / chip.flops / predicted,
-        "moved_bytes": module.traffic(),
+        "moved_bytes": module.traffic(reads),
     }
     if step.name == "decode":
-        roofline = (step.weight_bytes + step.cache_bytes) / chip.bandwidth
+        roofline = (step.weight_bytes + step.read_bytes) / chip.bandwidth
         result |= {
             "cache_bytes": step.cache_bytes,
+            "read_bytes": step.read_bytes,
             "weight_bytes": step.weight_bytes,
             "roofline_seconds": roofline,
             "ideal_seconds": roofline,
@@ -145,11 +161,12 @@ def text(step_facts: dict[str, Any]) -> str:
             f"{c['bytes'] / 2**20:>12,.1f} MiB to each chip, the largest {c['largest_bytes'] / 2**20:,.1f}"
         )
     lines.append(
-        f"  time       {_time(f['predicted_seconds'])} predicted, estimate; ideal {_time(f['ideal_seconds'])}; ratio "
-        f"{f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none overlap: {_time(f['exchange_seconds'])}"
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate{real_systems(f['step'])}; ideal "
+        f"{_time(f['ideal_seconds'])}; ratio {f['predicted_seconds'] / f['ideal_seconds']:.2f}; exchanges, if none "
+        f"overlap: {_time(f['exchange_seconds'])}"
     )
     if f["step"] == "decode":
-        least = f["weight_bytes"] + f["cache_bytes"]
+        least = f["weight_bytes"] + f["read_bytes"]
         lines.append(
             f"  bytes      {f['moved_bytes'] / GIB:.2f} GiB moved a step, weights and cache {least / GIB:.2f}; ratio "
             f"{f['moved_bytes'] / least:.2f}; temporary / cache {f['temp_gib'] * GIB / f['cache_bytes']:.4f}"
@@ -157,6 +174,22 @@ def text(step_facts: dict[str, Any]) -> str:
     else:
         lines.append(f"  MFU        {100 * f['mfu']:.0f}%, estimate (the model's operations at bfloat16 peak)")
     return "\n".join(lines)
+
+
+CALIBRATION = (
+    Path(__file__).parent / "result" / "calibration.json"
+)  # written by experiments.compile_for_tpu.calibration
+
+
+def real_systems(step: str) -> str:
+    """How much longer real systems took than what is predicted for them, of the measured shapes of that kind; nothing
+    where none is. A rollout is as decoding is, a prefill as training."""
+    kind = {"rollout": "decode", "prefill": "train"}.get(step, step)
+    entries = json.loads(CALIBRATION.read_text()) if CALIBRATION.is_file() else []
+    ratios = [entry["ratio"] for entry in entries if entry["step"] == kind and entry["ratio"] is not None]
+    if not ratios:
+        return ""
+    return f"; real systems took {min(ratios):.1f} to {max(ratios):.1f} times this (docs/pods.md)"
 
 
 def _time(seconds: float) -> str:
@@ -173,6 +206,32 @@ def whole_run(config: ConfigDict, step_facts: list[dict[str, Any]]) -> str:
     return (
         f"a step of the run, every response as long as it may be: {rollout:,.0f} s of rollout, {updates:,.0f} s of "
         f"updates; {c.steps} steps, without evaluation: {c.steps * (rollout + updates) / 3600:.0f} hours, estimate"
+    )
+
+
+def rollout_text(f: dict[str, Any]) -> str:
+    """A whole rollout, from `whole_rollout.facts`, for people."""
+    read, ratio = f["pages_read"] / max(f["pages_live"], 1), f["predicted_seconds"] / f["ideal_seconds"]
+    lines = [
+        f"rollout at lengths {f['lengths']}, a cache of {f['cache']}",
+        f"  decode     {f['decode_steps']:,.0f} steps of {f['slots']:,} slots, {100 * f['live_share']:.0f}% of them "
+        f"live; {f['decode_steps_without_tail']:,.0f} steps if all were",
+        f"  cache      read / live {read:.2f}; rows that made room {f['put_back']:,.0f}",
+        f"  time       {_time(f['predicted_seconds'])} predicted, estimate{real_systems(f['step'])}; ideal "
+        f"{_time(f['ideal_seconds'])}; ratio {ratio:.2f}",
+        f"             of it the prompts {_time(f['prefill_seconds'])}, rows that go on {_time(f['resume_seconds'])}",
+    ]
+    return "\n".join(lines)
+
+
+def run_at_lengths(config: ConfigDict, step_facts: list[dict[str, Any]], turns: tuple[int, int]) -> str:
+    """How long the run would take. `turns`: microbatches of a training step, at these lengths and at most."""
+    c, seconds = config, {f["step"]: f["predicted_seconds"] for f in step_facts}
+    updates = c.train.epochs * c.train.minibatches * seconds["train"] * turns[0] / turns[1]
+    hours = c.steps * (seconds["rollout"] + updates) / 3600
+    return (
+        f"a step of the run at these lengths: {seconds['rollout']:,.0f} s of rollout, {updates:,.0f} s of updates "
+        f"({turns[0]:,} microbatches of {turns[1]:,}); {c.steps} steps, without evaluation: {hours:.1f} hours, estimate"
     )
 
 

@@ -1,6 +1,7 @@
 """The programs that a config runs on a pod, compiled for one that is not there."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
+from experiments.run.memory import page_bytes
 from experiments.run.setup import Setup
 
 NAMES = ("train", "prefill", "decode")
@@ -34,6 +37,7 @@ class Step(NamedTuple):
     logits_bytes: int  # bytes of all logits of one pass, if they were held
     weight_bytes: int = 0  # read in each decode step
     cache_bytes: int = 0
+    read_bytes: int = 0  # of the cache, in a decode step in which every row is as long as it may be
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -111,7 +115,8 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     c, setup = config, Setup(config, model, mesh)
     policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    prompts = with_shardings(_prompts(c), jax.tree.map(lambda _: batch_sharding(mesh), _prompts(c)))
+    prompts = _prompts(c, c.rollout.in_flight + 1)
+    prompts = with_shardings(prompts, jax.tree.map(lambda _: batch_sharding(mesh), prompts))
     published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
     published = with_shardings(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
@@ -121,10 +126,15 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     replicated = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     prefill = jax.jit(policy.prefill, out_shardings=out[:2])
-    step = jax.jit(policy.step, donate_argnums=2, out_shardings=out[2])
-    slots, count = len(state.row), c.rollout.prompts
+    # A rollout publishes the weights and decodes in one program, which lays them out as its loop reads them.
+    laid_out = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), published)
+    step = jax.jit(policy.step, donate_argnums=2, in_shardings=(laid_out, None, None), out_shardings=out[2])
+    if policy.paged:  # as in the rollout's own loop: the pool has the prompts
+        waiting = dataclasses.replace(waiting, prompts=None)
+    slots, count = len(state.row), len(prompts.tokens)
     read = {name: p for name, p in published.items() if name != "embed" or model.tie_embeddings}
-    shards = setup.batch_shards
+    shards, cache_bytes = setup.batch_shards, local_bytes(state.cache)
+    full_tables = cache_bytes if state.table is None else state.table.pages.size // shards * page_bytes(setup, policy)
     return [
         Step(
             "prefill",
@@ -140,7 +150,8 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
             tokens=slots,
             logits_bytes=4 * slots * model.vocab_size // shards // _vocabulary_shards(mesh),
             weight_bytes=local_bytes(read),
-            cache_bytes=local_bytes(state.cache),
+            cache_bytes=cache_bytes,
+            read_bytes=min(cache_bytes, full_tables),
         ),
     ]
 
@@ -155,8 +166,8 @@ def _vocabulary_shards(mesh: Mesh) -> int:
     return num_shards(mesh, *ROLLOUT["vocab"])
 
 
-def _prompts(config: ConfigDict) -> PromptBatch:
-    n, length = config.rollout.prompts, config.data.max_prompt_len
+def _prompts(config: ConfigDict, batches: int = 1) -> PromptBatch:
+    n, length = batches * config.rollout.prompts, config.data.max_prompt_len
     return PromptBatch(
         tokens=jax.ShapeDtypeStruct((n, length), jnp.int32),
         mask=jax.ShapeDtypeStruct((n, length), jnp.bool_),
@@ -165,14 +176,14 @@ def _prompts(config: ConfigDict) -> PromptBatch:
 
 
 def _rollout_sharding(mesh: Mesh, path, x) -> NamedSharding:
-    """The sharding of a part of the rollout's state: caches by rows and heads, counts replicated, the rest by rows."""
+    """The sharding of a part of the rollout's state: keys and values by rows and heads, scalars replicated, the rest by
+    rows. Of all layers together, pages are [KV, D L N, 128, D], and [L, KV, N, p, 128, D] while they wait; blocks are
+    [L, S, KV, c, D]."""
     names = [getattr(key, "name", None) for key in path]
+    axes: tuple = ("batch",) if x.ndim else ()
     if "cache" in names or "prompts" in names:
-        axes: tuple = (*[None] * (x.ndim - 4), "batch", "kv_heads", None, None)
-    elif names[-1] in ("queue", "count", "handed"):
-        axes = ()
-    else:
-        axes = ("batch",)
+        before = ("batch", "kv_heads") if x.ndim == 5 else ("kv_heads", "batch")
+        axes = (*[None] * (x.ndim > 4), *before, *[None] * (x.ndim - 2 - (x.ndim > 4)))
     cut = [num_shards(mesh, *ROLLOUT[axis]) if axis else 1 for axis in axes]
     fits = [axis if size % n == 0 else None for axis, size, n in zip(axes, x.shape, cut, strict=False)]
     return NamedSharding(mesh, spec(*fits, rules=ROLLOUT))

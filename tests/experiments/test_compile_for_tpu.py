@@ -14,7 +14,8 @@ import pytest
 
 from dppo_jax.devices.chips import CHIPS
 from experiments.compile_for_tpu.hlo import Module, buffers
-from experiments.compile_for_tpu.report import too_large
+from experiments.compile_for_tpu.report import kernel_cycles, real_systems, too_large
+from experiments.compile_for_tpu.steps import NAMES
 from tests.helpers.fixtures import unhurried_environment
 from tests.helpers.places import ROOT
 
@@ -90,7 +91,7 @@ def test_a_slice_that_is_read_counts_as_a_slice():
     """64 x 128 of bfloat16 read and 64 x 32 written, in each of six turns."""
     module = Module(TEXT)
     i = module.computations["body"]["fusion.1"]
-    assert module._moved(i) == 2 * (64 * 128 + 64 * 32) + 4  # and the number
+    assert module.moved(i) == 2 * (64 * 128 + 64 * 32) + 4  # and the number
 
 
 def test_estimates_of_slices_are_cut_to_what_moves_but_not_below_the_products():
@@ -102,6 +103,33 @@ def test_estimates_of_slices_are_cut_to_what_moves_but_not_below_the_products():
     assert fast == pytest.approx(6 * (600 * share + scatter))
     bound = module.cycles(lambda i, m: 0.0, 1.0, 2 * 64 * 128 * 32 / 500)
     assert bound == pytest.approx(6 * (500 + scatter))
+
+
+PAGED = """HloModule jit_g
+
+ENTRY %main (a: bf16[2,64,128,128]) -> f32[8,128] {
+  %a = bf16[2,64,128,128]{3,2,1,0} parameter(0)
+  ROOT %paged_attention.1 = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_kernel_that_reads_pages_takes_the_time_of_their_bytes():
+    """Not of the whole pool, which is its operand."""
+    module, chip = Module(PAGED), CHIPS["v5p"]
+    cycles = module.cycles(kernel_cycles(chip, 1.0, paged_bytes=2765e6), 1.0, 1.0)
+    assert cycles == pytest.approx(1e-3 * chip.clock)
+    assert module.traffic() == 2 * 2 * 64 * 128 * 128 + 4 * 8 * 128 and module.traffic(lambda i: 7) == 7
+
+
+def test_predictions_carry_the_range_of_real_systems(tmp_path, monkeypatch):
+    entries = [dict(step="decode", ratio=1.25), dict(step="decode", ratio=None), dict(step="decode", ratio=2.5)]
+    (tmp_path / "calibration.json").write_text(json.dumps([*entries, dict(step="train", ratio=9.0)]))
+    monkeypatch.setattr("experiments.compile_for_tpu.report.CALIBRATION", tmp_path / "calibration.json")
+    assert real_systems("decode") == real_systems("rollout")
+    assert real_systems("decode") == "; real systems took 1.2 to 2.5 times this (docs/pods.md)"
+    monkeypatch.setattr("experiments.compile_for_tpu.report.CALIBRATION", tmp_path / "missing.json")
+    assert real_systems("decode") == ""
 
 
 def test_what_does_not_fit_says_what_to_change():
@@ -123,7 +151,7 @@ def steps(request, tmp_path_factory) -> tuple[str, Path, dict]:
     """(config, the folder of the compiled text, {step: what --json says})"""
     folder = tmp_path_factory.mktemp("tpu")
     more = ["--topology", "v5p:4x4x4", "--layers", "2", "--json", str(folder / "found.json"), "--hlo", str(folder)]
-    more += ["--steps", "train,decode"] if request.param == "moe_base" else []
+    more += ["--steps", "train,decode"] if request.param == "moe_base" else ["--lengths", "uniform:100:8000"]
     done = run(folder, request.param, *more)
     assert done.returncode == 0, done.stderr
     return request.param, folder, {step["step"]: step for step in json.loads((folder / "found.json").read_text())}
@@ -137,7 +165,7 @@ def exchanged(step: dict, kind: str, in_loop: bool) -> list[dict]:
 def test_two_layers_for_a_pod(steps):
     name, folder, found = steps
     assert set(found) >= {"train", "decode"}
-    for step in found.values():
+    for step in (found[name] for name in NAMES if name in found):
         assert step["peak_gib"] <= 0.9 * step["hbm_gib"] == 0.9 * CHIPS["v5p"].memory / 2**30
         assert not exchanged(step, "all-to-all", True)
         assert 0 < step["predicted_seconds"] and 0 < step["ideal_seconds"]
@@ -156,7 +184,18 @@ def test_two_layers_for_a_pod(steps):
             assert max(experts) == 32, step
     # The cache is written in place: what is temporary beside it does not grow with it.
     assert decode["temp_gib"] * 2**30 < 0.15 * decode["cache_bytes"], "2% at full depth"
-    assert decode["moved_bytes"] <= 1.4 * (decode["weight_bytes"] + decode["cache_bytes"])
+    assert decode["moved_bytes"] <= 1.4 * (decode["weight_bytes"] + decode["read_bytes"])
+    if "rollout" in found:
+        check_rollout(found["rollout"], decode)
+
+
+def check_rollout(rollout: dict, decode: dict) -> None:
+    """Of all 1,024 rows at once: one wave, as long as its longest row."""
+    assert rollout["slots"] == 1024 and 7000 < rollout["decode_steps"] < 8000 and rollout["put_back"] == 0
+    assert rollout["decode_steps_without_tail"] == pytest.approx(4050, rel=0.05)
+    assert rollout["pages_live"] <= rollout["pages_read"] and 0.4 < rollout["live_share"] < 0.6
+    assert 0 < rollout["ideal_seconds"] < rollout["predicted_seconds"]
+    assert rollout["predicted_seconds"] < rollout["prefill_seconds"] + 8000 * decode["predicted_seconds"]
 
 
 @needs_libtpu
@@ -166,10 +205,15 @@ def test_two_layers_for_a_pod(steps):
         (["--topology", "v5p"], "topology 'v5p' is not CHIP:SHAPE, such as v5p:4x4x4 or v6e:8x8"),
         (["--topology", "v9:4x4"], "unknown chip 'v9'; the nearest is 'v4'"),
         (["--topology", "v5p:4x4x4", "--steps", "trian"], "unknown step 'trian'; the nearest is 'train'"),
+        (["--topology", "v5p:4x4x4", "--lengths", "normal:3"], "lengths 'normal:3' are neither lognormal:MEAN:SIGMA"),
+        (
+            ["--topology", "v5p:4x4x4", "--lengths", "uniform:1:2", "--steps", "train"],
+            "--lengths needs the step prefill",
+        ),
         (["--topology", "v5p:2x2x1"], "does not use exactly the 4 devices there are"),
     ],
 )
-def test_bad_topologies_are_refused_in_one_sentence(tmp_path, more, sentence):
+def test_what_is_bad_is_refused_in_one_sentence(tmp_path, more, sentence):
     done = run(tmp_path, "dense_base", *more)
     assert done.returncode != 0 and sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
