@@ -1,5 +1,6 @@
 """Divergences against float64, their mathematical properties, and their behaviour where float32 is thin."""
 
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,19 +262,10 @@ def test_binary_is_finite_at_probabilities_zero_and_one(run):
 @pytest.mark.parametrize("has_sampled", [True, False])
 def test_topk_is_finite_at_probabilities_zero_and_one(has_sampled, run):
     half = np.log(np.float32(0.5))
-    rows = np.array(
-        [
-            [0, -np.inf, -np.inf],
-            [-1e-10, -23, -30],
-            [half, half, -np.inf],
-            [-1e-38, -90, -1e4],
-            [-1, -2, -3],
-            [-np.inf, -np.inf, -np.inf],
-            [-np.inf, 0, -np.inf],
-            [-80, -1e4, -np.inf],
-        ],
-        np.float32,
-    )
+    rows = np.array([
+        [0, -np.inf, -np.inf], [-1e-10, -23, -30], [half, half, -np.inf], [-1e-38, -90, -1e4], [-1, -2, -3],
+        [-np.inf, -np.inf, -np.inf], [-np.inf, 0, -np.inf], [-80, -1e4, -np.inf],
+    ], np.float32)
     outside = np.array([-np.inf, -80, -1.5], np.float32)  # the sampled token, where it is not among the K
     i, j, u, v = (x.ravel() for x in np.meshgrid(range(len(rows)), range(len(rows)), range(3), range(3)))
     logp = rows[i, 0] if has_sampled else outside[u]

@@ -93,7 +93,9 @@ WIDE = ModelConfig(
 def test_memory_of_a_train_step_with_the_oracle():
     """V = 151,936, 2,048 response tokens a piece: temporaries at most 1.3 x those without, by the compiler's count."""
     rows, prompt, response = 4, 16, 512
-    layout = packing.pack_shape(prompt_length=prompt, max_new_tokens=response, rows=rows, mean_prompt=None, multiple=1)
+    layout = packing.pack_shape(
+        prompt_length=prompt, max_new_tokens=response, rows=rows, mean_prompt=None, multiple=1
+    )
     plan = packing.plan(np.arange(rows), np.full(rows, prompt), np.full(rows, response), layout)
     shape = jax.ShapeDtypeStruct
     batch = TrainBatch(

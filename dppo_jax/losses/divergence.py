@@ -68,7 +68,9 @@ def dppo_topk_kl(
     return _dppo_topk(topk_kl, inputs, delta_low, delta_high, ratio_cap, proximal)
 
 
-def dppo_exact(inputs: LossInputs, *, delta_low: float, delta_high: float, ratio_cap: float, kind: str) -> LossOutput:
+def dppo_exact(
+    inputs: LossInputs, *, delta_low: float, delta_high: float, ratio_cap: float, kind: str
+) -> LossOutput:
     """Masked when moving away and the divergence over the whole vocabulary > delta: what binary and top-K estimate.
 
     `kind`: "tv" or "kl", in nats. The exact divergence is that from the rollout's parameters in its own precision.

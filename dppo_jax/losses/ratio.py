@@ -39,7 +39,9 @@ def ratio_clip(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap
     return from_keep(inputs, clipped(ratio, inputs.advantages, eps_low, eps_high), ratio_cap=ratio_cap)
 
 
-def dual_clip(inputs: LossInputs, *, eps_low: float, eps_high: float, dual_cap: float, ratio_cap: float) -> LossOutput:
+def dual_clip(
+    inputs: LossInputs, *, eps_low: float, eps_high: float, dual_cap: float, ratio_cap: float
+) -> LossOutput:
     """`ratio_clip`, also masked when A<0 and r > dual_cap (1912.09729, equation 5)."""
     inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))

@@ -16,6 +16,7 @@ from dppo_jax.models.hf import load_params, save_hf
 __all__ = ["DTYPES", "ModelConfig", "Policy", "load_policy", "save_hf"]
 
 
+
 @dataclass(frozen=True)
 class Policy:
     """A model and its parameters. `logits` is for tests and notebooks; training goes through the token head."""

@@ -241,7 +241,7 @@ def test_lines(tokenizer, tmp_path):
     file.write_bytes(b"\n".join(loaded))
     task, stream = outcome("jsonl", file, tokenizer, chat=True)
     assert len(loaded) > 3 and [(e.prompt, e.answer) for e in task.examples] == [reading(line) for line in loaded]
-    for batch, (example,) in stream.eval_batches(1):
+    for (batch, (example,)) in stream.eval_batches(1):
         turns = "".join(f"<|user|>{m['role']}: {m['content']}" for m in example.prompt)
         assert tokenizer.decode(batch.tokens[0, batch.mask[0]]) == turns + "<|reply|>"
 

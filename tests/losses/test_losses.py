@@ -336,17 +336,14 @@ def test_bind_and_required_fields(name):
             bind_loss(name, {k: v for k, v in SETTINGS[name][0].items() if k != key})
 
 
-@pytest.mark.parametrize(
-    "name, hyperparameters, names",
-    [
-        ("cispoo", dict(ratio_cap=3.0), ("cispoo", "cispo")),
-        ("dppo_tv", dict(delta_low=0.2, delta_high=0.2, ratio_cap=5.0), ("dppo_tv", "dppo_")),
-        ("cispo", dict(ratio_cap=3.0, delta_low=0.1), ("delta_low",)),
-        ("dppo_binary_tv", dict(delta_low=0.2, delta_hgih=0.2, ratio_cap=5.0), ("delta_hgih", "delta_high")),
-        ("ppo_clip", dict(eps_low=0.2, ratio_cap=5.0), ("eps_high",)),
-        ("dppo_binary_tv", dict(delta_low=0.2, delta_high=0.2, ratio_cap=5.0, proximal=True), ("proximal",)),
-    ],
-)
+@pytest.mark.parametrize("name, hyperparameters, names", [
+    ("cispoo", dict(ratio_cap=3.0), ("cispoo", "cispo")),
+    ("dppo_tv", dict(delta_low=0.2, delta_high=0.2, ratio_cap=5.0), ("dppo_tv", "dppo_")),
+    ("cispo", dict(ratio_cap=3.0, delta_low=0.1), ("delta_low",)),
+    ("dppo_binary_tv", dict(delta_low=0.2, delta_hgih=0.2, ratio_cap=5.0), ("delta_hgih", "delta_high")),
+    ("ppo_clip", dict(eps_low=0.2, ratio_cap=5.0), ("eps_high",)),
+    ("dppo_binary_tv", dict(delta_low=0.2, delta_high=0.2, ratio_cap=5.0, proximal=True), ("proximal",)),
+])
 def test_bind_refuses_in_one_sentence(name, hyperparameters, names):
     with pytest.raises(UserError) as caught:
         bind_loss(name, hyperparameters)

@@ -43,7 +43,9 @@ def params():
 @functools.cache
 def drawn(slots: int = 5):
     """32 responses of very different lengths to ragged prompts, in a few slots: each is filled anew several times."""
-    rollout = Rollout(GEMMA, group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(0, 1, 2), pad_id=0, slots=slots)
+    rollout = Rollout(
+        GEMMA, group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(0, 1, 2), pad_id=0, slots=slots
+    )
     tokens = np.random.default_rng(1).integers(3, 40, (N, P)).astype(np.int32)
     prompts = PromptBatch(tokens, np.arange(P) >= P - LENGTHS[:, None], np.arange(N, dtype=np.int32))
     return prompts, jit(rollout)(params(), prompts, jax.random.key(3))

@@ -129,4 +129,6 @@ def test_every_parameter_has_a_gradient():
 def test_a_dense_model_has_no_experts_to_record():
     dense = dataclasses.replace(MOE, model_type="qwen3", num_experts=0)
     with pytest.raises(ValueError, match="no experts"):
-        Rollout(dense, group_size=1, max_new_tokens=2, temperature=1.0, eos_ids=(0,), pad_id=0, record_experts=True)
+        Rollout(
+            dense, group_size=1, max_new_tokens=2, temperature=1.0, eos_ids=(0,), pad_id=0, record_experts=True
+        )

@@ -1,5 +1,6 @@
 """The embedded model: small, loadable, and right about half the time."""
 
+
 import jax
 import numpy as np
 import pytest

@@ -66,15 +66,15 @@ def load_csv(
     rows = ((number, {key: value or None for key, value in row.items()}) for number, row in full[:size])
     return _rows_task(file, rows, len(full), 0, size, verifier)
 '''
-METHOD = """    "mine": Method(
+METHOD = '''    "mine": Method(
         "Mine", "M min(r, C) A", "|log r| > 0.5", "ours", "",
         {"loss.name": "bounded_log_ratio", **SEQUENCE},
     ),
-"""
-MISTRAL = """    "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
-"""
-PANEL = """    "Mine": (Panel("Mean probability", ("policy/prob_mean",)),),
-"""
+'''
+MISTRAL = '''    "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
+'''
+PANEL = '''    "Mine": (Panel("Mean probability", ("policy/prob_mean",)),),
+'''
 
 EDITS = {
     "A loss": [

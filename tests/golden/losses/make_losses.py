@@ -277,13 +277,11 @@ def draw_inputs() -> dict[str, np.ndarray]:
     rng = np.random.RandomState(5)
     found["advantages/group"] = rng.permutation(np.repeat(np.arange(6), [8, 8, 3, 2, 7, 4])).astype(np.int32)
     group = found["advantages/group"]
-    found["advantages/rewards"] = np.stack(
-        [
-            rng.randint(2, size=32) * (group != 1),  # right or wrong, and a group without a success
-            rng.standard_normal(32) * 3,
-            np.where(group % 2, 0.1, np.where(group == 2, 0.7, rng.random_sample(32))),  # groups of equal rewards
-        ]
-    ).astype(np.float32)
+    found["advantages/rewards"] = np.stack([
+        rng.randint(2, size=32) * (group != 1),  # right or wrong, and a group without a success
+        rng.standard_normal(32) * 3,
+        np.where(group % 2, 0.1, np.where(group == 2, 0.7, rng.random_sample(32))),  # groups of equal rewards
+    ]).astype(np.float32)
     found["gae/rewards"], found["gae/values"] = rng.standard_normal((2, 4, 9)).astype(np.float32)
     found["gae/mask"] = np.arange(9) < np.array([9, 4, 1, 0])[:, None]
     lengths = np.array([[7, 7, 7, 7], [5, 1, 0, 7], [0, 0, 0, 0]])
@@ -332,8 +330,7 @@ def check() -> list[str]:
         return missing
     made = inputs | answers({name: stored[name] for name in inputs})
     return sorted(
-        name
-        for name in made.keys() | stored.keys()
+        name for name in made.keys() | stored.keys()
         if name not in made or name not in stored or not same(stored[name], made[name])
     )
 
