@@ -10,8 +10,9 @@ table (.md), its numbers (.json) and the curves (.png).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,22 +29,28 @@ from experiments.train import train as train_one
 LAST = 10  # steps at a run's end whose mean reward is its outcome
 FIRST = "mismatch/abs_prob_diff_mean"  # over a rollout's first minibatch; another tag where parameters were not equal
 TAGS = ("reward/mean", FIRST, "policy/abs_prob_diff_mean", "trust_region/masked")
+AGE = "rollout/age_mean"  # in the table where an arm has settings
 SMOOTH = 5
+FIRST_ARM, OWN = "minus the first", "minus its loss's first"  # what an outcome is compared with
 THRESHOLDS = ("delta", "eps")  # hyperparameters that begin so are scaled by Arm.scale
 
 
 class Arm(NamedTuple):
-    """A loss with its loss_defaults, but for thresholds `scale` times as wide and the `numbers` given."""
+    """A loss with its loss_defaults, but for thresholds `scale` times as wide and the `numbers` given; `settings` are
+    other keys of the config, by dotted name."""
 
     loss: str
     scale: float = 1.0
     numbers: tuple[tuple[str, float], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """Of its folder and curve."""
         scaled = [] if self.scale == 1 else [f"x{self.scale:g}"]
-        return "_".join([self.loss, *scaled, *(f"{key}{value:g}" for key, value in self.numbers)])
+        numbers = [f"{key}{value:g}" for key, value in self.numbers]
+        settings = [f"{key.rpartition('.')[2]}{value}" for key, value in self.settings]
+        return "_".join([self.loss, *scaled, *numbers, *settings])
 
     def config(self, config: ConfigDict) -> ConfigDict:
         """The config whose defaults for this loss are the arm's."""
@@ -52,6 +59,7 @@ class Arm(NamedTuple):
         scaled = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
         with arm_config.unlocked():
             arm_config.loss_defaults[self.loss] = {**numbers, **scaled, **dict(self.numbers)}
+        arm_config.update_from_flattened_dict(dict(self.settings))
         return arm_config
 
 
@@ -89,22 +97,28 @@ def mean_and_interval(values: Sequence[float]) -> list[float]:
     return [round(float(x), 5) for x in (np.mean(values), low, high)]
 
 
-def summary(runs: dict[str, list[Scalars]]) -> dict[str, Any]:
-    """By arm. `collapsed` counts seeds that end below the mean reward that all arms begin with."""
+def summary(runs: dict[str, list[Scalars]], against: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """By arm. `collapsed` counts seeds that end below the mean reward that all arms begin with.
+
+    Differences are from the first arm; those of the arms in `against`, from the one named there.
+    """
     start = float(np.mean([run["reward/mean"][1][0] for runs_of_arm in runs.values() for run in runs_of_arm]))
-    first = [outcome(run) for run in next(iter(runs.values()))]
-    arms = {}
+    first, arms = next(iter(runs)), {}
     for name, runs_of_arm in runs.items():
         ends = [outcome(run) for run in runs_of_arm]
+        others = [outcome(run) for run in runs[against.get(name, name if against else first)]]
+        ages = [float(np.mean(run[AGE][1])) for run in runs_of_arm if AGE in run]
         arms[name] = {
             "by seed": [round(end, 4) for end in ends],
             "outcome": mean_and_interval(ends),
-            "minus the first": mean_and_interval(np.subtract(ends, first).tolist()),
+            OWN if against else FIRST_ARM: mean_and_interval(np.subtract(ends, others).tolist()),
             "whole run": mean_and_interval([float(np.mean(run["reward/mean"][1])) for run in runs_of_arm]),
             "collapsed": sum(end < start for end in ends),
             **{tag: mean_and_interval([float(np.mean(by_step(run, tag))) for run in runs_of_arm]) for tag in TAGS[1:]},
+            **({"age": mean_and_interval(ages)} if against else {}),
         }
-    return {"start": round(start, 4), "seeds": len(first), "steps": len(runs_of_arm[0]["reward/mean"][1]), "arms": arms}
+    steps = len(runs_of_arm[0]["reward/mean"][1])
+    return {"start": round(start, 4), "seeds": len(runs_of_arm), "steps": steps, "arms": arms}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -114,20 +128,23 @@ def markdown(result: dict[str, Any]) -> str:
         mean, low, high = (f"{x:.{digits}f}" for x in values)
         return f"{mean} [{low}, {high}]"
 
+    difference = OWN if OWN in next(iter(result["arms"].values())) else FIRST_ARM
+    with_age = difference == OWN
     lines = [
         f"{result['seeds']} seeds, {result['steps']} steps, mean reward {result['start']:.3f} at the first. "
         f"Outcome: mean reward of the last {LAST} steps; in brackets its 95% bootstrap interval over seeds; "
         "differences are paired by seed; collapsed: seeds that end below the start; |π − μ|: its mean, at rollout → "
         "over all updates.",
         "",
-        "| arm | outcome | minus the first arm | whole run | collapsed | masked | \\|π − μ\\| |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | outcome | {difference} arm | whole run | collapsed | masked | \\|π − μ\\| |" + " age |" * with_age,
+        "|---|---|---|---|---|---|---|" + "---|" * with_age,
     ]
     for name, arm in result["arms"].items():
         mismatch, shift, masked = (arm[tag][0] for tag in TAGS[1:])
         lines.append(
-            f"| `{name}` | {cell(arm['outcome'])} | {cell(arm['minus the first'])} | {cell(arm['whole run'])} "
+            f"| `{name}` | {cell(arm['outcome'])} | {cell(arm[difference])} | {cell(arm['whole run'])} "
             f"| {arm['collapsed']} of {result['seeds']} | {100 * masked:.2f}% | {mismatch:.1e} → {shift:.1e} |"
+            + (f" {arm['age'][0]:.2f} |" if with_age else "")
         )
     return "\n".join(lines) + "\n"
 
@@ -151,10 +168,13 @@ def main(description: str, arms: Sequence[Arm]) -> None:
     for name in chosen:
         if name not in by_name:
             raise UserError(f"--arms has {name!r}; the arms are {', '.join(by_name)}")
+    plain = {name: by_name[name]._replace(settings=()).name for name in chosen if by_name[name].settings}
+    if missing := sorted({*plain.values()} - {*chosen}):
+        raise UserError(f"--arms needs {missing[0]}, with which the others of its loss are compared")
     seeds = range(config.seed, config.seed + arguments.seeds)
     train(config, [by_name[name] for name in chosen], arguments.workdir, seeds, separate=arguments.separate)
     runs = {name: read(arguments.workdir, by_name[name], seeds) for name in chosen}
-    result = summary(runs)
+    result = summary(runs, plain)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     arguments.out.with_suffix(".md").write_text(text)

@@ -38,6 +38,7 @@ PATHS: dict[str, dict[str, list[str]]] = {
         "--hlo": [*QUICK, "--topology", "v5p:2x2x1"],
     },
     "compile_for_tpu.scaling": {"--out": QUICK},
+    "compile_for_tpu.calibration": {"--out": []},
     "benchmark.__main__": {"--json": [], "--tunix": [], "--torch": []},
     "plot": {"--runs": ["--out", "x.png"], "--out": ["--runs", "x"]},
     "recipes.smollm2.convert": {"--gguf": ["--out", "x"], "--out": ["--gguf", "x"]},

@@ -20,6 +20,7 @@ KINDS = {
     "lag": dict(rollout__lag=3),
     "lora": dict(lora__rank=2),
     "critic": dict(advantage__name="gae"),
+    "in flight": dict(rollout__in_flight=2, rollout__max_age=3, rollout__slots=8),
 }
 
 

@@ -70,7 +70,7 @@ def test_counts_are_those_of_the_rollout(slots, shards, paged, pages, make_room)
     assert (found.put_back > 0) == make_room
 
 
-@pytest.mark.parametrize("pages", [None, 6])
+@pytest.mark.parametrize("pages", [pytest.param(None, marks=pytest.mark.slow), 6])
 def test_counts_are_those_of_rows_in_flight(pages):
     """Over five steps: the simulated groups are those that stay and leave in the rollout itself."""
     ahead, prompts, steps = 2, 2, 5

@@ -19,7 +19,7 @@ from experiments.sweep import Run, config_of
 from tests.helpers.fixtures import hurried, small_config, tiny
 from tests.helpers.places import ROOT
 
-QUESTIONS = ("necessity", "anchor", "minimal_mask", "low_probability", "approximations", "sensitivity")
+QUESTIONS = ("necessity", "anchor", "minimal_mask", "low_probability", "approximations", "sensitivity", "age")
 
 
 def arms(question: str) -> list[Arm]:
@@ -72,6 +72,24 @@ def test_a_summary_counts_seeds_and_pairs_them():
     assert b["by seed"] == [0.75, 0.25] and b["outcome"] == [0.5, 0.25, 0.75]
     assert b["minus the first"] == [-0.25, -0.5, 0.0] and a["minus the first"] == [0, 0, 0]
     assert "| `b` | 0.50 [0.25, 0.75] |" in markdown(found) and "| 1 of 2 | 12.50% |" in markdown(found)
+
+
+def test_arms_with_settings_are_compared_with_their_loss_without():
+    up, down = [0.5] + [0.75] * 12, [0.5] + [0.25] * 12
+
+    def run(rewards: list[float], age: float):
+        return scalars(rewards) | {"rollout/age_mean": (np.arange(13), np.full(13, age))}
+
+    arms = Arm("cispo"), Arm("cispo", settings=(("rollout.in_flight", 2),))
+    assert [arm.name for arm in arms] == ["cispo", "cispo_in_flight2"]
+    assert arms[1].config(reuse.get_config()).rollout.in_flight == 2
+    found = summary(
+        {"pg_is": [run(down, 0)] * 2, "cispo": [run(up, 0)] * 2, "cispo_in_flight2": [run(up, 1.5), run(down, 1.5)]},
+        {"cispo_in_flight2": "cispo"},
+    )
+    by_arm = {name: arm["minus its loss's first"] for name, arm in found["arms"].items()}
+    assert by_arm == {"pg_is": [0, 0, 0], "cispo": [0, 0, 0], "cispo_in_flight2": [-0.25, -0.5, 0]}
+    assert markdown(found).splitlines()[-1].endswith("| 1.50 |")
 
 
 def test_a_map_tells_survivors_by_cell(tmp_path):

@@ -28,6 +28,10 @@ CASES = {
 }
 
 
+LONG = ("blocks", "a slot each")  # more of the same
+cases = pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LONG)) for c in CASES])
+
+
 def batch(number: int) -> PromptBatch:
     """Prompts and long-tailed limits of a step."""
     rng = np.random.default_rng(number)
@@ -80,7 +84,7 @@ def origins(found: list[Finished]) -> list[tuple[int, int]]:
     return [tuple(origin.tolist()) for finished in found for origin in finished.origin]
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_every_group_is_trained_once_in_the_order_in_which_it_began(case):
     found = drawn(case, True)
     assert sorted(origins(found)) == [(number, group) for number in range(STEPS) for group in range(N)]
@@ -93,7 +97,7 @@ def test_every_group_is_trained_once_in_the_order_in_which_it_began(case):
         np.testing.assert_array_equal(finished.rollout.group, np.repeat(np.arange(N), G))
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_no_token_is_older_than_it_may_be(case):
     ahead, most, _ = CASES[case]
     ages = [finished.age for finished in drawn(case, True)]
@@ -107,7 +111,7 @@ def test_no_token_is_older_than_it_may_be(case):
         assert (np.diff(finished.age, axis=1)[mask[:, 1:]] <= 0).all()  # later tokens are younger
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_parameters_that_stay_draw_what_they_draw_at_once(case):
     for finished in drawn(case, False):
         for place, (number, group) in enumerate(finished.origin):
@@ -132,7 +136,7 @@ def teacher_forced():
     return jax.jit(logp, compiler_options=COMPILER_OPTIONS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_a_token_has_the_log_probability_of_the_parameters_that_drew_it(case):
     longest = 0
     for step, finished in enumerate(drawn(case, True)):
@@ -163,7 +167,7 @@ def test_three_updates_inside_one_response():
     assert spread >= 4
 
 
-@pytest.mark.parametrize("case", CASES)
+@cases
 def test_it_is_compiled_once(case):
     drawn(case, True)
     _, draw, join = programs(case)
@@ -174,6 +178,7 @@ def test_few_pages_put_rows_back():
     assert sum(finished.work.put_back for finished in drawn("few pages", True)) == 0  # one page holds a whole row
 
 
+@pytest.mark.slow
 def test_a_batch_of_long_tailed_lengths_takes_little_more_steps_than_its_tokens_fill_slots():
     """Workload L: decode steps of all steps together over tokens / slots, the first and the last batch included."""
     load, slots, steps, ahead = WORKLOADS["L"], 48, 5, 1
