@@ -319,7 +319,9 @@ def test_two_hosts_train_as_one_process(killed, alone, devices):
     assert found.keys() == want.keys() and "eval/sums/avg" in found
     for tag, (steps, values) in want.items():
         np.testing.assert_array_equal(found[tag][0], steps)
-        if not tag.startswith(("time/", "throughput/")):
+        # A shard's slots wait for its own rows: what a rollout costs depends on how many shards there are.
+        of_the_mesh = () if devices == 8 else ("rollout/decode_steps", "rollout/pages_")
+        if not tag.startswith(("time/", "throughput/", *of_the_mesh)):
             np.testing.assert_allclose(found[tag][1], values, rtol=1e-4, atol=1e-6, err_msg=tag)
     policies = (load_params(at / "policy")[1] for at in (folder / "run", alone[devices]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), *policies)
