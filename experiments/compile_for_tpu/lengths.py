@@ -15,6 +15,7 @@ import numpy as np
 from dppo_jax.errors import UserError
 from dppo_jax.models import cache as blocks
 from dppo_jax.models.pages import PAGE, count_for
+from dppo_jax.rollout import resumed_tokens
 from dppo_jax.storage.run_log import first_and_last, read_scalars
 
 SIGMA = 1.0  # of the logarithm of lengths, where a run's log has their mean alone
@@ -48,7 +49,7 @@ class Decoding:
     tokens_live: int  # in the cache, of live rows
     slowest_pages: int  # read by the shard that reads most, summed over decode steps
     put_back: int
-    resumes: int  # passes that prefill rows with tokens of their responses
+    resumes: int  # passes of `resumed_tokens` tokens a shard, of rows that have some of their responses
 
     @property
     def decode_steps_without_tail(self) -> float:
@@ -149,6 +150,16 @@ def in_flight(
     return decodings
 
 
+def _passes(lengths: np.ndarray, most: int) -> int:
+    """How many rows of at most `most` tokens take pieces of these lengths, one after another, none of them cut."""
+    count = room = 0
+    for length in lengths.tolist():
+        if length > room:
+            count, room = count + 1, most
+        room -= length
+    return count
+
+
 class Scheduler:
     """A rollout that is going on: rows of these prompt and response lengths, i[D, b].
 
@@ -179,7 +190,8 @@ class Scheduler:
         enough = settings.pages is None or settings.pages >= shape[1] * width
         self.free = None if enough else np.full(shards, max(settings.pages or 0, width))
         prompts_per_shard = self.per_shard // settings.group_size
-        self.resumed_at_a_time = max(1, min(shape[1], prompts_per_shard))
+        longest_prompt = settings.prompt_columns or int(prompts.max())
+        self.resumed_tokens = resumed_tokens(longest_prompt, settings.limit or int(responses.max()))
         self.missing: np.ndarray | None = None
         self.due, self.wanted = np.zeros((shards, prompts_per_shard), bool), 0
         self.sums = dict.fromkeys((f.name for f in dataclasses.fields(Decoding) if f.name != "slots"), 0)
@@ -258,8 +270,9 @@ class Scheduler:
         self.count[shard, slot], self.shared[shard, slot] = count_for(prompts + drawn), prompts // PAGE
         if self.free is not None:
             self.free -= np.sum(np.where(taken, self.count - self.shared, 0), axis=1)
-        resumed = np.bincount(shard[drawn > 1], minlength=len(self.row)).max()
-        self.sums["resumes"] += -(-int(resumed) // self.resumed_at_a_time)
+        tokens, cold = prompts + drawn - 1, drawn > 1
+        by_shard = [tokens[cold & (shard == number)] for number in range(len(self.row))]
+        self.sums["resumes"] += max(_passes(one, self.resumed_tokens) for one in by_shard)
 
     def _make_room(self) -> None:
         """The rows that began last wait again, as `Pages.make_room` has it."""

@@ -4,10 +4,11 @@
     ideal = the prompts' operations at full rate + (weights x decode steps without tail + live tokens) / bandwidth
 
 "decode step - attention" is what the compiled step is predicted to take, without the bytes of the cache that it reads
-when every row is as long as it may be. "resumes" are prefills of rows that go on under other parameters or after they
-made room, each of so many padded rows, and take as long as their operations do in the compiled prefill. All shards take
-each step together: in the predicted time the one that reads most of its pages counts, in the ideal one their mean. The
-ideal counts bytes of tokens, not of pages, and no slot that is idle. Every prompt is as long as it may be.
+when every row is as long as it may be. "resumes" are passes of rows that go on under other parameters or after they
+made room, one row after another in a long one for each shard; they take as long as their operations do in the compiled
+prefill. All shards take each step together: in the predicted time the one that reads most of its pages counts, in the
+ideal one their mean. The ideal counts bytes of tokens, not of pages, and no slot that is idle. Every prompt is as long
+as it may be.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from dppo_jax import packing
 from dppo_jax.devices.chips import Chip
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.pages import PAGE, count_for, per_block
-from dppo_jax.rollout import Rollout
+from dppo_jax.rollout import Rollout, resumed_tokens
 from experiments.compile_for_tpu import lengths
 from experiments.compile_for_tpu.lengths import Decoding, Flight, Settings
 from experiments.compile_for_tpu.report import attention_flops, layer_weights
@@ -66,14 +67,13 @@ def simulated(config: ConfigDict, settings: Settings, text: str) -> list[Decodin
 
 def _resume_seconds(config: ConfigDict, model: ModelConfig, settings: Settings, prefill: dict[str, Any]) -> float:
     """Of one pass over rows that go on: the compiled prefill's time, by the operations of both."""
-    c = config.rollout
-    prompts, length = (c.in_flight + 1) * c.prompts, config.data.max_prompt_len
-    at_a_time = max(1, min(settings.slots // settings.shards, prompts // settings.shards)) * settings.shards
+    c, length = config.rollout, config.data.max_prompt_len
+    prompts = (c.in_flight + 1) * c.prompts
 
     def operations(rows: int, length: int) -> float:
         return rows * (2.0 * layer_weights(model) * length + attention_flops(model, length))
 
-    resumed = operations(at_a_time, count_for(length + c.max_new_tokens - 1) * PAGE)
+    resumed = operations(settings.shards, resumed_tokens(length, c.max_new_tokens))
     return prefill["predicted_seconds"] * resumed / operations(prompts, length)
 
 
