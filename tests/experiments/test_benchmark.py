@@ -14,6 +14,7 @@ from dppo_jax.models.decoder import abstract_params
 from experiments.benchmark import workloads
 from experiments.benchmark.__main__ import PAIRS, Bench, Pair, flops, peers, shown, wanted
 from experiments.benchmark.ours import TABLE, config_of
+from experiments.benchmark.processor import described
 from experiments.benchmark.worker import Worker
 from experiments.benchmark.workloads import WORKLOADS
 from tests.helpers.places import ROOT
@@ -108,3 +109,19 @@ def test_the_command_refuses_in_a_sentence(arguments, sentence):
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "said"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: AMD EPYC 9654\nflags\t\t: fpu sse2 avx2 avx512f\n",
+            "AMD EPYC 9654, AVX-512, vectors of 512 bits",
+        ),
+        ("model name\t: Some CPU @ 2 GHz \nflags\t\t: sse2 avx avx2\n", "Some CPU @ 2 GHz, AVX2, vectors of 256 bits"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "NEON, vectors of 128 bits"),
+        ("", "vectors of unknown width"),
+    ],
+)
+def test_a_processor_has_a_name_and_a_vector_width(cpuinfo, said):
+    assert described(cpuinfo).endswith(said)
