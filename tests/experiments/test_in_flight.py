@@ -7,7 +7,9 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_log import read_scalars
+from experiments import sweep
 from experiments.run.checks import check
+from experiments.sweep import Run as SweepRun
 from experiments.train import train
 from tests.helpers.fixtures import Run, hurried, run, same, small_config, tiny
 
@@ -113,3 +115,30 @@ def test_a_run_does_not_go_on_with_other_rows_in_flight(finished, tmp_path):
     config.rollout.in_flight, config.steps = 3, 8
     with pytest.raises(UserError, match=r"rollout\.in_flight"):
         train(config, again)
+
+
+def test_a_finished_run_may_have_more_steps(finished, tmp_path):
+    """Nothing is in flight at its end, so the next prompts begin there."""
+    again = tmp_path / "again"
+    shutil.copytree(finished.folder, again)
+    config = finished.config.copy_and_resolve_references()
+    config.steps = 9
+    said = run(config, again).said
+    assert "steps: 6 -> 9" in said
+    ages = column(read_scalars(again), "rollout/age_max")
+    assert len(ages) == 9 and ages[6] == 0 and ages[7:].max() > 0
+
+
+def test_a_sweep_has_rows_in_flight_as_its_runs_have(folder, tmp_path):
+    changes = dict(steps=3, checkpoint__every=0, loss__name="pg_is", optimizer__eps=1e-4, **IN_FLIGHT)
+    config = small_config(folder, **changes)
+    runs = [SweepRun("pg_is", 0, 1.0), SweepRun("cispo", 1, 1.0)]
+    sweep.train(config, runs, tmp_path / "swept")
+    for one in runs:
+        alone = run(sweep.config_of(config, one), tmp_path / one.loss)
+        swept, apart = read_scalars(tmp_path / "swept" / one.folder), read_scalars(alone.folder)
+        assert column(apart, "rollout/age_max").max() > 0
+        for tag in ("rollout/age_mean", "rollout/decode_steps", "rollout/in_flight", "response/length_mean"):
+            np.testing.assert_array_equal(column(swept, tag), column(apart, tag), err_msg=tag)
+        for tag in ("reward/mean", "policy/abs_prob_diff_mean"):
+            np.testing.assert_allclose(column(swept, tag), column(apart, tag), rtol=1e-4, atol=1e-6, err_msg=tag)
