@@ -145,3 +145,9 @@ def test_every_dimension_letter_is_on_the_page_of_notation():
 def test_each_page_says_first_for_whom_it_is():
     for name, text in PAGES.items():
         assert re.match(r"# [^\n]+\n\nFor those who", text), name
+
+
+def test_the_makefile_names_tests_that_are_there():
+    """A missing one would stop pytest in CI alone."""
+    named = re.findall(r"tests/[\w/.]+", (ROOT / "Makefile").read_text())
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
