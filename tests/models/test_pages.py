@@ -1,5 +1,6 @@
 """Pages of keys and values: attention against NumPy, the kernels of jax, and a table of pages that loses none."""
 
+import contextlib
 import functools
 import itertools
 
@@ -138,12 +139,15 @@ def test_the_tpu_kernel_computes_the_same(softcap):
 def test_kernels_are_lowered_for_their_platform(platform, size, dtype):
     """Of models for which `caches.choose` takes them, with tables as wide as rollouts have: odd ones too."""
     name = {"cuda": "pallas_gpu", "tpu": "pallas_tpu"}[platform]
+    chip = jax.sharding.AbstractDevice("NVIDIA H100", None, "cuda")  # which later versions of jax want to know
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip) if platform == "cuda" else None
     for heads, kv_heads, width in ((4, 2, 6), (14, 2, 5), (8, 8, 16)):
         pool = jax.ShapeDtypeStruct((kv_heads, 40, PAGE, size), dtype)
         ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, width), (4,))]
         q = jax.ShapeDtypeStruct((4, heads, size), dtype)
         attend = jax.jit(functools.partial(pages.attend, implementation=name, softcap=30.0))
-        text = attend.trace(q, (pool, pool), *ints).lower(lowering_platforms=(platform,)).as_text()
+        with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
+            text = attend.trace(q, (pool, pool), *ints).lower(lowering_platforms=(platform,)).as_text()
         assert {"cuda": "triton", "tpu": "tpu_custom_call"}[platform] in text
 
 
