@@ -12,11 +12,11 @@ import jax
 from dppo_jax import lora
 from dppo_jax.devices import peers
 from dppo_jax.devices.hosts import is_writer
-from dppo_jax.devices.sharding import named_shardings
+from dppo_jax.devices.sharding import laid_out, named_shardings
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_params
-from dppo_jax.storage.checkpoint import abstract_state, restore_params
+from dppo_jax.storage.checkpoint import restore_params
 from experiments.run import cli
 from experiments.run.evaluation import Evaluation
 from experiments.run.identity import same_config_everywhere
@@ -39,10 +39,10 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
             trained_model = setup.trained_model
             axes = named_shardings(setup.mesh, param_axes(trained_model))
             shardings_of_adapters, shapes = (lora.split(x)[0] for x in (axes, abstract_params(trained_model)))
-            adapters = restore_params(checkpoint, abstract_state(shapes, shardings_of_adapters))
+            adapters = restore_params(checkpoint, laid_out(shapes, shardings_of_adapters))
             params = lora.joined(jax.device_put(load_params(setup.directory)[1], shardings), adapters)
         else:
-            params = restore_params(checkpoint, abstract_state(abstract_params(setup.model), shardings))
+            params = restore_params(checkpoint, laid_out(abstract_params(setup.model), shardings))
         evaluation = Evaluation(Runs([setup]), stack)
         if is_writer() and evaluation.left_out:
             print("\n".join(evaluation.left_out), file=sys.stderr)

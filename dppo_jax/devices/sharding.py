@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -167,6 +167,25 @@ def named_shardings(mesh: Mesh, axes_tree, rules: Rules = TRAINING):
     """NamedShardings for a tree whose leaves are tuples of logical names."""
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     return jax.tree.map(lambda axes: NamedSharding(mesh, spec(*axes, rules=rules)), axes_tree, is_leaf=is_axes)
+
+
+def laid_out(shapes, shardings):
+    """Shapes and dtypes with where the arrays live: a tree of shardings, one for all, or None: on one device."""
+    if shardings is None:
+        return shapes
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def local_bytes(shapes) -> int:
+    """Bytes on each device of arrays of these shapes, as `laid_out` has them."""
+
+    def size(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(shapes)))
 
 
 def reshard(tree, axes_tree):

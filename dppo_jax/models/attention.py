@@ -161,6 +161,11 @@ def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel,
     return share(q, k, v, segments)
 
 
+def length_multiple(platform: str, length: int) -> int:
+    """Row lengths that the kernels of a platform work with, long ones in blocks of a good size."""
+    return {"tpu": LANES if length < 4096 else LARGEST_BLOCK, "gpu": 64}.get(platform, 1)
+
+
 KERNELS: dict[str, Kernel] = {
     "xla": functools.partial(dot_product, implementation="xla"),
     "cudnn": functools.partial(per_device, kernel=functools.partial(dot_product, implementation="cudnn")),

@@ -357,8 +357,8 @@ class Pages:
 
             def local(pool, own, page, column, offset, *new):
                 at = jnp.where(own, layers + page + offset, pool[0].shape[1])
-                new = [jnp.moveaxis(x, 2, 0) for x in new]
-                return tuple(x.at[:, at, column].set(n, mode="drop") for x, n in zip(pool, new, strict=True))
+                columns = jnp.broadcast_to(column, at.shape).reshape(-1)
+                return pages.write(pool, at.reshape(-1), columns, *(jax.lax.collapse(x, 0, 2) for x in new))
 
             by_token = [(x, BY_SLOT) for x in (own, page, column, offset)]
             return self._on_devices(local, pool, *by_token, *[(x, (None, *BY_SLOT, "kv_heads", None)) for x in new])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from dppo_jax.devices.sharding import ROLLOUT, using
 from dppo_jax.models.decoder import Params
 from dppo_jax.rollout.rollout import Rollout
-from dppo_jax.rollout.slots import Drawn, Slots, Waiting, Work
+from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
@@ -65,6 +65,10 @@ class InFlight:
     __name__ = "rollout"
 
     @property
+    def _shards(self) -> Shards:
+        return Shards(self.rollout.shards)
+
+    @property
     def _places(self) -> int:
         return (self.ahead + 1) * self.prompts
 
@@ -103,7 +107,9 @@ class InFlight:
             limit = jnp.full((self.prompts, r.group_size), r.max_new_tokens, jnp.int32)
 
         def put(places: Array, new: Array) -> Array:
-            placed = jax.lax.dynamic_update_slice_in_dim(self._by_shard(places), self._by_shard(new), first, axis=1)
+            placed = jax.lax.dynamic_update_slice_in_dim(
+                self._shards.local(places), self._shards.local(new), first, axis=1
+            )
             return placed.reshape(places.shape)
 
         new = dataclasses.replace(prompts, limit=limit)
@@ -134,9 +140,6 @@ class InFlight:
             state = r.decoded(published, waiting, state)
             return self._parted(flight, waiting, state, step)
 
-    def _by_shard(self, x: Array) -> Array:
-        return x.reshape(self.rollout.shards, -1, *x.shape[1:])
-
     def _is_there(self, flight: Flight) -> Bool[Array, "D c"]:
         """Whether a place has a group."""
         return jnp.arange(self._places // self.rollout.shards) < flight.count[:, None]
@@ -157,18 +160,18 @@ class InFlight:
         # A row that has no token yet has its first from the prefill, and may have ended with it.
         to_go = ~jnp.where(begun, rows_of(flight.ended), ~waiting.waits.reshape(-1))
         to_go &= jnp.repeat(there.reshape(-1), r.group_size)
-        missing = jnp.sum(self._by_shard(to_go.reshape(-1, r.group_size)), axis=2, dtype=jnp.int32)
+        missing = jnp.sum(self._shards.local(to_go.reshape(-1, r.group_size)), axis=2, dtype=jnp.int32)
         oldest = step + self.ahead - self.max_age
         waiting = dataclasses.replace(
-            waiting, due=there & (self._by_shard(flight.batch) <= oldest), wanted=self._per_step
+            waiting, due=there & (self._shards.local(flight.batch) <= oldest), wanted=self._per_step
         )
         progress = jnp.maximum(rows_of(flight.tokens_drawn), 1)
         fields = vars(flight.out).items()
         out = {name: either(old, getattr(state.out, name)) for name, old in fields if old is not None}
         return waiting, dataclasses.replace(
             state,
-            waits=self._by_shard(to_go),
-            progress=self._by_shard(progress),
+            waits=self._shards.local(to_go),
+            progress=self._shards.local(progress),
             missing=jnp.where(there, missing, 1),  # a place without a group is not complete
             out=dataclasses.replace(state.out, **out),
         )
@@ -180,15 +183,15 @@ class InFlight:
         r, places, per_step = self.rollout, self._places, self._per_step
         batch = places * r.group_size
         whole = r.result(flight.prompts, waiting, state, None)
-        row, live = r.row_in_shard(state, batch), self._by_shard(state.row < batch)
+        row, live = self._shards.within(state.row, batch), self._shards.local(state.row < batch)
         note = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
         in_slot = note(jnp.zeros_like(state.waits), row, live)
-        progress = note(state.progress, row, self._by_shard(state.drawn))
+        progress = note(state.progress, row, self._shards.local(state.drawn))
         # A first token that nothing followed is drawn again, under the parameters of the step that goes on from it.
         unfinished = jnp.where(in_slot | (progress > 1), progress, 0)
         length = jnp.sum(whole.response_mask, axis=1, dtype=jnp.int32)
         ended = ~(state.waits | in_slot)
-        drawn = jnp.where(ended, self._by_shard(length), unfinished).reshape(places, r.group_size)
+        drawn = jnp.where(ended, self._shards.local(length), unfinished).reshape(places, r.group_size)
         column = jnp.arange(r.max_new_tokens)
         is_new = (column >= flight.tokens_drawn[..., None]) & (column < drawn[..., None])
         out = state.out if r.topk else _without_topk(state.out)
@@ -199,13 +202,13 @@ class InFlight:
             out=jax.tree.map(lambda x: x.reshape(places, r.group_size, *x.shape[1:]), out),
             step=jnp.where(is_new, step, flight.step),
         )
-        complete = (state.missing == 0) if state.missing is not None else ended
+        assert state.missing is not None
+        complete = state.missing == 0
         leaves = complete & (jnp.cumsum(complete, axis=1) <= per_step)
         order = jnp.argsort(leaves, axis=1, stable=True)  # those that stay, then those that leave
 
         def taken(at: Int32[Array, "D n"], tree):
-            one = jax.vmap(lambda x, at: x[at])
-            return jax.tree.map(lambda x: one(self._by_shard(x), at).reshape(at.size, *x.shape[1:]), tree)
+            return jax.tree.map(lambda x: self._shards.look_up(x, at), tree)
 
         groups = jnp.argsort(~leaves, axis=1, stable=True)[:, :per_step]
         rows = (groups[..., None] * r.group_size + jnp.arange(r.group_size)).reshape(r.shards, -1)
@@ -216,8 +219,7 @@ class InFlight:
         rollout = dataclasses.replace(taken(rows, whole), group=jnp.repeat(own, r.group_size))
         drawn_in = taken(rows, now.step.reshape(batch, -1))
         age = jnp.where(rollout.response_mask, step - drawn_in, 0)
-        there = jnp.arange(places // r.shards) < staying.count[:, None]
-        is_left = there.reshape(-1, 1) & (staying.tokens_drawn > 0) & ~staying.ended
+        is_left = self._is_there(staying).reshape(-1, 1) & (staying.tokens_drawn > 0) & ~staying.ended
         return staying, Finished(
             prompts=dataclasses.replace(prompts, group=own),
             rollout=rollout,

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, Integer, Key
+from jaxtyping import Array, Bool, Integer, Key
 
 from dppo_jax import sampling, token_head
 from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
-from dppo_jax.models.attention import self_attention
+from dppo_jax.models.attention import length_multiple, self_attention
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import (
     Params,
@@ -43,7 +43,7 @@ from dppo_jax.types import PromptBatch, RolloutBatch
 def resumed_tokens(prompt_length: int, max_new_tokens: int) -> int:
     """T, how many tokens of rows that go on pass through the model at a time: at least those of the longest row."""
     longest = prompt_length + max_new_tokens - 1
-    multiple = 128 if longest < 4096 else 512
+    multiple = length_multiple("tpu", longest)  # which the others take too
     return -(-longest // multiple) * multiple
 
 
@@ -155,10 +155,6 @@ class Rollout:
         """One token more in every live slot."""
         with using(ROLLOUT):
             return self._step(published, self._layers(published), waiting, state)
-
-    def row_in_shard(self, state: Slots, batch: int) -> Int32[Array, "D s"]:
-        """The row of every slot, counted from its shard's first; batch / D where the slot is idle."""
-        return self._shards.within(state.row, batch)
 
     def _layers(self, published: Params) -> Params:
         """The model's parameters, layer by layer where they are unrolled: before the loop, which would copy them."""

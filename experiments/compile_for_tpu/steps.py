@@ -16,7 +16,16 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dppo_jax import packing
-from dppo_jax.devices.sharding import ROLLOUT, batch_sharding, make_mesh, named_shardings, num_shards, spec
+from dppo_jax.devices.sharding import (
+    ROLLOUT,
+    batch_sharding,
+    laid_out,
+    local_bytes,
+    make_mesh,
+    named_shardings,
+    num_shards,
+    spec,
+)
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
 from dppo_jax.train_step import assemble, jit_update, make_recompute
@@ -68,21 +77,11 @@ def steps(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     return [train(config, model, mesh), *rollout(config, model, mesh)]
 
 
-def with_shardings(tree, shardings):
-    """Shapes and dtypes with their shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def local_bytes(tree) -> int:
-    """Bytes on each chip, for shapes with shardings."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     """One optimizer minibatch."""
     c, replicated, prompts = config, NamedSharding(mesh, P()), _prompts(config)
     setup = Setup(c, model, mesh)
-    state = with_shardings(setup.state_shapes, setup.shardings)
+    state = laid_out(setup.state_shapes, setup.shardings)
     shape, key = setup.pack_shape, jax.eval_shape(lambda: jax.random.key(0))
     drawn = jax.eval_shape(setup.rollout(), state.policy, prompts, key)
     batch = jax.eval_shape(assemble, prompts, drawn)
@@ -96,8 +95,8 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     update: Any = jit_update(setup.update, setup.shardings, mesh, needs_exact=setup.needs_exact)
     arguments = [
         state,
-        with_shardings(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
-        with_shardings(jax.tree.map(np.asarray, plan), jax.tree.map(lambda _: replicated, plan)),
+        laid_out(batch, batch_sharding(mesh)),
+        laid_out(jax.tree.map(np.asarray, plan), replicated),
         *([state.params] if setup.needs_exact else []),
     ]
     share = (shape.rows // setup.batch_shards) * shape.responses * model.vocab_size
@@ -116,19 +115,19 @@ def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     policy = setup.rollout()
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = _prompts(c, c.rollout.in_flight + 1)
-    prompts = with_shardings(prompts, jax.tree.map(lambda _: batch_sharding(mesh), prompts))
+    prompts = laid_out(prompts, batch_sharding(mesh))
     published = jax.eval_shape(policy.publish, setup.state_shapes.policy)
-    published = with_shardings(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
+    published = laid_out(published, named_shardings(mesh, setup.published_axes(published), ROLLOUT))
     waiting, experts = jax.eval_shape(policy.prefill, published, prompts, key)
     shapes = waiting, experts, jax.eval_shape(policy.idle, waiting, experts)
     out = jax.tree.map_with_path(lambda path, x: _rollout_sharding(mesh, path, x), shapes)
-    waiting, _, state = with_shardings(shapes, out)
+    waiting, _, state = laid_out(shapes, out)
     replicated = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
     prefill = jax.jit(policy.prefill, out_shardings=out[:2])
     # A rollout publishes the weights and decodes in one program, which lays them out as its loop reads them.
-    laid_out = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), published)
-    step = jax.jit(policy.step, donate_argnums=2, in_shardings=(laid_out, None, None), out_shardings=out[2])
+    formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), published)
+    step = jax.jit(policy.step, donate_argnums=2, in_shardings=(formats, None, None), out_shardings=out[2])
     if policy.paged:  # as in the rollout's own loop: the pool has the prompts
         waiting = dataclasses.replace(waiting, prompts=None)
     slots, count = len(state.row), len(prompts.tokens)

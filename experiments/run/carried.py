@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax.devices.sharding import laid_out
 from dppo_jax.models.decoder import Params
 from dppo_jax.rollout import Finished, Flight
 from dppo_jax.sampling import purpose_key
-from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.types import PromptBatch
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
@@ -71,8 +71,7 @@ class Carried:
 
     def shapes(self) -> dict[str, Any]:
         """Shapes and shardings of what `saved` gives."""
-        shapes, by_row = jax.eval_shape(self._empty), self._runs.base.by_row
-        return {NAME: shapes if by_row is None else abstract_state(shapes, jax.tree.map(lambda _: by_row, shapes))}
+        return {NAME: laid_out(jax.eval_shape(self._empty), self._runs.base.by_row)}
 
     def restore(self, saved: dict[str, Any], step: int) -> None:
         """At a step, from a checkpoint."""

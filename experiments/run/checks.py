@@ -48,6 +48,7 @@ def check(config: ConfigDict) -> None:
     _check_precision(config)
     _check_shadow_losses(config)
     _check_needed(config, setup.needed)
+    _check_pages(config)
     _check_in_flight(config, setup.needed)
     _check_learning(config, setup)
 
@@ -192,19 +193,21 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
         )
 
 
-def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
-    """Rows that are drawn over several steps, and pages."""
+def _check_pages(c: ConfigDict) -> None:
     r = c.rollout
     if r.pages and r.cache == "blocks":
-        raise UserError(
-            f"rollout.pages = {r.pages}, but rollout.cache = 'blocks' has none; set rollout.cache=pages"
-        )
+        raise UserError(f"rollout.pages = {r.pages}, but rollout.cache = 'blocks' has none; set rollout.cache=pages")
     least = count_for(c.data.max_prompt_len + r.max_new_tokens - 1)
     if 0 < r.pages < least:
         raise UserError(
             f"rollout.pages = {r.pages} is less than one row may need: data.max_prompt_len + rollout.max_new_tokens = "
             f"{c.data.max_prompt_len} + {r.max_new_tokens} tokens take {least} pages of {PAGE}"
         )
+
+
+def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
+    """Rows that are drawn over several steps."""
+    r = c.rollout
     if not r.in_flight:
         if r.max_age is not None:
             raise UserError(f"rollout.max_age = {r.max_age} is of rows in flight: set rollout.in_flight to at least 1")

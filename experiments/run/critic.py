@@ -8,13 +8,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dppo_jax.critic import critic_axes, init_critic, make_critic_update, make_estimate, make_values
-from dppo_jax.devices.sharding import batch_sharding
+from dppo_jax.devices.sharding import batch_sharding, laid_out
 from dppo_jax.metrics import Metrics
 from dppo_jax.models import DTYPES
 from dppo_jax.models.decoder import Params, abstract_params
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import Plan
-from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.train_step import TrainState, init_state, state_shardings
 from dppo_jax.types import TrainBatch
 from experiments.run.setup import Setup
@@ -56,7 +55,7 @@ class Critic:
     @property
     def abstract(self) -> dict[str, Any]:
         """Shapes and shardings of what `saved` gives."""
-        return abstract_state(self._abstract, self.shardings).saved()
+        return laid_out(self._abstract, self.shardings).saved()
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""

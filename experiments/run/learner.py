@@ -12,11 +12,11 @@ import optax
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
 from dppo_jax.devices import hosts
+from dppo_jax.devices.sharding import laid_out
 from dppo_jax.lora import joined
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan
-from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update, make_recompute
 from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
@@ -92,7 +92,7 @@ class Learner:
         if self._runs.stacked:
             state = jax.eval_shape(self._init, self._setup.param_shapes)
             return state.saved(), state.policy
-        state = abstract_state(self._setup.state_shapes, self._setup.shardings)
+        state = laid_out(self._setup.state_shapes, self._setup.shardings)
         return state.saved(critic=self._critic.abstract if self._critic else None), state.policy
 
     def restore(self, saved: dict[str, Any], load: Callable[[], Params]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dppo_jax.devices.sharding import ROLLOUT, named_shardings, num_shards
+from dppo_jax.devices.sharding import ROLLOUT, laid_out, local_bytes, named_shardings, num_shards
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rollout import Rollout
 
@@ -16,17 +15,6 @@ if TYPE_CHECKING:
     from experiments.run.setup import Setup
 
 SPARE = 0.1  # of the memory: the prefill, and what is not counted here
-
-
-def bytes_on_a_device(shapes: Any, shardings: Any) -> int:
-    """Of arrays of these shapes, laid out so; no shardings: on one device."""
-
-    def size(x: Any, sharding: Any = None) -> int:
-        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-        return int(np.prod(shape)) * x.dtype.itemsize
-
-    found = jax.tree.map(size, shapes) if shardings is None else jax.tree.map(size, shapes, shardings)
-    return sum(jax.tree.leaves(found))
 
 
 def page_bytes(setup: Setup, rollout: Rollout) -> int:
@@ -41,13 +29,12 @@ def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt
     """Pages that a device of so many bytes has room for, beside the training state, what the rollout keeps, and the
     pages of so many prompts."""
     c, mesh, state = setup.config, setup.mesh, setup.state_shapes
-    shardings = None if mesh is None else setup.shardings
-    published = jax.eval_shape(rollout.publish, state.policy)
+    state = laid_out(state, None if mesh is None else setup.shardings)
+    published = jax.eval_shape(rollout.publish, setup.state_shapes.policy)
     axes = setup.published_axes(published)
-    kept = bytes_on_a_device(state, shardings)
-    kept += bytes_on_a_device(published, None if mesh is None else named_shardings(mesh, axes, ROLLOUT))
+    published = laid_out(published, None if mesh is None else named_shardings(mesh, axes, ROLLOUT))
     copies = bool(c.reference.coef) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
-    kept += copies * bytes_on_a_device(state.params, None if shardings is None else shardings.params)
+    kept = local_bytes(state) + local_bytes(published) + copies * local_bytes(state.params)
     rows = prompts * rollout.group_size // setup.batch_shards
     kept += rows * rollout.max_new_tokens * (16 + 8 * rollout.topk)  # tokens, logp, two uniforms; the top K
     free = int((1 - SPARE) * memory) - kept

@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.devices import hosts
+from dppo_jax.devices.sharding import laid_out
 from dppo_jax.lora import joined
 from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
 from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
-from dppo_jax.storage.checkpoint import abstract_state
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
 from experiments.run.runs import Runs
@@ -278,9 +277,9 @@ class Sampler:
         if held("ahead"):
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
             ahead, work = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
-            result["ahead"] = _laid_out(ahead, base.by_row)
+            result["ahead"] = laid_out(ahead, base.by_row)
             if held("ahead_work"):
-                result["ahead_work"] = _laid_out(work, base.everywhere)
+                result["ahead_work"] = laid_out(work, base.everywhere)
         if self._carried and held(NAME):
             result |= self._carried.shapes()
         if c.rollout.lag:
@@ -298,11 +297,6 @@ class Sampler:
         self._params = params
         if self._config.rollout.lag and not self._param_history:
             self.publish(params, frozen)
-
-
-def _laid_out(shapes: Any, sharding: NamedSharding | None) -> Any:
-    """Shapes with this sharding of every array, where there is one."""
-    return shapes if sharding is None else abstract_state(shapes, jax.tree.map(lambda _: sharding, shapes))
 
 
 def chosen(unequal: np.ndarray, more_unequal: np.ndarray) -> np.ndarray:

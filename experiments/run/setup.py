@@ -25,7 +25,7 @@ from dppo_jax.files import user_path
 from dppo_jax.losses import bind_loss, required_fields, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig
-from dppo_jax.models.attention import Choice, choose
+from dppo_jax.models.attention import Choice, choose, length_multiple
 from dppo_jax.models.config import Lora, Quantization
 from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
@@ -164,7 +164,7 @@ class Setup:
             max_new_tokens=c.rollout.max_new_tokens,
             rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
             mean_prompt=self.mean_prompt if c.train.pack else None,
-            multiple=_length_multiple(self.platform, c.data.max_prompt_len + c.rollout.max_new_tokens),
+            multiple=length_multiple(self.platform, c.data.max_prompt_len + c.rollout.max_new_tokens),
         )
 
     # --- the optimizer ---
@@ -489,11 +489,6 @@ class Setup:
         """Logical axis names of what the rollout holds."""
         axes = param_axes(self.behavior_model)
         return axes | ({"head_float32": ("vocab", "embed")} if "head_float32" in published else {})
-
-
-def _length_multiple(platform: str, length: int) -> int:
-    """Row lengths that the attention kernels of a platform work with, long ones in blocks of a good size."""
-    return {"tpu": 128 if length < 4096 else 512, "gpu": 64}.get(platform, 1)
 
 
 def model_directory(config: ConfigDict) -> Path:

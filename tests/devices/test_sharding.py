@@ -21,6 +21,7 @@ from dppo_jax.devices.sharding import (
     batch_shards,
     check_divisible,
     constrain,
+    laid_out,
     make_mesh,
     named_shardings,
     spec,
@@ -28,7 +29,7 @@ from dppo_jax.devices.sharding import (
 )
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import abstract_params, param_axes
-from dppo_jax.storage.checkpoint import Checkpoints, abstract_state, restore_params
+from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 from dppo_jax.train_step import init_state, state_shardings
 from experiments.run.setup import Setup
 from tests.helpers.fixtures import HURRIED_FLAGS, TINY, small_config
@@ -247,7 +248,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_one(folder, name):
     states = []
     for saved in (name, "1x1x1"):
         with Checkpoints(folder / saved, keep=1) as checkpoints:
-            states.append(checkpoints.restore(checkpoints.latest(), abstract_state(fresh, shardings)))
+            states.append(checkpoints.restore(checkpoints.latest(), laid_out(fresh, shardings)))
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(states))
     assert states[0].updates == 2
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *states)
@@ -258,7 +259,7 @@ def test_parameters_alone_are_restored_on_other_devices_too(folder):
     mesh, shardings, _ = on_one_device()
     plain = restore_params(folder / "2x2x2", abstract_params(TINY))
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(plain))
-    placed = restore_params(folder / "2x2x2", abstract_state(abstract_params(TINY), shardings.params))
+    placed = restore_params(folder / "2x2x2", laid_out(abstract_params(TINY), shardings.params))
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(placed))
     jax.tree.map(np.testing.assert_array_equal, placed, plain)
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dppo_jax.devices.sharding import laid_out
 from dppo_jax.errors import UserError
-from dppo_jax.storage.checkpoint import Checkpoints, abstract_state, restore_params
+from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 
 
 def flip(step: Path) -> None:
@@ -44,7 +45,7 @@ def main(folder: Path, port: int, process: int) -> None:
         pairs = zip(tree["params"]["w"].addressable_shards, state(step)["params"]["w"].addressable_shards, strict=True)
         return all(np.array_equal(one.data, two.data) for one, two in pairs)
 
-    abstract, found = abstract_state(state(0), places), {}
+    abstract, found = laid_out(state(0), places), {}
     with Checkpoints(folder, keep=3) as checkpoints:
         for step in (2, 4, 6):
             checkpoints.save(step, state(step), {"step": step})

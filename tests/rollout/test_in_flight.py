@@ -103,7 +103,7 @@ def test_no_token_is_older_than_it_may_be(case):
     ages = [finished.age for finished in drawn(case, True)]
     assert max(age.max() for age in ages) <= most and max(age.max() for age in ages) >= 1
     for step, finished in enumerate(drawn(case, True)):
-        assert (finished.origin[:, 0] >= step + ahead - most - ahead).all()  # no group waits longer
+        assert (finished.origin[:, 0] >= step + ahead - most).all()  # no group waits longer
         mask = finished.rollout.response_mask
         assert (finished.age <= step).all() and not finished.age[~mask].any()
         assert finished.age_max == finished.age.max()
@@ -172,10 +172,6 @@ def test_it_is_compiled_once(case):
     drawn(case, True)
     _, draw, join = programs(case)
     assert draw._cache_size() == 1 and join._cache_size() == 1
-
-
-def test_few_pages_put_rows_back():
-    assert sum(finished.work.put_back for finished in drawn("few pages", True)) == 0  # one page holds a whole row
 
 
 @pytest.mark.slow

@@ -37,12 +37,6 @@ class Damaged(UserError):
         self.what = what
 
 
-def abstract_state(state: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and shardings, for `restore`."""
-    leaf_shape = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(leaf_shape, state, shardings)
-
-
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}
