@@ -20,6 +20,7 @@ from tests.helpers.fixtures import TINY, Run, contents, hurried, no_cache, run, 
 
 ROWS, POSITIONS = 32, 8 + 24  # of a rollout batch; of a row: few responses are as long as they may be
 MICRO_ROWS = 2
+WORK = {f"rollout/{name}" for name in ("decode_steps", "pages_read", "pages_live")}  # what the slots are there to change
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +110,7 @@ def test_one_sample_a_row_gives_the_same_metrics_as_packed_rows(still, separate)
         assert samples(still, step) == samples(separate, step)
     got, want = read_scalars(still.folder), read_scalars(separate.folder)
     assert got.keys() == want.keys()
-    for tag in want.keys() - {"train/occupancy"}:
+    for tag in want.keys() - {"train/occupancy"} - WORK:
         if not tag.startswith(("time/", "throughput/")):
             np.testing.assert_allclose(got[tag][1], want[tag][1], rtol=1e-4, atol=1e-6, err_msg=tag)
     assert (want["grad_norm"][1] > 0).all()
@@ -133,7 +134,7 @@ def test_rollouts_are_not_drawn_early_unless_asked():
 
 
 def test_a_policy_that_stays_trains_the_same_on_rollouts_drawn_early(still, still_ahead):
-    same(still.folder, still_ahead.folder, but=("mismatch/", "first_minibatch/"))
+    same(still.folder, still_ahead.folder, but=("mismatch/", "first_minibatch/", "rollout/age_"))
     tag = "mismatch/abs_prob_diff_mean"  # of a rollout drawn early it has another name
     of_steps = [by_step(read_scalars(run.folder), tag) for run in (still, still_ahead)]
     np.testing.assert_array_equal(*of_steps)
