@@ -23,6 +23,7 @@ from dppo_jax.devices.sharding import constrain
 
 PAGE = 128  # tokens
 CHUNK = 16  # pages that one step of the XLA loop reads
+SPLITS = 16  # parts of a row's table that the GPU kernel reads at once
 
 Pool = tuple[Float[Array, "KV N 128 D"], Float[Array, "KV N 128 D"]]  # keys, values; of all layers L N pages
 
@@ -198,7 +199,13 @@ def _pallas_gpu(q, pool, table, length, softcap, window) -> Array:
     assert window is None
     width = table.shape[1]
     mixed = paged_attention(
-        q, *pool, table, length, pages_per_compute_block=1, k_splits=math.gcd(width, 16), attn_logits_soft_cap=softcap
+        q,
+        *pool,
+        table,
+        length,
+        pages_per_compute_block=1,
+        k_splits=math.gcd(width, SPLITS),
+        attn_logits_soft_cap=softcap,
     )
     return jnp.where((length > 0)[:, None, None], mixed, 0).astype(q.dtype)
 
@@ -219,6 +226,11 @@ def _pallas_tpu(q, pool, table, length, softcap, window) -> Array:
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu}
+
+
+def table_width(implementation: str, width: int) -> int:
+    """Of a table for rows of up to `width` pages: the GPU kernel cuts it into SPLITS equal parts."""
+    return -(-width // SPLITS) * SPLITS if implementation == "pallas_gpu" else width
 
 
 def per_block(width: int) -> int:

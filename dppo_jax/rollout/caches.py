@@ -207,6 +207,7 @@ class Pages:
         stored = waiting.prompts if self.unrolled else [waiting.prompts]
         cache = [tuple(pool(x) for x in pair) for pair in stored]
         numbers = jnp.broadcast_to(of_prompts + jnp.arange(free, dtype=jnp.int32), (self.shards.count, free))
+        width = pages.table_width(self.attention, width)
         return cache if self.unrolled else cache[0], pages.empty_table(slots, width, numbers)
 
     # --- room ---

@@ -23,6 +23,29 @@ OURS = [sys.executable, "-m", "experiments.benchmark.ours"]
 ENV = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
+def test_a_long_rollout_reads_what_it_says():
+    """The embedded model's: pages read no more than is live, blocks more; the same tokens and steps."""
+    told = {}
+    for cache in ("pages", "blocks"):
+        command = [sys.executable, "-m", "experiments.benchmark.long_rollout", "--config", "configs/quickstart.py"]
+        settings = ["slots=4", f"cache={cache}", "max_new_tokens=300", "prompts=2", "group_size=4"]
+        changes = [f"--config.rollout.{setting}" for setting in settings]
+        out = subprocess.run(
+            [*command, "--lengths", "uniform:200:300", "--config.train.minibatches=1", *changes],
+            cwd=ROOT,
+            env=ENV,
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr[-2000:]
+        told[cache] = json.loads(out.stdout.splitlines()[-1])
+    pages, blocks = told["pages"], told["blocks"]
+    assert pages["read_over_live"] == 1 < blocks["read_over_live"]
+    assert pages["tokens"] == blocks["tokens"] > 200 * 4
+    assert pages["decode_steps"] == blocks["decode_steps"] >= pages["decode_steps_without_tail"]
+    assert pages["read_share"] == pages["live_share"] and blocks["read_share"] > blocks["live_share"]
+
+
 def test_a_long_tail_has_the_mean_of_a_quarter_of_its_maximum():
     lengths = workloads.lengths(WORKLOADS["L"])
     assert lengths.shape == (512,) and lengths.min() >= 1 and lengths.max() == 256

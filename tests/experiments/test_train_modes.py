@@ -20,7 +20,8 @@ from tests.helpers.fixtures import TINY, Run, contents, hurried, no_cache, run, 
 
 ROWS, POSITIONS = 32, 8 + 24  # of a rollout batch; of a row: few responses are as long as they may be
 MICRO_ROWS = 2
-WORK = {f"rollout/{name}" for name in ("decode_steps", "pages_read", "pages_live")}  # what the slots are there to change
+# What the slots are there to change.
+WORK = {f"rollout/{name}" for name in ("decode_steps", "pages_read", "pages_live")}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -249,3 +249,10 @@ def test_no_page_is_lost_or_held_twice_over_many_operations():
         model.agree(table)
         emptied += any(not free for free in model.free)
     assert emptied > 10, "the last page was taken too"
+
+
+def test_the_gpu_kernel_cuts_every_table_into_equal_parts():
+    for width in (1, 15, 16, 17, 57, 71):
+        wide = pages.table_width("pallas_gpu", width)
+        assert width <= wide < width + pages.SPLITS and wide % pages.SPLITS == 0
+        assert pages.table_width("pallas_tpu", width) == pages.table_width("xla", width) == width

@@ -1,6 +1,6 @@
 """Makes the model of the reuse regime: 2 layers, 32 wide, which does the chains of `task` and slips in half of them.
 
-    python -m experiments.questions.reuse.make_model [--out assets/reuse] [--spellings 8] [--tail 0]
+    python -m experiments.questions.reuse.make_model [--out assets/reuse] [--spellings 8] [--tail 0] [--steps 10]
 
 Imitation of a teacher who slips in 7% of the steps, on fresh chains. The model learns the sums and the slips: at
 temperature 1 about 53% of its replies are right. Everything is drawn from fixed seeds. Writes the model directory and
@@ -31,7 +31,7 @@ from dppo_jax.token_head import token_head
 from dppo_jax.types import PromptBatch
 from experiments.questions.reuse.task import (
     MODULUS,
-    PROMPT_TOKENS,
+    STEPS,
     TASK,
     VOCABULARY,
     Task,
@@ -58,33 +58,38 @@ CONFIG = ModelConfig(
     o_bias=False,
     qk_norm=True,
 )
-SLIP = 0.07  # per step
+SLIP = 0.07  # per step, of STEPS
 UPDATES, BATCH, CHUNK = 4000, 128, 500  # CHUNK: updates in one compiled call
 MORE_UPDATES = 2000  # for other spellings, from the default spellings' model on
 LEARNING_RATE, WARMUP = 3e-3, 100
 CORPUS_SEED, FRESH_SEED = 10, 12
-MAX_NEW_TOKENS = 12
 
 
 def config_of(task: Task) -> ModelConfig:
     """The model for a task."""
-    return dataclasses.replace(CONFIG, vocab_size=len(task.vocabulary))
+    longest = max(CONFIG.max_position, task.prompt_tokens + task.reply_tokens + 1)
+    return dataclasses.replace(CONFIG, vocab_size=len(task.vocabulary), max_position=longest)
 
 
-def loss(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """Mean -logp of the reply tokens; tokens i32[B, 22], a prompt and its reply in each row."""
+def slip(task: Task) -> float:
+    """Of the teacher, per step: as many chains are right, however long they are."""
+    return SLIP if task.steps == STEPS else 1 - (1 - SLIP) ** (STEPS / task.steps)
+
+
+def loss(config: ModelConfig, prompt_tokens: int, params: Params, tokens: jax.Array) -> jax.Array:
+    """Mean -logp of the reply tokens; tokens i32[B, T], a prompt of so many tokens and its reply in each row."""
     hidden = forward(config, params, tokens, jnp.ones(tokens.shape, bool))
-    before = hidden[:, PROMPT_TOKENS - 1 : -1]
-    return -token_head(before, head_weight(params), tokens[:, PROMPT_TOKENS:], temperature=1.0).logp.mean()
+    before = hidden[:, prompt_tokens - 1 : -1]
+    return -token_head(before, head_weight(params), tokens[:, prompt_tokens:], temperature=1.0).logp.mean()
 
 
 def make_answer(temperature: float, task: Task = TASK):
-    """(params, prompts i32[N, 11], seed) -> one reply to each, as text."""
+    """(params, prompts i32[N, P], seed) -> one reply to each, as text."""
     tokenizer = make_tokenizer(task)
     rollout = Rollout(
         config_of(task),
         group_size=1,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=task.reply_tokens + 1,
         temperature=temperature,
         eos_ids=(tokenizer.eos_token_id,),
         pad_id=tokenizer.pad_token_id,
@@ -118,7 +123,7 @@ def widened(params: Params, task: Task) -> Params:
 
 def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None) -> Params:
     """Parameters after so many updates, a multiple of CHUNK."""
-    objective = functools.partial(loss, config_of(task))
+    objective = functools.partial(loss, config_of(task), task.prompt_tokens)
     schedule = make_schedule(learning_rate=LEARNING_RATE, warmup=WARMUP, schedule="cosine", updates=updates)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 
@@ -133,12 +138,13 @@ def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None
         (params, opt_state), values = jax.lax.scan(update, (params, opt_state), batches)
         return params, opt_state, values.mean()
 
+    rows = -(-BATCH * TASK.reply_tokens // task.reply_tokens)  # of an update: as many tokens, however long they are
     rng, began = np.random.default_rng(CORPUS_SEED), time.time()
     params = init_params(config_of(task), jax.random.key(seed)) if start is None else start
     opt_state = optimizer.init(params)
     for done in range(CHUNK, updates + 1, CHUNK):
-        chains = draw(rng, CHUNK * BATCH, SLIP, task)
-        batches = np.concatenate([chains.prompts, chains.replies], axis=1).reshape(CHUNK, BATCH, -1)
+        chains = draw(rng, CHUNK * rows, slip(task), task)
+        batches = np.concatenate([chains.prompts, chains.replies], axis=1).reshape(CHUNK, rows, -1)
         params, opt_state, value = run(params, opt_state, batches)
         print(f"update {done}/{updates}: loss {float(value):.4f}, {time.time() - began:.0f} s", flush=True)
     return params
@@ -149,11 +155,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/reuse"), help="the model directory to write")
     parser.add_argument("--spellings", type=whole(1, 1000), default=TASK.spellings, help="of every state")
     parser.add_argument("--tail", type=not_negative, default=TASK.tail, help="the k-th has a frequency of k^-TAIL")
+    parser.add_argument("--steps", type=whole(1, 1000), default=TASK.steps, help="of a chain")
     arguments = parser.parse_args()
-    task = Task(arguments.spellings, arguments.tail)
+    task = Task(arguments.spellings, arguments.tail, arguments.steps)
 
-    params = pretrain(UPDATES, TASK, seed=0)
-    if task != TASK:
+    few = TASK._replace(steps=task.steps)
+    params = pretrain(UPDATES, few, seed=0)
+    if task != few:
         params = pretrain(MORE_UPDATES, task, seed=0, start=widened(params, task))
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
         score = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)

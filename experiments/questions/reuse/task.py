@@ -9,7 +9,8 @@ is 1 where the last state of the reply is the final one (the verifier `last_numb
 count. Operations are spelled without digits, so that no verifier takes one for a state.
 
 Tokens: 0 ends a reply and pads, 1 + 8 r + s is state r in spelling s (of 8), then +zero to +twelve and *zero to
-*twelve. With more spellings and a `tail`, most tokens are rare, as in a language.
+*twelve. With more spellings and a `tail`, most tokens are rare, as in a language. With
+more `steps` replies are longer.
 """
 
 import json
@@ -33,10 +34,12 @@ def _letters(number: int) -> str:
 
 
 class Task(NamedTuple):
-    """How states are spelled: by one of so many names, the k-th with a frequency of k^-tail (0: uniform)."""
+    """How states are spelled: by one of so many names, the k-th with a frequency of k^-tail (0: uniform). A chain has
+    so many steps."""
 
     spellings: int = 8
     tail: float = 0.0
+    steps: int = STEPS
 
     @property
     def names(self) -> list[str]:
@@ -54,6 +57,15 @@ class Task(NamedTuple):
     def first_operation(self) -> int:
         return 1 + MODULUS * self.spellings
 
+    @property
+    def prompt_tokens(self) -> int:
+        return 1 + self.steps
+
+    @property
+    def reply_tokens(self) -> int:
+        """The end-of-sequence token counts."""
+        return self.steps + 1
+
     def spell(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Numbers of spellings."""
         if not self.tail:
@@ -65,8 +77,6 @@ class Task(NamedTuple):
 TASK = Task()
 SPELLINGS, STATES, VOCABULARY, FIRST_OPERATION = TASK.names, TASK.states, TASK.vocabulary, TASK.first_operation
 
-PROMPT_TOKENS, REPLY_TOKENS = 1 + STEPS, STEPS + 1  # the end-of-sequence token counts
-
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 SIZES = {"train": 2048, "held_out": 512}  # rows; 100 steps of 16 prompts see 1,600 of the first
 
@@ -74,8 +84,8 @@ SIZES = {"train": 2048, "held_out": 512}  # rows; 100 steps of 16 prompts see 1,
 class Chains(NamedTuple):
     """Examples as tokens. A reply ends in EOS."""
 
-    prompts: np.ndarray  # i32[N, 11]
-    replies: np.ndarray  # i32[N, 11]
+    prompts: np.ndarray  # i32[N, 1 + steps]
+    replies: np.ndarray  # i32[N, steps + 1]
     final: np.ndarray  # i64[N], the last state of the reply: the answer, where nothing slipped
 
 
@@ -85,10 +95,10 @@ def draw(rng: np.random.Generator, count: int, slip: float = 0.0, task: Task = T
     slip: the chance that a step ends in another state than it should, uniform over the 12; the next goes on from there.
     """
     state = rng.integers(MODULUS, size=count)
-    operations = rng.integers(len(OPERATIONS), size=(count, STEPS))
-    spellings = task.spell(rng, (count, 1 + STEPS))
-    slips = rng.random((count, STEPS)) < slip
-    errors = np.where(slips, rng.integers(1, MODULUS, size=(count, STEPS)), 0)
+    operations = rng.integers(len(OPERATIONS), size=(count, task.steps))
+    spellings = task.spell(rng, (count, 1 + task.steps))
+    slips = rng.random((count, task.steps)) < slip
+    errors = np.where(slips, rng.integers(1, MODULUS, size=(count, task.steps)), 0)
     states = [state]
     for operation, error in zip(operations.T, errors.T, strict=True):
         operand = operation % MODULUS

@@ -1,0 +1,118 @@
+"""A config's rollout at given lengths on the accelerator at hand, with random weights: how fast does it read?
+
+    python -m experiments.benchmark.long_rollout --config configs/paper/sanity_test.py --lengths lognormal:3000:1 \
+        --config.rollout.slots=128 --config.rollout.cache=blocks
+
+One rollout, compiled before it is timed. Prints a line of JSON: the bytes that its decode steps read (weights once a
+step, and what was read of the cache) and those of live tokens' pages, a second, as shares of the rate at which this
+device copies memory; decode steps, tokens a second and the peak of memory. Every prompt is as long as it may be.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dppo_jax.errors import run_main
+from dppo_jax.models.decoder import Params, init_params
+from dppo_jax.types import PromptBatch
+from experiments.benchmark.processor import processor
+from experiments.compile_for_tpu import lengths
+from experiments.run import checks, cli
+from experiments.run.load import enter_mesh
+from experiments.run.memory import page_bytes
+from experiments.run.setup import Setup, Text
+from experiments.trace import model_config
+
+
+def copy_rate() -> float:
+    """Bytes that this device reads and writes in a second of copying a large array; the best of five."""
+    x = jnp.ones((2**28 if jax.default_backend() == "cpu" else 2**32) // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.nbytes / min(seconds)
+
+
+def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
+    """One rollout of responses as long as `text` says."""
+    c, rollout = setup.config, setup.rollout()
+    rows, prompt = c.rollout.prompts * c.rollout.group_size, c.data.max_prompt_len
+    limit = lengths.drawn_from(text, rows, c.rollout.max_new_tokens, seed=c.seed)
+    draw = np.random.default_rng(c.seed)
+    prompts = PromptBatch(
+        tokens=draw.integers(1, setup.model.vocab_size, (c.rollout.prompts, prompt), dtype=np.int32),
+        mask=np.ones((c.rollout.prompts, prompt), bool),
+        group=np.arange(c.rollout.prompts, dtype=np.int32),
+        limit=limit.astype(np.int32).reshape(c.rollout.prompts, -1),
+    )
+    arguments = params, prompts, jax.random.key(c.seed)
+    start = time.perf_counter()
+    jitted: Any = setup.on_mesh_measured(rollout.measured)
+    compiled = jitted.lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    batch, work = jax.block_until_ready(compiled(*arguments))
+    seconds = time.perf_counter() - start
+    assert int(batch.response_mask.sum()) == limit.sum() and bool(jnp.isfinite(batch.behavior_logp).all())
+
+    published = jax.eval_shape(rollout.publish, params)
+    lookups = published["embed"].size * published["embed"].dtype.itemsize if "head" in published else 0
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(published)) - lookups
+    page, steps, rate = page_bytes(setup, rollout), int(work.decode_steps), copy_rate()
+    read, live = (steps * weights + page * float(pages) for pages in (work.pages_read, work.pages_live))
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {
+        "device": device.device_kind if device.platform != "cpu" else processor(),
+        "jax": jax.__version__,
+        "cache": f"pages, {rollout.paged_attention}" if rollout.paged else "blocks",
+        "slots": rollout.slots or rows,
+        "pages": rollout.pages,
+        "tokens": int(limit.sum()),
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "tokens_per_second": int(limit.sum()) / seconds,
+        "decode_steps": steps,
+        "decode_steps_without_tail": float(work.live) / (rollout.slots or rows),
+        "milliseconds_per_step": 1000 * seconds / steps,
+        "read_over_live": float(work.pages_read / work.pages_live),
+        "put_back": int(work.put_back),
+        "copy_bytes_per_second": rate,
+        "read_share": read / seconds / rate,
+        "live_share": live / seconds / rate,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    config, arguments = cli.parse(
+        __doc__.split("\n")[0],
+        {
+            "--lengths": dict(required=True, metavar="L", help="lognormal:MEAN:SIGMA or uniform:A:B: of responses"),
+            "--layers": dict(type=cli.whole(1, 1000), metavar="N", help="of a model otherwise the same: quicker"),
+        },
+    )
+    checks.check(config)
+    with contextlib.ExitStack() as stack:
+        mesh, model = enter_mesh(config, stack), model_config(config)
+        model = dataclasses.replace(model, num_layers=arguments.layers) if arguments.layers else model
+        checks.check_mesh(config, mesh, model)
+        setup = Setup(config, model, mesh, Text(None, (-1,), 0))
+        params = jax.jit(functools.partial(init_params, model))(jax.random.key(config.seed))
+        print(json.dumps(measure(setup, params, arguments.lengths)))
+
+
+if __name__ == "__main__":
+    run_main(main)
