@@ -5,7 +5,7 @@
 
 The mesh is for v5p:4x4x4: 7.6 GiB a chip in training, 23.9 in the rollout, of 95.7. 300 steps, every response as long
 as it may be, take 9 hours without evaluation. For v6e:8x8 too: as much memory, of 31.3; 12 hours. With responses of
-2,000 tokens on average (lognormal, deviation 1), --config.rollout.slots=256 and --config.rollout.in_flight=1: 2.7 hours
+2,000 tokens on average (lognormal, deviation 1), --config.rollout.slots=256 and --config.rollout.in_flight=1: 2.6 hours
 on v5p:4x4x4. Estimates of experiments.compile_for_tpu; real systems took 1.1 to 2.4 times as long (docs/pods.md).
 Needs the model at policy.path, and JSON lines of {prompt, answer} at data.path and in eval.sets; without them, --trace
 checks the config, and experiments.compile_for_tpu compiles it. Not run at this scale by us.
