@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dppo_jax.errors import UserError
+from dppo_jax.errors import UserError, nearest
 from dppo_jax.storage.run_log import Scalars, read_scalars
 from experiments import sweep
 from experiments.plot import Curve, bootstrap_interval, draw
-from experiments.run import cli
+from experiments.run import checks, cli
 from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
 
@@ -64,7 +64,13 @@ class Arm(NamedTuple):
 
 
 def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequence[int], *, separate: bool) -> None:
-    """Trains what is not trained yet."""
+    """Trains what is not trained yet, once all arms are checked."""
+    for arm in arms:
+        arm_config, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
+        if separate:
+            checks.check(config_of(arm_config, runs[0]))
+        else:
+            sweep.check(arm_config, runs)
     for arm in arms:
         arm_config, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
         if separate:
@@ -167,7 +173,7 @@ def main(description: str, arms: Sequence[Arm]) -> None:
     chosen = arguments.arms or list(by_name)
     for name in chosen:
         if name not in by_name:
-            raise UserError(f"--arms has {name!r}; the arms are {', '.join(by_name)}")
+            raise UserError(f"--arms has {name!r:.80}{nearest(name[:80], by_name)}")
     plain = {name: by_name[name]._replace(settings=()).name for name in chosen if by_name[name].settings}
     if missing := sorted({*plain.values()} - {*chosen}):
         raise UserError(f"--arms needs {missing[0]}, with which the others of its loss are compared")

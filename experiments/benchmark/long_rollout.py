@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppo_jax.errors import run_main
+from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import Params, init_params
 from dppo_jax.types import PromptBatch
 from experiments.benchmark.processor import processor
@@ -49,6 +49,8 @@ def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
     c, rollout = setup.config, setup.rollout()
     rows, prompt = c.rollout.prompts * c.rollout.group_size, c.data.max_prompt_len
     limit = lengths.drawn_from(text, rows, c.rollout.max_new_tokens, seed=c.seed)
+    if limit.max() == 1:
+        raise UserError(f"--lengths {text}: no response has a second token, so nothing is decoded")
     draw = np.random.default_rng(c.seed)
     prompts = PromptBatch(
         tokens=draw.integers(1, setup.model.vocab_size, (c.rollout.prompts, prompt), dtype=np.int32),
@@ -100,11 +102,16 @@ def main() -> None:
     config, arguments = cli.parse(
         __doc__.split("\n")[0],
         {
-            "--lengths": dict(required=True, metavar="L", help="lognormal:MEAN:SIGMA or uniform:A:B: of responses"),
+            "--lengths": dict(required=True, metavar="L", help="lognormal:MEAN:SIGMA, uniform:A:B or a run's folder"),
             "--layers": dict(type=cli.whole(1, 1000), metavar="N", help="of a model otherwise the same: quicker"),
         },
     )
     checks.check(config)
+    if config.rollout.in_flight:
+        raise UserError(
+            f"rollout.in_flight = {config.rollout.in_flight}, but one rollout is measured here; set it to 0"
+        )
+    lengths.drawn_from(arguments.lengths, 1, 1)  # refused before anything is compiled
     with contextlib.ExitStack() as stack:
         mesh, model = enter_mesh(config, stack), model_config(config)
         model = dataclasses.replace(model, num_layers=arguments.layers) if arguments.layers else model

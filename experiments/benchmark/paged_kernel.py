@@ -6,6 +6,7 @@ Shapes of the paper's sanity test: 12 query heads on 2 key heads of 128, bfloat1
 are relative to float64 on the host: ||out - exact|| / ||exact||. Rates are those of the pages that hold tokens.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax.errors import run_main
 from dppo_jax.models import pages
 from dppo_jax.models.pages import PAGE, count_for
 from experiments.benchmark.long_rollout import copy_rate
+from experiments.run.cli import Parser
 
 SLOTS, HEADS, KV_HEADS, SIZE, WIDTH, LAYERS = 128, 12, 2, 128, 57, 8
 PARTS = (1, 4, 8, 16)  # that the GPU kernel cuts a row's table into
@@ -60,6 +63,7 @@ def all_layers(implementation: str, per_layer: int) -> Callable[..., jax.Array]:
 
 def main() -> None:
     """Every implementation that runs here, the GPU's with its table in several numbers of parts."""
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     platform = jax.default_backend()
     kernels = [] if platform == "cpu" else [(f"pallas_{platform}", n) for n in (PARTS if platform == "gpu" else (1,))]
     length, table, per_layer = rows(np.random.default_rng(0))
@@ -85,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rollout import resumed_tokens
 from dppo_jax.storage.run_log import first_and_last, read_scalars
 
+LONGEST, WIDEST = 10_000_000, 5.0  # tokens of a response; the deviation of the logarithm
 SIGMA = 1.0  # of the logarithm of lengths, where a run's log has their mean alone
 TAG = "response/length_mean"
 
@@ -76,13 +77,21 @@ def drawn_from(text: str, count: int, limit: int, seed: int = 0) -> np.ndarray:
         first, second = map(float, numbers)
     except ValueError:
         first = second = math.nan
+    if kind not in ("lognormal", "uniform") or len(numbers) != 2 or math.isnan(first + second):
+        raise UserError(
+            f"lengths {text!r:.200} are neither lognormal:MEAN:SIGMA, uniform:A:B (numbers) nor the folder of a run"
+        )
     rng = np.random.default_rng(seed)
-    if kind == "lognormal" and 0 < first < math.inf and 0 <= second < math.inf:
+    if kind == "lognormal":
+        if not (0 < first <= LONGEST and 0 <= second <= WIDEST):
+            raise UserError(
+                f"lengths {text!r:.200}: MEAN must be above 0 and at most {LONGEST:,}, SIGMA from 0 to {WIDEST:g}"
+            )
         lengths = rng.lognormal(math.log(first) - second**2 / 2, second, count)
-    elif kind == "uniform" and 1 <= first <= second < math.inf:
-        lengths = rng.uniform(first, second + 1, count)
     else:
-        raise UserError(f"lengths {text!r} are neither lognormal:MEAN:SIGMA, uniform:A:B nor the folder of a run")
+        if not 1 <= first <= second <= LONGEST:
+            raise UserError(f"lengths {text!r:.200}: A must be at least 1, B at least A and at most {LONGEST:,}")
+        lengths = rng.uniform(first, second + 1, count)
     return np.clip(np.floor(lengths), 1, limit).astype(np.int64)
 
 

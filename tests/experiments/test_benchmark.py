@@ -46,6 +46,20 @@ def test_a_long_rollout_reads_what_it_says():
     assert pages["read_share"] == pages["live_share"] and blocks["read_share"] > blocks["live_share"]
 
 
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--lengths", "uniform:1:1"], "no response has a second token"),
+        (["--lengths", "uniform:2:9", "--config.rollout.in_flight=1"], "rollout.in_flight = 1, but one rollout"),
+        (["--lengths", "lognormal:10:1e200"], "SIGMA from 0 to 5"),
+    ],
+)
+def test_a_long_rollout_that_measures_nothing_is_refused(arguments, sentence):
+    command = [sys.executable, "-m", "experiments.benchmark.long_rollout", "--config", "configs/quickstart.py"]
+    out = subprocess.run([*command, *arguments], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert out.returncode == 2 and sentence in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
+
+
 def test_a_long_tail_has_the_mean_of_a_quarter_of_its_maximum():
     lengths = workloads.lengths(WORKLOADS["L"])
     assert lengths.shape == (512,) and lengths.min() >= 1 and lengths.max() == 256

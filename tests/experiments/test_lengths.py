@@ -109,10 +109,16 @@ def test_lengths_are_of_their_distribution():
 
 
 @pytest.mark.parametrize(
-    "text", ["normal:1:2", "lognormal:0:1", "lognormal:5", "uniform:9:3", "uniform:a:b", "", "nan"]
+    "text, sentence",
+    [
+        (x, "are neither")
+        for x in ("normal:1:2", "lognormal:5", "uniform:a:b", "", "nan", "lognormal:nan:1", "uniform:1:2:3")
+    ]
+    + [(f"lognormal:{x}", "MEAN must be above 0") for x in ("0:1", "-3:1", "1e9:1", "5:1e200", "5:-1", "5:6", "inf:1")]
+    + [(f"uniform:{x}", "A must be at least 1") for x in ("9:3", "0:5", "1e300:1e308", "5:inf")],
 )
-def test_other_lengths_are_refused(text):
-    with pytest.raises(UserError, match="are neither lognormal:MEAN:SIGMA, uniform:A:B nor the folder of a run"):
+def test_other_lengths_are_refused(text, sentence):
+    with pytest.raises(UserError, match=sentence):
         drawn_from(text, 3, 10)
 
 

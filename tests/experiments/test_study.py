@@ -74,6 +74,16 @@ def test_a_summary_counts_seeds_and_pairs_them():
     assert "| `b` | 0.50 [0.25, 0.75] |" in markdown(found) and "| 1 of 2 | 12.50% |" in markdown(found)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_no_arm_is_trained_where_another_is_refused(tmp_path, separate):
+    config = reuse.get_config()
+    config.rollout.lag = 1
+    arms = Arm("cispo"), Arm("cispo", settings=(("rollout.in_flight", 2),))
+    with pytest.raises(UserError, match="rollout.lag"):
+        train(config, arms, tmp_path / "study", range(1), separate=separate)
+    assert not (tmp_path / "study").exists()
+
+
 def test_arms_with_settings_are_compared_with_their_loss_without():
     up, down = [0.5] + [0.75] * 12, [0.5] + [0.25] * 12
 
