@@ -22,6 +22,7 @@ import numpy as np
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import Params, init_params
 from dppo_jax.types import PromptBatch
+from experiments.benchmark import ours
 from experiments.benchmark.processor import processor
 from experiments.compile_for_tpu import lengths
 from experiments.run import checks, cli
@@ -34,14 +35,7 @@ from experiments.trace import model_config
 def copy_rate() -> float:
     """Bytes that this device reads and writes in a second of copying a large array; the best of five."""
     x = jnp.ones((2**28 if jax.default_backend() == "cpu" else 2**32) // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(copy(x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(seconds)
+    return 2 * x.nbytes / ours.seconds(jax.jit(lambda x: x + 1), x)
 
 
 def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmark import worker, workloads
@@ -289,10 +290,23 @@ def head_memory(full: bool, vocabulary: int = 151_936, tokens: int = 2048, width
     return run
 
 
-def machine() -> worker.Run:
-    """The rates of this machine: products of square matrices, and reading an array; larger ones on an accelerator."""
+def seconds(f: Callable[..., Any], *arguments: Any) -> float:
+    """What one call takes, the best of five after one that compiles."""
     import time
 
+    import jax
+
+    jax.block_until_ready(f(*arguments))
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*arguments))
+        durations.append(time.perf_counter() - start)
+    return min(durations)
+
+
+def machine() -> worker.Run:
+    """The rates of this machine: products of square matrices, and reading an array; larger ones on an accelerator."""
     import jax
     import jax.numpy as jnp
 
@@ -300,15 +314,6 @@ def machine() -> worker.Run:
     size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
     a, big = jnp.ones((size, size), dtype), jnp.ones(2**26 if on_cpu else 2**30)
     product, read = jax.jit(lambda a: a @ a), jax.jit(lambda x: jnp.max(x.reshape(64, -1), axis=1))
-
-    def seconds(f, x) -> float:
-        jax.block_until_ready(f(x))
-        durations = []
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready(f(x))
-            durations.append(time.perf_counter() - start)
-        return min(durations)
 
     def run() -> worker.Json:
         return {

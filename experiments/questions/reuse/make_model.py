@@ -159,9 +159,9 @@ def main() -> None:
     arguments = parser.parse_args()
     task = Task(arguments.spellings, arguments.tail, arguments.steps)
 
-    few = TASK._replace(steps=task.steps)
-    params = pretrain(UPDATES, few, seed=0)
-    if task != few:
+    eight_spellings = TASK._replace(steps=task.steps)
+    params = pretrain(UPDATES, eight_spellings, seed=0)
+    if task != eight_spellings:
         params = pretrain(MORE_UPDATES, task, seed=0, start=widened(params, task))
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):
         score = accuracy(make_answer(temperature, task), params, seed=FRESH_SEED, count=4096, task=task)
