@@ -24,7 +24,7 @@ def data_section(**changes) -> ConfigDict:
     data.columns = ConfigDict()  # jsonl, parquet; a.b is b of a
     data.columns.prompt = ""  # the column that holds the prompt; "": recognised
     data.columns.answer = ""  # the column that holds the answer; "": recognised
-    data.answer_from = ""  # the answer's part of its column: "" recognised | #### what follows | boxed | regular expression
+    data.answer_from = ""  # what of it is the answer: "" recognised | #### (what follows) | boxed | regular expression
     data.bad_label = "error"  # a row whose label the verifier could never accept: error | drop
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
     data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym

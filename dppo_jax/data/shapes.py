@@ -133,8 +133,9 @@ def _first(rows: Sequence[tuple[str, Any]], row: Mapping[str, Any], reading: Rea
 
 
 def _most(rows: Sequence[tuple[str, Any]], shape: Shape) -> bool:
-    """Whether most of the answers hold what the shape cuts out."""
-    answers = [find(row, shape.answer) for _, row in rows if isinstance(row, dict)]
+    """Whether most of the rows that have the shape's columns hold what it cuts out."""
+    of_shape = [row for _, row in rows if isinstance(row, dict) and any(name in row for name in shape.prompt)]
+    answers = [find(row, shape.answer) for row in of_shape]
     return 2 * sum(isinstance(text, str) and cut(text, shape.cut) is not None for text in answers) > len(answers)
 
 

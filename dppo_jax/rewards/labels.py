@@ -21,7 +21,8 @@ FINDINGS = {
     "unequal": "is not equal to itself as math-verify reads it; write it another way, or set another verifier",
 }
 _GROWS = re.compile(r"[\^!]|\*\*|\\(?:d?binom|sum|prod|int|exp)")  # what may be short to write and long to work out
-_TAME = re.compile(r"(?<![\w.)}\^])((?:\d{1,3})?[a-zA-Z]|\d{1,3})\^(?:\{-?\d{1,2}\}|\d(?!\d))(?!\s*\^)")  # of a letter or a number
+# A power of a letter or a small number, and a fraction over what is no sum: their digits make no difference.
+_TAME = re.compile(r"(?<![\w.)}\^])((?:\d{1,3})?[a-zA-Z]|\d{1,3})\^(?:\{-?\d{1,2}\}|\d(?!\d))(?!\s*\^)")
 _FRACTION = re.compile(r"\\[dtc]?frac\{((?:[^{}]|\{[^{}]*\})*)\}\{[^{}+\-\u2212]*\}")  # over what is no sum
 _LONG = re.compile(r"\d{16}")
 _SUM = re.compile(r"[\w)}]\s*[-+\u2212]")

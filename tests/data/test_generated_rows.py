@@ -324,7 +324,7 @@ def check_table(place, array, texts, tokenizer, file):
     expected = texts
     if place == "prompt":
         expected = [t if is_text and t is not REFUSED and t.strip() else REFUSED for t in texts]
-    elif place == "messages":
+    if place == "messages" or (place == "prompt" and not is_text):
         expected = [REFUSED] * 3
         if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type) and "role" in str(kind):
             expected = [tuple(v) if conversation(v) else REFUSED for v in array.to_pylist()]
@@ -336,6 +336,7 @@ def check_table(place, array, texts, tokenizer, file):
         check_sentence(found, file, bad[0] if bad and "cannot be read" not in found else None)
         if not bad:  # what the tokenizer has no token for, or a column that neither Python nor a text can hold
             known = {"prompt": "has no token", "messages": "set data.chat=True", "source": "column 'source' (list<"}
+            known |= {} if is_text else {"prompt": known["messages"]}
             assert place in known and known[place] in found, (place, kind, found)
         return False
     assert not bad, (place, kind)
