@@ -104,6 +104,7 @@ GOOD: dict[str, list[Any]] = {
     "loss_defaults.dppo_binary_tv.delta_low": [INF, 0.0],
     "mesh.fsdp": [1, -1],
     "compile_cache": ["", "~/somewhere", "/dev/null/x"],
+    "label_cache": ["", "~/somewhere", "/dev/null/x"],
 }
 # Values that a key may or may not take.
 ODD_TEXT = ["", " ", "x" * 5000, "a\nb", "gs://bucket/x", "~nobody_at_all/x", "~", "\0", "cispoo", "ppo_clip", "-1"]
