@@ -14,6 +14,7 @@ from dppo_jax.rewards.worker import Outcome
 
 TIME_LIMIT_S = 10.0  # for one label
 MAX_WORKERS = 8
+LABELS_PER_WORKER = 2000  # math-verify's parser is the faster the more it has read
 FINDINGS = {
     "good": None,
     "killed": "takes math-verify more than {limit:g} seconds, or all its memory; write its value",
@@ -104,7 +105,8 @@ def _read(shapes: list[list[str]]) -> Iterator[tuple[list[str], Outcome]]:
         return
     task = Task("labels", (), reads_itself, isolated=True, worker_imports=("math_verify", __name__))
     workers = max(1, min(MAX_WORKERS, os.cpu_count() or 1, len(shapes)))
-    with Scorer(task, workers=workers, time_limit_s=TIME_LIMIT_S) as scorer:
+    scorer = Scorer(task, workers=workers, time_limit_s=TIME_LIMIT_S, replies_per_worker=LABELS_PER_WORKER)
+    with scorer:
         pending = scorer.submit([""] * len(shapes), [Example("", alike[0]) for alike in shapes])
         yield from zip(shapes, pending.outcomes(), strict=True)
 
