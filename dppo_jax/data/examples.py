@@ -62,15 +62,18 @@ class Task:
 
 @dataclass(frozen=True)
 class AnswerVerifier:
-    """A row of VERIFIERS, on the example's answer; of several the one that the reply does best by."""
+    """A row of VERIFIERS, on the example's answer; of several the first by which the reply is right."""
 
     name: str
 
     def __call__(self, reply: str, example: Example) -> float:
         verify = VERIFIERS[self.name]
-        if not example.also:
-            return verify(reply, example.answer)
-        return max(verify(reply, label) for label in example.labels)
+        score = verify(reply, example.answer)
+        for label in example.also:
+            if score == 1.0:
+                break
+            score = max(score, verify(reply, label))
+        return score
 
 
 def answer_task(
