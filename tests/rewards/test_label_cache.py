@@ -147,3 +147,23 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     found = cache.read()
     assert any(all(key(f"{name} {n} {i}") in found for n in (39,) for i in range(50)) for name in "abc")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("x^{2}-31x+4", "x^{9}-52x+7", True),
+        ("\\frac{3+\\sqrt{2}}{7}", "\\frac{8+\\sqrt{5}}{2}", True),
+        ("\\frac{\\frac{1}{2}+3}{5}", "\\frac{\\frac{4}{7}+8}{6}", True),
+        ("\\frac{1}{5-5}", "\\frac{1}{5-4}", False),  # one of them is no number
+        ("1/(5-5)", "1/(5-4)", False),
+        ("\\frac{1}{5}", "\\frac{1}{0}", False),
+        ("9^{9^{9}}", "1^{1^{1}}", False),  # one of them takes all the memory
+        ("9^9^9", "1^1^1", False),
+        ("(9^{99})^{99}", "(1^{11})^{11}", False),
+        ("9^{999}", "1^{111}", False),
+        ("99!", "11!", False),
+    ],
+)
+def test_labels_that_differ_in_digits_are_read_once_where_digits_make_no_difference(one, other, same):
+    assert (labels._shape(one) == labels._shape(other)) is same
