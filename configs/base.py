@@ -20,7 +20,12 @@ def data_section(**changes) -> ConfigDict:
     data = ConfigDict()
     data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet
     data.name = ""  # reasoning_gym: the data set's name
-    data.path = ""  # jsonl, parquet: the file; rows of {prompt or messages, answer}
+    data.path = ""  # jsonl, parquet: a file, a folder of them, or a pattern; rows of a published shape (docs/data.md)
+    data.columns = ConfigDict()  # jsonl, parquet; a.b is b of a
+    data.columns.prompt = ""  # the column that holds the prompt; "": recognised
+    data.columns.answer = ""  # the column that holds the answer; "": recognised
+    data.answer_from = ""  # what of it is the answer: "" recognised | #### (what follows) | boxed | regular expression
+    data.bad_label = "error"  # a row whose label the verifier could never accept: error | drop
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
     data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
     data.seed = 1  # reasoning_gym: generates the examples
@@ -32,7 +37,10 @@ def data_section(**changes) -> ConfigDict:
     data.too_long = "error"  # a longer prompt: error | skip
     data.settings.unlock()
     for key, value in changes.items():
-        data[key] = value
+        if key == "columns":
+            data.columns.update(value)
+        else:
+            data[key] = value
     return data
 
 
@@ -188,6 +196,7 @@ def get_config() -> ConfigDict:
     c.log.tokens = 0  # steps between tables of the tokens most often masked; 0: never
 
     c.compile_cache = "~/.cache/dppo_jax"  # what was compiled is kept here for later runs; "": nowhere
+    c.label_cache = "~/.cache/dppo_jax/labels"  # which labels math_verify can read is kept here; "": nowhere
 
     c.mesh = ConfigDict()  # sizes; their product is the number of devices; -1: what the others leave
     c.mesh.data = 1

@@ -44,8 +44,8 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
         else:
             params = restore_params(checkpoint, laid_out(abstract_params(setup.model), shardings))
         evaluation = Evaluation(Runs([setup]), stack)
-        if is_writer() and evaluation.left_out:
-            print("\n".join(evaluation.left_out), file=sys.stderr)
+        if is_writer() and evaluation.remarks:
+            print("\n".join(evaluation.remarks), file=sys.stderr)
         return evaluation.run(0, params, seed=config.seed)
 
 

@@ -41,8 +41,8 @@ class Probe:
         self.config, self._stack = config, contextlib.ExitStack()
         setup = load_setup(config, self._stack)
         self.stream, self._scorer = load_prompts(setup, config.data, config.rollout.prompts, self._stack)
-        if self.stream.left_out:
-            print(f"data: {self.stream.left_out}", file=sys.stderr)
+        for remark in self.stream.remarks:
+            print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
         self._generate = setup.on_mesh(setup.rollout(topk=topk))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)

@@ -10,6 +10,7 @@ from dppo_jax.rewards.verifiers import VERIFIERS
 LEFT_OUT = {
     "blank": "blank lines",
     "beyond_size": "rows beyond data.size",
+    "bad_label": "rows with a label that the verifier could never accept",
     "skipped": "prompts of more than data.max_prompt_len tokens",
 }
 
@@ -22,6 +23,12 @@ class Example:
     answer: str  # "" where only the data set's own scorer knows what is right
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # file and row, for sentences
+    also: tuple[str, ...] = ()  # further answers, each as right as `answer`
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return self.answer, *self.also
 
 
 class Verify(Protocol):
@@ -35,7 +42,8 @@ class Task:
     """Examples and the verifier of their replies.
 
     `isolated` tasks are scored in worker processes: their verifier may hang or eat memory on what a model writes.
-    `left_out` counts what a file holds and the task does not, by kind: see `LEFT_OUT`.
+    `left_out` counts what a file holds and the task does not, by kind: see `LEFT_OUT`. `duplicates` counts examples
+    whose prompt and answer an earlier one has too. `remarks` are further things that a run says when it begins.
     """
 
     name: str
@@ -44,6 +52,8 @@ class Task:
     isolated: bool
     worker_imports: tuple[str, ...] = ()  # modules that a worker loads before its first time limit starts
     left_out: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    remarks: tuple[str, ...] = ()
 
     def score(self, reply: str, example: Example) -> float:
         """Scores in this process, without a limit; training scores through `rewards.scorer.Scorer`."""
@@ -52,12 +62,18 @@ class Task:
 
 @dataclass(frozen=True)
 class AnswerVerifier:
-    """A row of VERIFIERS, on the example's answer."""
+    """A row of VERIFIERS, on the example's answer; of several the first by which the reply is right."""
 
     name: str
 
     def __call__(self, reply: str, example: Example) -> float:
-        return VERIFIERS[self.name](reply, example.answer)
+        verify = VERIFIERS[self.name]
+        score = verify(reply, example.answer)
+        for label in example.also:
+            if score == 1.0:
+                break
+            score = max(score, verify(reply, label))
+        return score
 
 
 def answer_task(

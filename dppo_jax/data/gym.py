@@ -18,6 +18,7 @@ import numpy as np
 from dppo_jax.data.arithmetic import exact_value
 from dppo_jax.data.examples import Example, Task, answer_task
 from dppo_jax.data.grammar import is_answer
+from dppo_jax.data.shapes import PLAIN, Reading
 from dppo_jax.data.wrong_answers import wrong_answers
 from dppo_jax.errors import UserError, first_line, lookup, nearest
 from dppo_jax.rewards.labels import check_labels
@@ -76,7 +77,14 @@ def _gym_dataset(name: str, settings: str):
 
 
 def load_reasoning_gym(
-    *, name: str | None, path: str | None, settings: dict[str, Any], size: int | None, seed: int, verifier: str
+    *,
+    name: str | None,
+    path: str | None,
+    settings: dict[str, Any],
+    size: int | None,
+    seed: int,
+    verifier: str,
+    reading: Reading = PLAIN,
 ) -> Task:
     """Any reasoning-gym data set, its examples generated from (settings, seed), every label checked."""
     from reasoning_gym.factory import DATASETS
@@ -121,7 +129,7 @@ def load_reasoning_gym(
         verify = GymVerifier(name, arguments)
         return Task(name, examples, verify, isolated=True, worker_imports=("reasoning_gym",))
     labels = [(f"reasoning-gym {name!r}, item {i}", example.answer) for i, example in enumerate(examples)]
-    check_labels(verifier, labels)
+    check_labels(verifier, labels, cache=reading.label_cache)
     return answer_task(name, examples, verifier)
 
 

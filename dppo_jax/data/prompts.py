@@ -215,7 +215,7 @@ class PromptStream:
     @property
     def fingerprint(self) -> str:
         """Of all token ids and gold answers: what a run draws its prompts from and scores by."""
-        answers = (example.answer for example in self.examples)
+        answers = (list(example.labels) if example.also else example.answer for example in self.examples)
         return fingerprints.of_prompts(zip(self._ids, answers, strict=True))
 
     @property
@@ -225,8 +225,15 @@ class PromptStream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """ "examples" of an epoch, and by the kinds of LEFT_OUT what the data holds beside them."""
-        return {"examples": len(self), **dict.fromkeys(LEFT_OUT, 0), **self._task.left_out, "skipped": self.skipped}
+        """ "examples" of an epoch, by the kinds of LEFT_OUT what the data holds beside them, and "duplicates"."""
+        left_out = {**dict.fromkeys(LEFT_OUT, 0), **self._task.left_out, "skipped": self.skipped}
+        return {"examples": len(self), **left_out, "duplicates": self._task.duplicates}
+
+    @property
+    def rows(self) -> int:
+        """What the data holds, unused rows included."""
+        counts = self.counts
+        return sum(counts[kind] for kind in ("examples", *LEFT_OUT))
 
     @property
     def left_out(self) -> str | None:
@@ -234,6 +241,14 @@ class PromptStream:
         counts = self.counts
         parts = [f"{counts[kind]} {description}" for kind, description in LEFT_OUT.items() if counts[kind]]
         return f"{self._task.name}: {counts['examples']} examples; left out: {', '.join(parts)}" if parts else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on how the data is read, what of it is not used, and what stands there twice."""
+        name, duplicates = self._task.name, self._task.duplicates
+        twice = [f"{name}: {duplicates} examples repeat an earlier one's prompt and answer, and are kept"]
+        said = [f"{name}: {remark}" for remark in self._task.remarks]
+        return said + ([self.left_out] if self.left_out else []) + (twice if duplicates else [])
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> tuple[PromptBatch, list[Example]]:
         """The N prompts of a step, counted from 0, as NumPy arrays, and their examples in the same order.

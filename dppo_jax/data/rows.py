@@ -1,8 +1,8 @@
 """Tasks from files of rows: JSONL and parquet."""
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.examples import Example, Task, answer_task
-from dppo_jax.errors import UserError, first_line, nearest
-from dppo_jax.files import parse_json, user_path
-from dppo_jax.rewards.labels import check_labels
-from dppo_jax.rewards.verifiers import VERIFIERS, text_fault
+from dppo_jax.data.messages import read_prompt
+from dppo_jax.data.shapes import OWN, PLAIN, Reading, Shape, cut, cut_fault, fields, recognise, shown
+from dppo_jax.data.shards import shards
+from dppo_jax.errors import UserError, first_line
+from dppo_jax.files import parse_json
+from dppo_jax.rewards.labels import answer_faults, check_labels
+from dppo_jax.rewards.verifiers import VERIFIERS
 
-ROLES = ("system", "user", "assistant", "tool")
-OTHER_ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
-OWN_KEYS = ("prompt", "messages", "answer")
 DEEPEST = 64  # lists and objects inside one another: a row also travels to reward workers
 
 
@@ -36,47 +36,84 @@ class Written(float):
 
 
 def load_jsonl(
-    *, name: str | None, path: str | None, settings: dict[str, Any], size: int | None, seed: int, verifier: str
+    *,
+    name: str | None,
+    path: str | None,
+    settings: dict[str, Any],
+    size: int | None,
+    seed: int,
+    verifier: str,
+    reading: Reading = PLAIN,
 ) -> Task:
-    """One JSON object a line, with prompt or messages, and answer. Blank lines are skipped, but counted as rows.
+    """One JSON object a line, in one of the shapes of `shapes.SHAPES`. Blank lines are skipped, but counted as rows.
 
-    The task's left_out says how many they are, and how many rows come after the first `size`; those are not read.
+    path: a file, a folder of them, or a pattern; see `shards`. The task's left_out says how many lines are blank, and
+    how many rows come after the first `size`; those are not read.
     """
-    file = _rows_file("jsonl", path, settings, verifier)
-    try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte-order mark
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    rows = ((number, _parse(line, f"{file}, row {number}")) for number, line in full[:size])
-    return _rows_task(file, rows, len(full), len(lines) - len(full), size, verifier)
+    files = _files("jsonl", path, settings, verifier)
+    rows: list[tuple[str, Any]] = []
+    count, blank = 0, 0
+    for file in files:
+        try:
+            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte-order mark
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        full = [(f"{file}, row {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not full:
+            raise UserError(f"{file} holds no rows")
+        left = None if size is None else max(0, size - count)
+        rows += [(where, _parse(line, where)) for where, line in full[:left]]
+        count, blank = count + len(full), blank + len(lines) - len(full)
+    return _rows_task(task_name(path, files), rows, count, blank, verifier, reading)
 
 
 def load_parquet(
-    *, name: str | None, path: str | None, settings: dict[str, Any], size: int | None, seed: int, verifier: str
+    *,
+    name: str | None,
+    path: str | None,
+    settings: dict[str, Any],
+    size: int | None,
+    seed: int,
+    verifier: str,
+    reading: Reading = PLAIN,
 ) -> Task:
-    """A parquet table with the columns prompt or messages, and answer. `size` as in `load_jsonl`."""
+    """Parquet tables whose columns have one of the shapes of `shapes.SHAPES`. `path` and `size` as in `load_jsonl`."""
+    files = _files("parquet", path, settings, verifier)
+    rows: list[tuple[str, Any]] = []
+    count = 0
+    for file in files:
+        columns, found = _table(file, None if size is None else max(0, size - count), reading)
+        if not found:
+            raise UserError(f"{file} holds no rows")
+        names = list(columns)
+        rows += [
+            (f"{file}, row {number}", dict(zip(names, values, strict=True)))
+            for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
+        ]
+        count += found
+    return _rows_task(task_name(path, files), rows, count, 0, verifier, reading)
+
+
+def _table(file: Path, size: int | None, reading: Reading) -> tuple[dict[str, list[Any]], int]:
+    """The columns of a file, of its first `size` rows, and how many rows it has."""
     import pyarrow.parquet
 
-    file = _rows_file("parquet", path, settings, verifier)
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
-            table = opened.read()
-        names, count = list(table.column_names), table.num_rows
+            count, names = opened.metadata.num_rows, list(opened.schema_arrow.names)
+            table = opened.read() if size != 0 else None
+            count = count if table is None else table.num_rows
     except Exception as error:  # a damaged file may make the library raise errors of any class
         raise UserError(f"{file} cannot be read as parquet: {first_line(error):.200}") from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{file} has two columns of the name {_shown(twice[0])}")
-    columns = {name: _column(file, name, table.column(name).slice(0, size)) for name in names}
-    rows = (
-        (number, {name: values[number - 1] for name, values in columns.items()})
-        for number in range(1, (count if size is None else min(count, size)) + 1)
-    )
-    return _rows_task(file, rows, count, 0, size, verifier)
+        raise UserError(f"{file} has two columns of the name {shown(twice[0])}")
+    if table is None:
+        return {}, count
+    return {name: _column(file, name, table.column(name).slice(0, size), reading.columns) for name in names}, count
 
 
-def _rows_file(kind: str, path: str | None, settings: dict[str, Any], verifier: str) -> Path:
+def _files(kind: str, path: str | None, settings: dict[str, Any], verifier: str) -> list[Path]:
     if not path:
         raise UserError(f"data.kind={kind!r} needs data.path, a file of rows")
     if settings:
@@ -86,15 +123,14 @@ def _rows_file(kind: str, path: str | None, settings: dict[str, Any], verifier: 
         )
     if verifier == "task":
         raise UserError(f"data.kind={kind!r} has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
-    file = user_path(path, "data.path")
-    try:
-        is_file, is_several = file.is_file(), file.is_dir() or any(mark in str(file) for mark in "*?[,")
-    except OSError:  # a name that is too long
-        is_file = is_several = False
-    if not is_file:
-        hint = "; it names one file: lists, patterns and folders are not read yet" if is_several else ""
-        raise UserError(f"data.path: there is no file {_shown(path, 200)}{hint}")
-    return file
+    return shards(kind, path)
+
+
+def task_name(path: str | None, files: Sequence[Path]) -> str:
+    """What a task is called in sentences: its file, or its folder or pattern and how many files that is."""
+    if len(files) == 1:
+        return files[0].name
+    return f"{Path(path or '.').name} ({len(files)} files)"
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -113,7 +149,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_shown(next(key for key in keys if keys.count(key) > 1))} stands there twice")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands there twice")
     return fields
 
 
@@ -129,8 +165,8 @@ def _check_depth(value: Any, where: str) -> None:
         raise UserError(f"{where}: lists and objects nested more than {DEEPEST} deep")
 
 
-def _column(file: Path, name: str, column: Any) -> list[Any]:
-    """A column's values in Python. What Python cannot hold, such as nanoseconds, is text where no key of ours names it.
+def _column(file: Path, name: str, column: Any, asked: frozenset[str]) -> list[Any]:
+    """A column's values in Python. What Python cannot hold, such as nanoseconds, is text where nothing asks for it.
 
     Raises: UserError naming the row.
     """
@@ -152,12 +188,12 @@ def _column(file: Path, name: str, column: Any) -> list[Any]:
         raise
     except Exception:
         pass
-    if name not in OWN_KEYS:
+    if name not in asked:
         try:
             return column.cast(pyarrow.string()).to_pylist()
         except Exception:
             pass
-    fault, number = f"the column {_shown(name)} ({str(kind):.60}) cannot be read", 0
+    fault, number = f"the column {shown(name)} ({str(kind):.60}) cannot be read", 0
     for number in range(1, len(column) + 1):
         try:
             column[number - 1].as_py()
@@ -167,96 +203,74 @@ def _column(file: Path, name: str, column: Any) -> list[Any]:
 
 
 def _rows_task(
-    file: Path, rows: Iterator[tuple[int, Any]], count: int, blank: int, size: int | None, verifier: str
+    name: str, rows: Sequence[tuple[str, Any]], count: int, blank: int, verifier: str, reading: Reading
 ) -> Task:
-    if not count:
-        raise UserError(f"{file} holds no rows")
-    examples = [_row_example(f"{file}, row {number}", row, verifier) for number, row in rows]
-    check_labels(verifier, [(example.where, example.answer) for example in examples])
-    return answer_task(file.name, examples, verifier, {"blank": blank, "beyond_size": count - len(examples)})
+    """rows: place and values of those that are used. count: how many the source has, blank ones aside."""
+    shape = recognise(rows, reading)
+    found = [_row_example(where, row, shape) for where, row in rows]
+    examples = _with_good_labels(name, found, verifier, reading)
+    left_out = {"blank": blank, "beyond_size": count - len(rows), "bad_label": len(rows) - len(examples)}
+    distinct = {(str(example.prompt), example.labels) for example in examples}
+    several = sum(bool(example.also) for example in examples)
+    remarks = [f"read as {shape}"] if shape.name else []
+    remarks += [f"{several} rows have several labels, any of which is right"] if several else []
+    task = answer_task(name, examples, verifier, left_out)
+    return replace(task, duplicates=len(examples) - len(distinct), remarks=tuple(remarks))
 
 
-def _row_example(where: str, row: Any, verifier: str) -> Example:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with 'prompt' or 'messages' and 'answer', got {_shown(row)}")
-    row = {key: value for key, value in row.items() if value is not None}
-    keys = f"keys: {sorted(row)!s:.200}"
-    if ("prompt" in row) == ("messages" in row):
-        number = "both" if "prompt" in row else "neither"
-        raise UserError(f"{where}: has {number} of 'prompt' and 'messages', of which it needs one; {keys}")
-    if "answer" not in row:
-        raise UserError(f"{where}: has no 'answer'; {keys}")
-    prompt = _text_prompt(where, row["prompt"]) if "prompt" in row else _messages(where, row["messages"])
-    answer = _answer(where, row["answer"])
-    fault = text_fault(verifier, answer)
-    if fault:
-        raise UserError(f"{where}: the answer {_shown(row['answer'])} {fault}")
-    meta = {key: value for key, value in row.items() if key not in OWN_KEYS}
-    return Example(prompt, answer, meta, where)
+def _with_good_labels(
+    name: str, found: Sequence[tuple[Example, str | None]], verifier: str, reading: Reading
+) -> list[Example]:
+    """Of examples and what is wrong with their rows' labels those that the verifier can accept.
+
+    Raises: UserError for the first other one, unless data.bad_label is "drop"; then where none is left.
+    """
+    faults = {example.where: f"{example.where}: {fault}" for example, fault in found if fault}
+    if faults and reading.bad_label == "error":
+        raise UserError(next(iter(faults.values())))
+    examples = [example for example, fault in found if not fault]
+    labels = [(example.where, label) for example in examples for label in example.labels]
+    if reading.bad_label == "error":
+        check_labels(verifier, labels, cache=reading.label_cache)
+        return examples
+    texts = [label for _, label in labels]
+    for (where, label), fault in zip(labels, answer_faults(verifier, texts, cache=reading.label_cache), strict=True):
+        if fault:
+            faults.setdefault(where, f"{where}: the answer {label!r:.200} {fault}")
+    good = [example for example in examples if example.where not in faults]
+    if not good:
+        first = next(faults[example.where] for example, _ in found)
+        raise UserError(f"{name}: all {len(found)} rows have bad labels, so nothing is left; {first}")
+    return good
 
 
-def _text_prompt(where: str, prompt: Any) -> str:
-    if isinstance(prompt, str) and prompt.strip():
-        if prompt.lstrip()[:2] in ("[{", "[ ") and _is_conversation(_read(prompt)):
-            raise UserError(f"{where}: 'prompt' holds messages as JSON text; write them as a list named 'messages'")
-        return prompt
-    if _is_conversation(prompt):
-        raise UserError(f"{where}: 'prompt' holds messages; name it 'messages'")
-    raise UserError(f"{where}: 'prompt' must be text, not {_shown(prompt)}")
+def _row_example(where: str, row: Any, shape: Shape) -> tuple[Example, str | None]:
+    """The example, and why its row holds no label, as the end of a sentence; None where it holds one."""
+    column, prompt, answer = fields(where, row, shape)
+    labels, fault = _labels(where, shape, answer)
+    own = {column, shape.answer, *(OWN.prompt if shape.prompt == OWN.prompt else ())}
+    meta = {key: value for key, value in row.items() if key not in own and value is not None}
+    return Example(read_prompt(where, column, prompt), labels[0], meta, where, labels[1:]), fault
 
 
-def _is_conversation(value: Any) -> bool:
-    value = value if isinstance(value, list | tuple) else [value]
-    return bool(value) and all(isinstance(m, dict) and ({"role", "content"} <= {*m} or "from" in m) for m in value)
+def _labels(where: str, shape: Shape, answer: Any) -> tuple[tuple[str, ...], str | None]:
+    """The label, or all of a list, without repetition; what is wrong with them, as the end of a sentence."""
+    if answer is None or answer == []:
+        return ("",), f"has no {shown(shape.answer)}" if answer is None else f"{shown(shape.answer)} is an empty list"
+    texts = [_answer(where, shape.answer, item) for item in (answer if isinstance(answer, list) else [answer])]
+    labels = [cut(text, shape.cut) for text in texts]
+    if None in labels:
+        text = texts[labels.index(None)]
+        return ("",), f"{shown(shape.answer)}, {shown(text[-80:])}, {cut_fault(shape.cut)}"
+    return tuple(dict.fromkeys(label for label in labels if label is not None)), None
 
 
-def _read(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _messages(where: str, messages: Any) -> tuple[dict[str, str], ...]:
-    """The conversation, which must end where the policy is to answer."""
-    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
-        raise UserError(f"{where}: 'messages' must be a list of role and content texts, not {_shown(messages)}")
-    for number, message in enumerate(messages, start=1):
-        _check_message(f"{where}, message {number}", message)
-    last_role, roles = messages[-1]["role"], [message["role"] for message in messages]
-    if last_role == "assistant":
-        raise UserError(
-            f"{where}: 'messages' end with the assistant's turn, so the prompt would hold the reply; end them with "
-            "the user's"
-        )
-    if "user" not in roles or last_role == "system":
-        raise UserError(f"{where}: 'messages' must end with a user's or a tool's, after a user's, not {_shown(roles)}")
-    return tuple({key: value for key, value in message.items() if value is not None} for message in messages)
-
-
-def _check_message(where: str, message: dict[str, Any]) -> None:
-    role, content = message.get("role"), message.get("content")
-    if role is None and "from" in message:
-        raise UserError(f"{where}: has 'from' and 'value'; name them 'role' and 'content'")
-    if not isinstance(role, str) or content is None:
-        raise UserError(f"{where}: needs texts 'role' and 'content', but is {_shown(message)}")
-    if role not in ROLES:
-        hint = f"; the nearest is {OTHER_ROLES[role]!r}" if role in OTHER_ROLES else nearest(role[:80], ROLES)
-        raise UserError(f"{where}: unknown role {_shown(role)}{hint}")
-    if isinstance(content, list | dict):
-        raise UserError(f"{where}: 'content' must be one text; parts such as {{'type', 'text'}} are not supported")
-    if not isinstance(content, str):
-        raise UserError(f"{where}: 'content' must be text, not {_shown(content)}")
-    if not content.strip():
-        raise UserError(f"{where}: the content of the {role}'s message is empty")
-
-
-def _answer(where: str, answer: Any) -> str:
+def _answer(where: str, column: str, answer: Any) -> str:
     """Text as it is; a whole number without a fraction or an exponent, any other as it is written."""
     if isinstance(answer, str):
         return answer
     if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
-        raise UserError(f"{where}: 'answer' must be text or a number, not {_shown(answer)}")
+        raise UserError(f"{where}: {shown(column)} must be text or a number, not {shown(answer)}")
     if isinstance(answer, int):
         return str(answer)
     text = answer.text if isinstance(answer, Written) else str(answer)
@@ -271,9 +285,3 @@ def _answer(where: str, answer: Any) -> str:
     if exact == exact.to_integral_value():
         return f"{exact.to_integral_value():f}"
     return f"{exact:f}" if isinstance(answer, Decimal) else text
-
-
-def _shown(value: Any, length: int = 80) -> str:
-    """A value inside a sentence: one line, and short."""
-    text = repr(value[:length] if isinstance(value, str) else value)
-    return text if len(text) <= length + 4 else f"{text[:length]}..."

@@ -6,6 +6,7 @@ from typing import Any
 from dppo_jax.data.examples import Example, Task
 from dppo_jax.data.gym import load_reasoning_gym
 from dppo_jax.data.rows import load_jsonl, load_parquet
+from dppo_jax.data.shapes import Reading, check_reading
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.rewards.verifiers import VERIFIERS
 
@@ -25,12 +26,18 @@ def load_task(
     size: int | None = None,
     seed: int = 0,
     verifier: str = "task",
+    columns: Mapping[str, str] | None = None,
+    answer_from: str = "",
+    bad_label: str = "error",
+    label_cache: str = "",
 ) -> Task:
     """Loads a task and checks every label.
 
     kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default GENERATED) and seed;
-    "jsonl" and "parquet" read path and size (at most so many rows, default all).
+    "jsonl" and "parquet" read path (a file, a folder or a pattern), size (at most so many rows, default all), columns
+    ("prompt", "answer"; those that are not named are recognised), answer_from and bad_label.
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
+    label_cache: a folder in which checks of labels are kept for later ("": nowhere).
     """
     if size is not None and size < 1:
         raise UserError(f"data.size must be at least 1, not {size}")
@@ -44,6 +51,14 @@ def load_task(
             )
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
+    reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
+    check_reading(reading)
     return load(
-        name=name, path=path, settings=dict(settings) if settings else {}, size=size, seed=seed, verifier=verifier
+        name=name,
+        path=path,
+        settings=dict(settings) if settings else {},
+        size=size,
+        seed=seed,
+        verifier=verifier,
+        reading=reading,
     )

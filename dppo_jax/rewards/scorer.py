@@ -76,11 +76,20 @@ class Scorer:
 
     An isolated task is scored by worker processes, each reply within time_limit_s (seconds) and memory_limit_mib
     (MiB beyond what a worker starts with; enforced on Linux), closed in as `sandbox` says. A worker over a limit is
-    killed and replaced; one whose verifier failed is replaced too, and every one after REPLIES_PER_WORKER replies.
+    killed and replaced; one whose verifier failed is replaced too, and every one after replies_per_worker replies,
+    REPLIES_PER_WORKER where nothing is given.
     Other tasks are scored in one thread of this process, without limits. Close it, or use it in a `with`.
     """
 
-    def __init__(self, task: Task, *, workers: int, time_limit_s: float, memory_limit_mib: int = 1024):
+    def __init__(
+        self,
+        task: Task,
+        *,
+        workers: int,
+        time_limit_s: float,
+        memory_limit_mib: int = 1024,
+        replies_per_worker: int | None = None,
+    ):
         if workers < 1:
             raise UserError(f"reward.workers must be at least 1, not {workers}")
         if not 0 < time_limit_s <= MAX_TIME_LIMIT_S:
@@ -94,6 +103,7 @@ class Scorer:
         self._verify, self._time_limit_s, self._scored = task.verify, time_limit_s, 0
         self._thread = None if task.isolated else ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._imports, self._workers, self._memory = (worker.__name__, *task.worker_imports), workers, memory_limit_mib
+        self._replies_per_worker = REPLIES_PER_WORKER if replies_per_worker is None else replies_per_worker
         self._pool: ProcessPool | None = None
         if task.isolated:
             pickle.dumps(task.verify)  # what cannot travel to a worker fails here
@@ -105,7 +115,7 @@ class Scorer:
         context.set_forkserver_preload(sorted(_preload))
         pool = ProcessPool(
             max_workers=self._workers,
-            max_tasks=worker.Replies(REPLIES_PER_WORKER),
+            max_tasks=worker.Replies(self._replies_per_worker),
             initializer=worker.start,
             initargs=(self._imports, self._memory * 2**20),
             context=context,

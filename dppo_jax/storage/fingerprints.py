@@ -30,7 +30,7 @@ def of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def of_prompts(prompts: Iterable[tuple[list[int], str]]) -> str:
+def of_prompts(prompts: Iterable[tuple[list[int], str | list[str]]]) -> str:
     """Of token ids and gold answers, in their order."""
     digest = hashlib.sha256()
     for ids, answer in prompts:

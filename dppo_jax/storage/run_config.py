@@ -18,7 +18,7 @@ NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
 MAY_CHANGE = (
     "steps", "train.staleness", "train.micro_rows", "rollout.slots", "rollout.cache", "rollout.pages",
-    "compile_cache", "checkpoint.*", "log.*",
+    "compile_cache", "label_cache", "checkpoint.*", "log.*",
 )  # fmt: skip
 
 

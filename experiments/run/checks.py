@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.chat import check_date
 from dppo_jax.data.prompts import TOO_LONG
+from dppo_jax.data.shapes import Reading, check_reading
 from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
@@ -95,7 +97,8 @@ def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
     for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in data_sections(c))):
         user_path(value(c, key), key)
-    check_path(c.compile_cache, "compile_cache")  # `keep_compiled` only warns of other faults
+    for key in ("compile_cache", "label_cache"):
+        check_path(value(c, key), key)  # of other faults those who use it only warn
 
 
 def _check_data(c: ConfigDict) -> None:
@@ -105,8 +108,9 @@ def _check_data(c: ConfigDict) -> None:
         lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
         try:
             check_date(data.date)
+            check_reading(Reading(answer_from=data.answer_from, bad_label=data.bad_label))
         except UserError as error:
-            raise UserError(str(error).replace("data.date", f"{name}.date")) from None
+            raise UserError(re.sub(r"\bdata\.(?=date|answer_from|bad_label)", f"{name}.", str(error))) from None
         if "{prompt}" not in data.template:
             raise UserError(f"{name}.template must hold '{{prompt}}', but is {shown(data.template)}")
         if data.kind != "reasoning_gym" and data.settings:
@@ -114,6 +118,14 @@ def _check_data(c: ConfigDict) -> None:
                 f"{name}.kind = {data.kind!r} takes no {name}.settings, but has {', '.join(map(str, data.settings))}; "
                 f"clear them: --config.{name}.settings={{}}"
             )
+        of_rows = {**{f"columns.{key}": named for key, named in data.columns.items()}, "answer_from": data.answer_from}
+        of_rows["bad_label"] = "" if data.bad_label == "error" else data.bad_label
+        for key, named in of_rows.items():
+            if data.kind == "reasoning_gym" and named:
+                raise UserError(
+                    f"{name}.kind = 'reasoning_gym' has no rows for {name}.{key} = {shown(named)}; clear it: "
+                    f"--config.{name}.{key}={'error' if key == 'bad_label' else ''}"
+                )
         if data.kind == "reasoning_gym" and data.path:
             raise UserError(
                 f"{name}.kind = 'reasoning_gym' generates its examples, but {name}.path = {shown(data.path)}; clear "

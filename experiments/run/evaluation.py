@@ -34,10 +34,9 @@ class Evaluation:
         return {f"eval.sets.{name}": stream for name, (stream, _) in self._sets.items()}
 
     @property
-    def left_out(self) -> list[str]:
-        """A sentence for every set that does not use all of its data."""
-        sentences = {name: stream.left_out for name, (stream, _) in self._sets.items()}
-        return [f"eval.sets.{name}: {sentence}" for name, sentence in sentences.items() if sentence]
+    def remarks(self) -> list[str]:
+        """Sentences on how the data of every set is read, and what of it is not used."""
+        return [f"eval.sets.{name}: {said}" for name, (stream, _) in self._sets.items() for said in stream.remarks]
 
     @property
     def counts(self) -> dict[str, float]:

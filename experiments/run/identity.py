@@ -21,7 +21,7 @@ from experiments.run.setup import Setup
 # May change where fingerprints say that the same is there.
 PLACES = ("policy.path", "data.path", "eval.sets.*.path")
 # What each host may have of its own.
-OF_A_HOST = ("compile_cache", "policy.path", "data.path", "eval.sets.*.path")
+OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path")
 
 
 class Identity(NamedTuple):
@@ -47,7 +47,7 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
         fingerprints.of_weights(setup.directory),
         fingerprints.of_text(repr((setup.model, ends, vocabulary))),
         {section: stream.fingerprint for section, stream in streams.items()},
-        {section: sum(stream.counts.values()) for section, stream in streams.items()},
+        {section: stream.rows for section, stream in streams.items()},
     )
 
 
@@ -121,7 +121,7 @@ def _with_new_keys(before: dict[str, Any], now: Identity) -> dict[str, Any]:
     defaults, after = flatten(plain(base.get_config().to_dict())), flatten(now.config)
     filled = dict(before)
     for key in after.keys() - before.keys():
-        general = f"data.{key.rpartition('.')[2]}" if key.startswith("eval.sets.") else key
+        general = f"data.{key.split('.', 3)[-1]}" if key.startswith("eval.sets.") else key
         if general in defaults and after[key] == defaults[general]:
             filled[key] = after[key]
     for key, value in before.items():

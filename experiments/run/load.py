@@ -71,6 +71,10 @@ def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitSt
         size=data.size,
         seed=data.seed,
         verifier=data.verifier,
+        columns=data.columns.to_dict(),
+        answer_from=data.answer_from,
+        bad_label=data.bad_label,
+        label_cache=c.label_cache,
     )
     stream = PromptStream(
         task,

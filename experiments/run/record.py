@@ -53,9 +53,9 @@ def run_folder(path: Path, setup: Setup, stream: PromptStream, evaluation: Evalu
     """Of a run on these prompts. UserError where another host has other weights or data: all hosts must call this."""
     own = identity(setup, {"data": stream, **evaluation.streams})
     same_everywhere(own)
-    left_out = [f"data: {stream.left_out}"] if stream.left_out else []
+    of_data = [f"data: {remark}" for remark in stream.remarks]
     counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()}
-    remarks = [*checks.remarks(setup.config), *left_out, *evaluation.left_out]
+    remarks = [*checks.remarks(setup.config), *of_data, *evaluation.remarks]
     return RunFolder(path, own, remarks, counts | evaluation.counts)
 
 

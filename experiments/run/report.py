@@ -43,7 +43,7 @@ class Report:
         stride = max(1, len(answers) // max(1, self._cadence.transcripts))  # from as many prompts as it can
         shown = sorted(answers)[::stride][: self._cadence.transcripts]
         transcripts = [
-            Transcript(_text(example.prompt), reply, float(rewards[row]), example.answer)
+            Transcript(_text(example.prompt), reply, float(rewards[row]), " or ".join(example.labels))
             for row, (example, reply) in ((row, answers[row]) for row in shown)
         ]
         self._step_results = (step, scalars, histograms, transcripts)

@@ -108,13 +108,25 @@ def reading(line: bytes):
         return REFUSED
     if isinstance(answer, Number):
         answer = number(answer)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = number(answer[0]) if isinstance(answer[0], Number) else answer[0]
     if not isinstance(answer, str) or not answer.strip():
         return REFUSED
-    if messages is not None:
+    if messages is not None or isinstance(prompt, list):
+        messages = joined(prompt if messages is None else messages)
         found = conversation(messages)
         return (tuple({k: v for k, v in m.items() if v is not None} for m in messages), answer) if found else REFUSED
     good = isinstance(prompt, str) and not isinstance(prompt, Number) and prompt.strip()
     return (prompt, answer) if good else REFUSED
+
+
+def joined(messages):
+    """Their parts of text as one text."""
+    for m in messages if isinstance(messages, list) else ():
+        if isinstance(m, dict) and isinstance(m.get("content"), list) and m["content"]:
+            m["content"] = "".join(part["text"] for part in m["content"])
+    return messages
+
 
 
 def conversation(messages):
@@ -208,7 +220,10 @@ def check_line(line, tokenizer, file, rng, loaded):
     if isinstance(task, tuple):
         task, stream = task
         assert expected is not REFUSED, (line[:200], task.examples[1])
-        assert stream.counts == {"examples": 3, "blank": blank, "beyond_size": 0, "skipped": 0}
+        assert stream.counts == {
+            "examples": 3, "blank": blank, "beyond_size": 0, "bad_label": 0, "skipped": 0,
+            "duplicates": 1 + (expected == ("0+1=", "1")),
+        }  # fmt: skip
         assert (task.examples[1].prompt, task.examples[1].answer) == expected, line[:200]
         (batch, (example, *_)), *_ = [found for found in stream.eval_batches(1) if found[1][0] is task.examples[1]]
         assert tokenizer.decode(batch.tokens[0, batch.mask[0]]) == f"<s>{expected[0]}"
@@ -279,7 +294,9 @@ def columns(rng):
         shown = [str(int(d)) if d == int(d) else f"{d:f}" for d in held]
         found.append((pa.array(held, wide), shown))
     found += [(pa.array([True, False, True]), no), (pa.nulls(3), no), (pa.array([b"5", b"\xff", b""], pa.binary()), no)]
-    found += [(pa.array([b"abc"] * 3, pa.binary(3)), no), (pa.array([["5"]] * 3), no), (pa.array([{"a": "5"}] * 3), no)]
+    found += [(pa.array([["5"], ["7"], ["x"]]), ["5", "7", "x"])]  # one label is a list of one
+    found += [(pa.array([b"abc"] * 3, pa.binary(3)), no), (pa.array([[["5"]]] * 3), no)]
+    found += [(pa.array([{"a": "5"}] * 3), no)]
     found += [(pa.array([[{"a": 1}]] * 3), no), (pa.array([[("k", "v")]] * 3, pa.map_(pa.string(), pa.string())), no)]
     found += [(pa.array([1, 10**12 + 1, 7], pa.timestamp(unit, zone)), no)
               for unit in ("s", "ms", "us", "ns") for zone in (None, "UTC", "Europe/Rome", "+02:00")]  # fmt: skip
@@ -307,7 +324,7 @@ def check_table(place, array, texts, tokenizer, file):
     expected = texts
     if place == "prompt":
         expected = [t if is_text and t is not REFUSED and t.strip() else REFUSED for t in texts]
-    elif place == "messages":
+    if place == "messages" or (place == "prompt" and not is_text):
         expected = [REFUSED] * 3
         if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type) and "role" in str(kind):
             expected = [tuple(v) if conversation(v) else REFUSED for v in array.to_pylist()]
@@ -319,6 +336,7 @@ def check_table(place, array, texts, tokenizer, file):
         check_sentence(found, file, bad[0] if bad and "cannot be read" not in found else None)
         if not bad:  # what the tokenizer has no token for, or a column that neither Python nor a text can hold
             known = {"prompt": "has no token", "messages": "set data.chat=True", "source": "column 'source' (list<"}
+            known |= {} if is_text else {"prompt": known["messages"]}
             assert place in known and known[place] in found, (place, kind, found)
         return False
     assert not bad, (place, kind)

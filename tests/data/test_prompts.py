@@ -130,7 +130,9 @@ def test_what_is_left_out_is_told(tokenizer, tmp_path):
     assert stream(tokenizer, task).left_out == "rows.jsonl: 4 examples; left out: 2 blank lines"
     task = load_task("jsonl", path=str(file), verifier="last_number", size=3)
     found = stream(tokenizer, task, max_prompt_len=8, too_long="skip")
-    assert found.counts == {"examples": 2, "blank": 2, "beyond_size": 1, "skipped": 1}
+    assert found.counts == {
+        "examples": 2, "blank": 2, "beyond_size": 1, "bad_label": 0, "skipped": 1, "duplicates": 1
+    }  # fmt: skip
     assert found.left_out == (
         "rows.jsonl: 2 examples; left out: 2 blank lines, 1 rows beyond data.size, "
         "1 prompts of more than data.max_prompt_len tokens"

@@ -174,9 +174,11 @@ GOOD = '{"prompt": "a", "answer": "1"}'
         ([GOOD, "", '{"prompt": "a", "answer": null}'], "row 3: has no 'answer'"),
         ([GOOD, '{"prompt": "a", "answer": ""}'], "row 2: the answer '' is empty"),
         ([GOOD, '{"prompt": "a", "answer": "five"}'], "row 2: the answer 'five' is not one number"),
-        ([GOOD, '{"prompt": "a", "answer": ["5"]}'], "row 2: 'answer' must be text or a number"),
+        ([GOOD, '{"prompt": "a", "answer": [["5"]]}'], "row 2: 'answer' must be text or a number, not ['5']"),
+        ([GOOD, '{"prompt": "a", "answer": []}'], "row 2: 'answer' is an empty list"),
+        ([GOOD, '{"prompt": "a", "answer": ["5", "b"]}'], "row 2: the answer 'b' is not one number"),
         ([GOOD, '{"prompt": "a", "answer": true}'], "row 2: 'answer' must be text or a number"),
-        (['{"question": "a", "answer": "1"}'], "row 1: has neither of 'prompt' and 'messages'"),
+        (['{"text": "a", "answer": "1"}'], "row 1: has neither of 'prompt' and 'messages'"),
         (['{"prompt": "a", "messages": [], "answer": "1"}'], "row 1: has both of 'prompt' and 'messages'"),
         (['{"prompt": " ", "answer": "1"}'], "row 1: 'prompt' must be text"),
         (['{"messages": [], "answer": "1"}'], "row 1: 'messages' must be a list"),
@@ -213,24 +215,25 @@ TALK = '{"role": "user", "content": "1+1="}'
         (f'"messages": [{TALK}, {{"role": "user", "content": " "}}]', "message 2: the content of the user's"),
         ('"messages": [{"role": "user", "content": null}]', "message 1: needs texts 'role' and 'content'"),
         ('"messages": [{"from": "human", "value": "a"}]', "has 'from' and 'value'; name them 'role' and 'content'"),
-        ('"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]', "'content' must be one text"),
+        ('"messages": [{"role": "user", "content": ["a"]}]', "must be text, or parts of 'type' and 'text', not"),
+        ('"messages": [{"role": "user", "content": [{"type": "image"}]}]', "has a part of type 'image', but only text"),
         ('"messages": [{"role": "user", "content": 5}]', "'content' must be text, not 5"),
         ('"messages": []', "'messages' must be a list of role and content texts, not []"),
         ('"messages": "hello"', "'messages' must be a list of role and content texts, not 'hello'"),
-        (f'"prompt": [{TALK}]', "'prompt' holds messages; name it 'messages'"),
-        (f'"prompt": {TALK}', "'prompt' holds messages; name it 'messages'"),
+        (f'"prompt": {TALK}', "'prompt' holds a message; write a list of them"),
+        (f'"prompt": [{TALK}, {{"role": "assistant", "content": "2"}}]', "'prompt' end with the assistant's turn"),
         (f'"prompt": {json.dumps("[" + TALK + "]")}', "'prompt' holds messages as JSON text"),
-        ('"prompt": ["a"]', "'prompt' must be text, not ['a']"),
+        ('"prompt": ["a"]', "'prompt' must be text, or a list of messages, not ['a']"),
         ('"prompt": "a", "prompt": "b"', "the key 'prompt' stands there twice"),
         ('"prompt": "\\ud800"', "a lone surrogate, \\ud800"),
         (f'"prompt": "a", "x": {"[" * 70 + "]" * 70}', "lists and objects nested more than 64 deep"),
         (f'"prompt": "a", "x": {"[" * 10**5 + "]" * 10**5}', "nested too deeply"),
         (f'"prompt": "a", "x": {"9" * 5000}', "4300 digits"),
-        (f'"prompt": {json.dumps(["x" * 10**6])}', "'prompt' must be text, not ['xxx"),
+        (f'"prompt": {json.dumps(["x" * 10**6])}', "list of messages, not ['xxx"),
         (f'"{"k" * 10**6}": 1', "has neither of 'prompt' and 'messages'"),
         (f'"messages": [{{"role": "{"r" * 10**6}", "content": "a"}}]', "unknown role 'rrr"),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_a_row_that_cannot_be_asked(tmp_path, row, words):
     file = tmp_path / "bad.jsonl"
@@ -326,18 +329,18 @@ def test_all_of_a_file_is_read_unless_size_says_less(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n \n")
     task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match")
     assert [example.answer for example in task.examples] == [str(i) for i in range(7473)]
-    assert task.left_out == {"blank": 2, "beyond_size": 0}
+    assert task.left_out == {"blank": 2, "beyond_size": 0, "bad_label": 0}
     task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match", size=7000)
-    assert (len(task.examples), task.left_out) == (7000, {"blank": 2, "beyond_size": 473})
+    assert (len(task.examples), task.left_out) == (7000, {"blank": 2, "beyond_size": 473, "bad_label": 0})
     table = pyarrow.table({"prompt": ["a"] * 5, "answer": range(5)})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     task = load_task("parquet", path=str(tmp_path / "rows.parquet"), verifier="exact_match", size=2)
-    assert (len(task.examples), task.left_out) == (2, {"blank": 0, "beyond_size": 3})
+    assert (len(task.examples), task.left_out) == (2, {"blank": 0, "beyond_size": 3, "bad_label": 0})
 
 
 def test_a_path_of_several_files_or_of_home(tmp_path, monkeypatch):
-    for path in (str(tmp_path), "a.jsonl,b.jsonl", "part-*.jsonl", "['a.jsonl']"):
-        with pytest.raises(UserError, match="there is no file .*; it names one file: lists, patterns and folders are"):
+    for path in ("a.jsonl,b.jsonl", "part-*.jsonl", "['a.jsonl']"):
+        with pytest.raises(UserError, match="there is no file .*; it names one file, a folder of them, or a pattern"):
             load_task("jsonl", path=path, verifier="exact_match")
     with pytest.raises(UserError, match="data.path = 'gs://b/rows.jsonl': gs:// addresses"):
         load_task("jsonl", path="gs://b/rows.jsonl", verifier="exact_match")
@@ -365,7 +368,7 @@ def test_bad_parquet(tmp_path):
 def test_bad_file_settings(kind, tmp_path):
     for arguments, words in (
         ({"path": str(tmp_path / "none")}, "there is no file"),
-        ({"path": str(tmp_path)}, "there is no file"),
+        ({"path": str(tmp_path)}, f"the folder {str(tmp_path)!r} holds no *.{kind}, and no folder inside does"),
         ({"path": ""}, "needs data.path"),
         ({"path": str(ROWS), "settings": {"min_terms": 2}}, "['min_terms']; clear them: --config.data.settings={}"),
         ({"path": str(ROWS), "verifier": "task"}, "has no scorer of its own"),

@@ -104,6 +104,7 @@ GOOD: dict[str, list[Any]] = {
     "loss_defaults.dppo_binary_tv.delta_low": [INF, 0.0],
     "mesh.fsdp": [1, -1],
     "compile_cache": ["", "~/somewhere", "/dev/null/x"],
+    "label_cache": ["", "~/somewhere", "/dev/null/x"],
 }
 # Values that a key may or may not take.
 ODD_TEXT = ["", " ", "x" * 5000, "a\nb", "gs://bucket/x", "~nobody_at_all/x", "~", "\0", "cispoo", "ppo_clip", "-1"]
@@ -251,6 +252,14 @@ STRUCTURES = {
     ),
     "loss_defaults.cispo.ratio_cap must be a number, not None": ("loss_defaults.cispo", {"ratio_cap": None}),
     "data.settings has a setting 1, which is no name": ("data.settings", {1: 2}),
+    "the config has no key 'data.columns.answer'": ("data.columns", {"prompt": "q"}),
+    "data.columns.prompt must be text, not 3": ("data.columns", {"prompt": 3, "answer": ""}),
+    "data.kind = 'reasoning_gym' has no rows for data.columns.prompt = 'q'; clear it: --config.data.columns.prompt=": (
+        "data.columns",
+        {"prompt": "q", "answer": ""},
+    ),
+    "data.kind = 'reasoning_gym' has no rows for data.answer_from = '####'": ("data.answer_from", "####"),
+    "data.kind = 'reasoning_gym' has no rows for data.bad_label = 'drop'": ("data.bad_label", "drop"),
 }
 
 

@@ -17,7 +17,8 @@ LEFT_OUT = (
     "rows.jsonl: 10 examples; left out: 2 blank lines, 3 rows beyond data.size, "
     "1 prompts of more than data.max_prompt_len tokens"
 )
-COUNTS = {"examples": 10, "blank": 2, "beyond_size": 3, "skipped": 1}
+TWICE = "rows.jsonl: 4 examples repeat an earlier one's prompt and answer, and are kept"
+COUNTS = {"examples": 10, "blank": 2, "beyond_size": 3, "bad_label": 0, "skipped": 1, "duplicates": 4}
 SAMPLES, STEPS, REPLIES = 2, 2, 32
 
 
@@ -67,6 +68,7 @@ def test_a_run_and_its_evaluation(tmp_path_factory, tmp_path, rows, verifier, mo
     done = run(c, tmp_path / "run")
     said, scalars = done.said.splitlines(), read_scalars(done.folder)
     assert f"data: {LEFT_OUT}" in said and f"eval.sets.sums: {LEFT_OUT}" in said
+    assert f"data: {TWICE}" in said and f"eval.sets.sums: {TWICE}" in said
     for kind, count in COUNTS.items():
         for section in ("data", "eval/sums"):
             steps, values = scalars[f"{section}/{kind}"]

@@ -135,6 +135,7 @@ def small_config(folder: Path, **changes) -> ConfigDict:
         "log.histograms": 2,
         "log.samples": 2,
         "compile_cache": "",  # what a test compiles is no later run's
+        "label_cache": "",
     } | {name.replace("__", "."): value for name, value in changes.items()}
     for name, value in numbers.items():
         section, _, key = name.rpartition(".")

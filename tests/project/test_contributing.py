@@ -56,15 +56,22 @@ VERIFIER = '''def contains(reply: str, answer: str) -> float:
 SOURCE = '''
 
 def load_csv(
-    *, name: str | None, path: str | None, settings: dict[str, Any], size: int | None, seed: int, verifier: str
+    *,
+    name: str | None,
+    path: str | None,
+    settings: dict[str, Any],
+    size: int | None,
+    seed: int,
+    verifier: str,
+    reading: Reading,
 ) -> Task:
     """A table with the columns prompt and answer."""
     import csv
 
-    file = _rows_file("csv", path, settings, verifier)
+    (file,) = _files("csv", path, settings, verifier)
     full = list(enumerate(csv.DictReader(file.read_text(encoding="utf-8").splitlines()), start=1))
-    rows = ((number, {key: value or None for key, value in row.items()}) for number, row in full[:size])
-    return _rows_task(file, rows, len(full), 0, size, verifier)
+    rows = [(f"{file}, row {n}", {key: value or None for key, value in row.items()}) for n, row in full[:size]]
+    return _rows_task(file.name, rows, len(full), 0, verifier, reading)
 '''
 METHOD = '''    "mine": Method(
         "Mine", "M min(r, C) A", "|log r| > 0.5", "ours", "",
@@ -96,6 +103,7 @@ EDITS = {
         Edit("dppo_jax/data/tasks.py", "TASKS", "from dppo_jax.data.rows import load_csv  # noqa: E402\n\n", "before"),
         Edit("dppo_jax/data/tasks.py", "TASKS", '"csv": load_csv, '),
     ],
+    "A shape of rows": [Edit("dppo_jax/data/shapes.py", "SHAPES", '    Shape("Mine", ("ask",), "gold.text"),\n')],
     "A model family": [
         Edit("dppo_jax/models/config.py", "ARCHITECTURES", '    "MistralForCausalLM": "mistral",\n'),
         Edit("dppo_jax/models/config.py", "DEFAULTS", MISTRAL),
@@ -110,6 +118,7 @@ OPENS = {  # the line after which a row goes in, where it is not `NAME... = {`
     "loss_defaults": r"^    c\.loss_defaults = ConfigDict\(\n +\{\n",
     "trust_region_metrics": r"^def trust_region_metrics\((?:.|\n)*?\n    sums = \{\n",
     "TASKS": r"^TASKS = \{",
+    "SHAPES": r"^SHAPES = \(\n",
 }
 
 # What is asked of the edited copy, in one process of its own.
@@ -184,6 +193,10 @@ found["A data source"] = [
     refusal(lambda: load(bad)),
 ]
 
+rows.write_text('{"ask": "1+1=", "gold": {"text": 2}}\\n')
+task = load_task("jsonl", path=str(rows), verifier="last_number")
+found["A shape of rows"] = [task.examples[0].prompt, task.examples[0].answer, *task.remarks]
+
 shutil.copytree(golden / "llama", here / "mistral")
 fields = json.loads((golden / "llama" / "config.json").read_text())
 fields |= dict(architectures=["MistralForCausalLM"], model_type="mistral")
@@ -212,9 +225,10 @@ WORKS = {
     "A verifier": [[1.0, 0.0], {"killed": 0, "failed": 0, "refused": 0}],
     "A data source": [
         [["1+1=", "2"], ["2+1=", "3"]],
-        {"blank": 0, "beyond_size": 1},
-        "bad.csv, row 2: has no 'answer'; keys: ['prompt']",
+        {"blank": 0, "beyond_size": 1, "bad_label": 0},
+        "bad.csv, row 2: has no 'answer'",
     ],
+    "A shape of rows": ["1+1=", "2", "read as Mine (prompt: ask; answer: gold.text)"],
     "A model family": ["mistral", True],
     "A metric": [0.5, True],
     "A method": [
@@ -265,7 +279,7 @@ def found(tmp_path_factory) -> dict[str, list]:
     return json.loads(done.stdout.replace(f"{work}/", ""))
 
 
-def test_there_are_lists_of_the_seven_things():
+def test_there_are_lists_of_the_eight_things():
     assert list(LISTS) == list(EDITS) == list(WORKS)
 
 
