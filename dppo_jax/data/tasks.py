@@ -5,6 +5,7 @@ from typing import Any
 
 from dppo_jax.data.examples import Example, Task
 from dppo_jax.data.gym import load_reasoning_gym
+from dppo_jax.data.hub import load_hub
 from dppo_jax.data.rows import load_jsonl, load_parquet
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.rewards.verifiers import VERIFIERS
@@ -13,7 +14,7 @@ __all__ = ["TASKS", "Example", "Task", "load_task"]
 
 MOST_GENERATED = 1_000_000
 GENERATED = 2000  # examples of a reasoning-gym data set, where no size is given
-TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet}
+TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet, "hub": load_hub}
 
 
 def load_task(
@@ -22,6 +23,9 @@ def load_task(
     name: str | None = None,
     path: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    subset: str = "",
+    split: str = "train",
+    revision: str = "",
     size: int | None = None,
     seed: int = 0,
     verifier: str = "task",
@@ -29,7 +33,8 @@ def load_task(
     """Loads a task and checks every label.
 
     kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default GENERATED) and seed;
-    "jsonl" and "parquet" read path and size (at most so many rows, default all).
+    "jsonl" and "parquet" read path and size (at most so many rows, default all); "hub" reads name, subset, split,
+    revision (see `storage.hub`) and size.
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
     """
     if size is not None and size < 1:
@@ -44,6 +49,13 @@ def load_task(
             )
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
+    where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
     return load(
-        name=name, path=path, settings=dict(settings) if settings else {}, size=size, seed=seed, verifier=verifier
+        name=name,
+        path=path,
+        settings=dict(settings) if settings else {},
+        size=size,
+        seed=seed,
+        verifier=verifier,
+        **where,
     )

@@ -1,5 +1,5 @@
-"""Models and data sets of the Hugging Face hub by name: which of their files, at which commit, fetched into the cache of
-huggingface_hub.
+"""Models and data sets of the Hugging Face hub by name: which of their files, at which commit, fetched into the cache
+of huggingface_hub.
 
 Only what is read is fetched: no code, no pickles. What the cache holds of a commit is not asked for again, so that a
 second run needs no network. HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT act as in huggingface_hub.
@@ -106,8 +106,8 @@ def dataset_files(name: str, subset: str = "", split: str = "train", revision: s
 
 
 def select(paths: Sequence[str], configs: Any, subset: str, split: str, name: str) -> list[str]:
-    """Of a data set's paths those of a subset's split, in order; `configs` are those in the head of its README.md, which
-    say what is where, or else the paths' own names do. UserError."""
+    """Of a data set's paths those of a subset's split, in order. `configs`, of the head of its README.md, say what is
+    where; without them the paths do. UserError."""
     rows = _rows(paths, name)
     subsets, default = _of_card(configs, rows) if configs else (_by_names(rows), "")
     if not subset:
@@ -122,8 +122,8 @@ def select(paths: Sequence[str], configs: Any, subset: str, split: str, name: st
         raise UserError(f"the subset {subset!r} of {name!r} has no split {split!r}{nearest(split, splits)}")
     if not splits[split]:
         raise UserError(
-            f"README.md of {name!r} names files for the split {split!r} of {subset!r} of which none is there as parquet "
-            f"or JSONL; there are {_some(paths)}"
+            f"README.md of {name!r} names files for the split {split!r} of {subset!r} of which none is there as "
+            f"parquet or JSONL; there are {_some(paths)}"
         )
     return splits[split]
 
@@ -244,10 +244,9 @@ class _Repository:
             file = self._cached(path)
             if file is None:
                 raise UserError(f"the {_KINDS[self.kind]} {self.name!r} on the hub has no {path}")
-            if file.stat().st_size != self.sizes[path]:
+            if (size := file.stat().st_size) != self.sizes[path]:
                 raise UserError(
-                    f"{file} has {file.stat().st_size:,} bytes, and on the hub {self.sizes[path]:,}: delete it, and it is "
-                    "fetched again"
+                    f"{file} has {size:,} bytes, and on the hub {self.sizes[path]:,}: delete it, and it is fetched again"
                 )
             files.append(file)
         return files
@@ -298,8 +297,8 @@ def _sentence(error: Exception, what: str, name: str, revision: str) -> str:
         return f"{hub} does not know the token that {what} was asked for with: set HF_TOKEN to another, or unset it"
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return (
-            f"{hub} shows no {what.removeprefix('the ')}: the name may be wrong, or it is private, and HF_TOKEN must be "
-            "a token that may read it"
+            f"{hub} shows no {what.removeprefix('the ')}: the name may be wrong, or it is private, and HF_TOKEN must "
+            "be a token that may read it"
         )
     if "Consistency check failed" in str(error):
         return f"{what} was not fetched whole ({first_line(error):.200}): start again, and what is whole is kept"

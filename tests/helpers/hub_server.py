@@ -35,7 +35,8 @@ class HubServer:
         self.commits: dict[tuple[str, str], dict[str, Files]] = {}
         self.refs: dict[tuple[str, str], dict[str, str]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -109,7 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(content, etag=_oid(content), commit=commit, short=path in self.hub.short)
         digest = hashlib.sha256(content).hexdigest()
         self.send_response(302)
-        self.send_header("Location", f"http://localhost:{self.server.server_port}/large/{digest}{'-short' if path in self.hub.short else ''}")
+        short = "-short" if path in self.hub.short else ""
+        self.send_header("Location", f"http://localhost:{self.hub.port}/large/{digest}{short}")  # on another host
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("X-Linked-ETag", f'"{digest}"')
