@@ -246,7 +246,7 @@ class _Repository:
                 raise UserError(f"the {_KINDS[self.kind]} {self.name!r} on the hub has no {path}")
             if (size := file.stat().st_size) != self.sizes[path]:
                 raise UserError(
-                    f"{file} has {size:,} bytes, and on the hub {self.sizes[path]:,}: delete it, and it is fetched again"
+                    f"{file} has {size:,} bytes, and on the hub {self.sizes[path]:,}: delete it; it is fetched again"
                 )
             files.append(file)
         return files

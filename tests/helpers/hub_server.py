@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -14,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pyarrow
+import pyarrow.parquet
 
 LARGE = (".safetensors", ".parquet", ".bin")  # stored beside git, and reached by a redirect
 PLURALS = {"models": "model", "datasets": "dataset"}
@@ -166,3 +170,11 @@ def _tree(files: Files) -> list[dict[str, Any]]:
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
         tree.append(entry)
     return tree
+
+
+def parquet(*answers: int) -> bytes:
+    """A file of one question for each answer."""
+    rows = [{"prompt": f"{answer}+0=", "answer": str(answer)} for answer in answers]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
