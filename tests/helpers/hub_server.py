@@ -92,7 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind = PLURALS.get(parts[0], "model")
         parts = parts[1:] if parts[0] in PLURALS else parts
         name, (verb, revision, *inside) = "/".join(parts[:2]), [*parts[2:], "", ""][: max(2, len(parts) - 2)]
-        token = self.headers.get("Authorization") == "Bearer good"
+        given = self.headers.get("Authorization")
+        token = given == "Bearer good"
+        if given and not token:
+            return self._refuse(401, "", "Invalid credentials in Authorization header")
         repository = (kind, name)
         if repository not in self.hub.commits or (name in self.hub.private and not token):
             return self._refuse(404 if token else 401, "RepoNotFound" if token else "", "Invalid username or password.")

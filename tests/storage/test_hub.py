@@ -76,6 +76,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server, tmp_path):
         (None, {}, "shows no model 'acme/it': the name may be wrong, or it is private, and HF_TOKEN must be"),
         (TINY, {"private": {"acme/it"}}, "shows no model 'acme/it': the name may be wrong"),
         (TINY, {"gated": {"acme/it"}}, "the model 'acme/it' is gated: accept its terms on http://127"),
+        (TINY, {"token": "bad"}, "does not know the token that the model 'acme/it' was asked for with: set HF_TOKEN"),
         (TINY, {"revision": "v9"}, "the model 'acme/it' on the hub has no revision 'v9': give a branch"),
         (
             {"config.json": b"{}", "pytorch_model.bin": b"x"},
@@ -91,7 +92,8 @@ def test_what_cannot_be_had_is_one_sentence(server, tmp_path, files, change, sen
         server.push("model", "acme/it", files)
     for name, value in change.items():
         setattr(server, name, value)
-    said = call(server, tmp_path, "model_directory", "acme/it", change.get("revision", ""))
+    token = {"HF_TOKEN": change["token"]} if "token" in change else {}
+    said = call(server, tmp_path, "model_directory", "acme/it", change.get("revision", ""), **token)
     assert isinstance(said, str) and sentence in said and "\n" not in said
     if change.keys() & {"private", "gated"}:
         folder, _ = call(server, tmp_path, "model_directory", "acme/it", HF_TOKEN="good")
