@@ -20,6 +20,7 @@ from dppo_jax.files import shown
 
 WEIGHTS, SHARDS = "model.safetensors", "model-*.safetensors"
 BESIDE = ("*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+TEMPLATES = "additional_chat_templates/*.jinja"
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -64,7 +65,7 @@ def commit_of(kind: str, name: str, revision: str = "") -> str:
 
 
 def model_directory(name: str, revision: str = "") -> Model:
-    """A model's safetensors, JSON and tokenizer files, those at the top of its repository.
+    """A model's safetensors, JSON and tokenizer files, those at the top of its repository and further chat templates.
 
     revision: a branch, a tag or a commit; "": the main branch.
     Raises: UserError where it is not there, cannot be read or reached, or has no safetensors.
@@ -77,6 +78,7 @@ def model_directory(name: str, revision: str = "") -> Model:
             f"the model {name!r} on the hub has no model.safetensors, nor shards of it; it has {_some(top)}"
         )
     beside = [path for path in top if any(fnmatchcase(path, pattern) for pattern in BESIDE)]
+    beside += [path for path in repository.sizes if fnmatchcase(path, TEMPLATES)]
     return Model(repository.fetch([*weights, *beside])[0].parent, repository.commit)
 
 

@@ -39,7 +39,7 @@ def run(server: HubServer, home: Path, environment, words: list[str], **more: st
 
 def test_a_run_by_names_records_commits_and_goes_on_with_them_without_the_hub(tmp_path, environment):
     sets = {f"eval.sets.held_out.{key}": value for key, value in HELD_OUT.items()}
-    keys, workdir = NAMES | SMALL | sets, tmp_path / "run"
+    keys, workdir = NAMES | SMALL | sets | {"lora.rank": 2, "checkpoint.export": True}, tmp_path / "run"
     shards = {f"data/train-0000{n}-of-00002.parquet": parquet(n, n + 1) for n in range(2)}
     shards["data/test-00000-of-00001.parquet"] = parquet(4, 5, 6)
     with HubServer() as server:
@@ -52,6 +52,9 @@ def test_a_run_by_names_records_commits_and_goes_on_with_them_without_the_hub(tm
         found = [stored["policy"], stored["data"], stored["eval"]["sets"]["held_out"]]
         assert [section["commit"] for section in found] == [model, data, data]
         assert [section["revision"] for section in found] == ["", "", ""]
+        adapter = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("acme/tiny", model)
+        assert (workdir / "policy" / "tokenizer.json").read_bytes() == TINY["tokenizer.json"]
         # The branches go on, the run does not go with them.
         server.push("model", "acme/tiny", TINY | {"generation_config.json": b"{}"})
         server.push("dataset", "acme/sums", {"data/train-00000-of-00001.parquet": parquet(9)})

@@ -65,9 +65,12 @@ def test_a_model_is_fetched_once_without_code_and_pickles_and_read_offline_after
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(server, tmp_path):
     old = server.push("model", "acme/tiny", TINY, ref="v1")
-    new = server.push("model", "acme/tiny", TINY | {"generation_config.json": b"{}"})
+    template = {"additional_chat_templates/tools.jinja": b"{{ messages }}"}
+    new = server.push("model", "acme/tiny", TINY | template | {"other/tools.jinja": b""})
     commits = [call(server, tmp_path, "model_directory", "acme/tiny", ref)[1] for ref in ("", "main", "v1", old)]
     assert commits == [new, new, old, old]
+    folder = Path(call(server, tmp_path, "model_directory", "acme/tiny")[0])
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jinja")) == list(template)
 
 
 @pytest.mark.parametrize(
