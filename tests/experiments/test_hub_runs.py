@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from configs import quickstart
-from dppo_jax.errors import UserError
-from experiments.run import checks
 from tests.helpers.fixtures import hurried_environment
 from tests.helpers.hub_server import HubServer, parquet
 
@@ -84,32 +81,3 @@ def test_names_that_the_hub_does_not_know_are_one_sentence(tmp_path, environment
         ran = run(server, tmp_path / "hf", environment, command("train", {"policy.path": "acme/tiny"}, "--trace"))
         assert ran.returncode == 0 and "0.3 million parameters" in ran.stdout, ran.stderr
         assert not server.asked_for(".safetensors")
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"kind": "hub", "name": "gsm8k"}, "data.kind = 'hub' needs data.name, such as openai/gsm8k, not 'gsm8k'"),
-        ({"kind": "hub", "name": "o/n", "path": "x"}, "data.kind = 'hub' reads data.name, but data.path = 'x'; clear"),
-        ({"kind": "hub", "name": "o/n", "split": ""}, "data.split is empty: name a split, such as train"),
-        ({"kind": "hub", "name": "o/n", "commit": "abc"}, "data.commit = 'abc' is no commit, of 40 hexadecimal digits"),
-        ({"kind": "jsonl", "subset": "main"}, "data.kind = 'jsonl' takes no data.subset, but has 'main'; clear it"),
-        ({"revision": "v1"}, "data.kind = 'reasoning_gym' takes no data.revision, but has 'v1'; clear it: "),
-    ],
-)
-def test_what_says_nothing_of_the_hub_is_refused(changes, sentence):
-    config = quickstart.get_config()
-    config.data.update(changes)
-    config.data.settings = {} if changes.get("kind") else config.data.settings
-    with pytest.raises(UserError) as refused:
-        checks.check(config)
-    assert sentence in str(refused.value)
-
-
-def test_a_directory_has_no_revision():
-    from experiments.run.setup import model_directory
-
-    config = quickstart.get_config()
-    config.policy.revision = "v1"
-    with pytest.raises(UserError, match="policy.revision = 'v1' is of a model on the hub, and policy.path = "):
-        model_directory(config)
