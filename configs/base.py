@@ -18,10 +18,14 @@ DPPO_KL = ("dppo_binary_kl", "dppo_topk_kl", "dppo_exact_kl", "dppo_binary_kl_pr
 def data_section(**changes) -> ConfigDict:
     """Where prompts and answers come from; the training data and every evaluation set have these keys."""
     data = ConfigDict()
-    data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet
-    data.name = ""  # reasoning_gym: the data set's name
+    data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet | hub
+    data.name = ""  # reasoning_gym: the data set's name; hub: ORG/NAME, a data set of the Hugging Face hub
+    data.subset = ""  # hub: which of the data set's subsets; "": its only one, or its default
+    data.split = "train"  # hub: which of the subset's splits
+    data.revision = ""  # hub: a branch, a tag or a commit; "": the main branch
+    data.commit = ""  # hub: what data.revision was when the run began, which the run itself writes here
     data.path = ""  # jsonl, parquet: a file, a folder of them, or a pattern; rows of a published shape (docs/data.md)
-    data.columns = ConfigDict()  # jsonl, parquet; a.b is b of a
+    data.columns = ConfigDict()  # of rows; a.b is b of a
     data.columns.prompt = ""  # the column that holds the prompt; "": recognised
     data.columns.answer = ""  # the column that holds the answer; "": recognised
     data.answer_from = ""  # what of it is the answer: "" recognised | #### (what follows) | boxed | regular expression
@@ -50,7 +54,9 @@ def get_config() -> ConfigDict:
     c.steps = 100  # rollout batches
 
     c.policy = ConfigDict()
-    c.policy.path = ""  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    c.policy.path = ""  # Hugging Face directory: config.json, *.safetensors, tokenizer; or a model on the hub, ORG/NAME
+    c.policy.revision = ""  # of a model on the hub: a branch, a tag or a commit; "": the main branch
+    c.policy.commit = ""  # what policy.revision was when the run began, which the run itself writes here
     c.policy.shape = ""  # a config.json, for --trace where policy.path is not on this machine
     c.policy.dtype = "float32"  # training forward pass: float32 | bfloat16 (§5); master weights are float32
     c.policy.matmul = "highest"  # float32 products: default (rounded on TPU and GPU) | high | highest

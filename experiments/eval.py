@@ -31,7 +31,10 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     is_hf = (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors*"))
     with contextlib.ExitStack() as stack:
         same_config_everywhere(config)
-        setup = load_setup(config, stack, directory=checkpoint if is_hf else None)
+        run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+        unread = ("data", "policy") if is_hf else ("data",)
+        setup = load_setup(config, stack, begun=run, directory=checkpoint if is_hf else None, unread=unread)
+        config = setup.config
         shardings = named_shardings(setup.mesh, param_axes(setup.model))
         if is_hf:
             params = jax.device_put(load_params(checkpoint)[1], shardings)

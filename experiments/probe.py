@@ -38,8 +38,9 @@ class Probe:
     """A config's policy, data and devices, as training sets them up; `topk`: K, tokens recorded. Use it in a `with`."""
 
     def __init__(self, config: ConfigDict, topk: int = 0):
-        self.config, self._stack = config, contextlib.ExitStack()
+        self._stack = contextlib.ExitStack()
         setup = load_setup(config, self._stack)
+        self.config = config = setup.config
         self.stream, self._scorer = load_prompts(setup, config.data, config.rollout.prompts, self._stack)
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)

@@ -24,6 +24,7 @@ from experiments.run.evaluation import Evaluation
 from experiments.run.export import export
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
+from experiments.run.pins import pinned
 from experiments.run.record import Record, run_folder
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
@@ -85,6 +86,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
     `over`: vmap (runs at once), map (in turns) or auto.
     """
     check(config, runs)
+    config = pinned(config, workdir / runs[0].folder)
     with contextlib.ExitStack() as stack:
         lead = load_setup(config_of(config, runs[0]), stack, on_mesh=False)
         streams = {}

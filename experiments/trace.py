@@ -14,19 +14,28 @@ from dppo_jax.files import read_json_object, user_path
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
+from dppo_jax.storage import hub
 from dppo_jax.train_step import assemble, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
-from experiments.run.setup import Setup
+from experiments.run.setup import Setup, hub_name
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
-    """The model of policy.path or, where that directory is not here, of policy.shape (a config.json)."""
+    """The model of policy.path or, where that directory is not here, of policy.shape (a config.json), or of the
+    config.json on the hub."""
     directory = user_path(config.policy.path, "policy.path")
     if config.policy.path and directory.is_dir():
         return load_config(directory)
     if not config.policy.shape:
-        raise UserError(f"there is no directory {config.policy.path!r}, and policy.shape names no config.json instead")
+        fault = f"there is no directory {config.policy.path!r}, and policy.shape names no config.json instead"
+        if not hub_name(config):
+            raise UserError(fault)
+        try:
+            revision = config.policy.commit or config.policy.revision
+            return load_config(hub.model_config(config.policy.path, revision).parent)
+        except UserError as error:
+            raise UserError(f"{fault}; {error}") from None
     shape = user_path(config.policy.shape, "policy.shape")
     if not shape.is_file():
         raise UserError(f"policy.shape names {str(shape)!r}, which does not exist")

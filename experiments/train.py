@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes a run. UserError, one sentence, for whatever the user can mend."""
     with contextlib.ExitStack() as stack:
         same_config_everywhere(config)
-        setup = load_setup(config, stack)
+        setup = load_setup(config, stack, begun=workdir)
+        config = setup.config
         stream, scorer = load_prompts(setup, config.data, config.rollout.prompts, stack)
         setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length)
         runs = Runs([setup])

@@ -32,6 +32,7 @@ SLOW = {
     "test_generated_configs",
     "test_generated_models",
     "test_hosts",
+    "test_hub_runs",
     "test_kills",
     "test_laboratory",
     "test_lora",

@@ -51,6 +51,11 @@ def load_jsonl(
     how many rows come after the first `size`; those are not read.
     """
     files = _files("jsonl", path, settings, verifier)
+    return jsonl_task(task_name(path, files), files, size, verifier, reading)
+
+
+def jsonl_task(name: str, files: Sequence[Path], size: int | None, verifier: str, reading: Reading) -> Task:
+    """Of files in order; the rest as in `load_jsonl`."""
     rows: list[tuple[str, Any]] = []
     count, blank = 0, 0
     for file in files:
@@ -64,7 +69,7 @@ def load_jsonl(
         left = None if size is None else max(0, size - count)
         rows += [(where, _parse(line, where)) for where, line in full[:left]]
         count, blank = count + len(full), blank + len(lines) - len(full)
-    return _rows_task(task_name(path, files), rows, count, blank, verifier, reading)
+    return _rows_task(name, rows, count, blank, verifier, reading)
 
 
 def load_parquet(
@@ -79,6 +84,11 @@ def load_parquet(
 ) -> Task:
     """Parquet tables whose columns have one of the shapes of `shapes.SHAPES`. `path` and `size` as in `load_jsonl`."""
     files = _files("parquet", path, settings, verifier)
+    return parquet_task(task_name(path, files), files, size, verifier, reading)
+
+
+def parquet_task(name: str, files: Sequence[Path], size: int | None, verifier: str, reading: Reading) -> Task:
+    """Of files in order; the rest as in `load_jsonl`."""
     rows: list[tuple[str, Any]] = []
     count = 0
     for file in files:
@@ -91,7 +101,7 @@ def load_parquet(
             for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
         ]
         count += found
-    return _rows_task(task_name(path, files), rows, count, 0, verifier, reading)
+    return _rows_task(name, rows, count, 0, verifier, reading)
 
 
 def _table(file: Path, size: int | None, reading: Reading) -> tuple[dict[str, list[Any]], int]:

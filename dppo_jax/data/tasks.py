@@ -5,6 +5,7 @@ from typing import Any
 
 from dppo_jax.data.examples import Example, Task
 from dppo_jax.data.gym import load_reasoning_gym
+from dppo_jax.data.hub import load_hub
 from dppo_jax.data.rows import load_jsonl, load_parquet
 from dppo_jax.data.shapes import Reading, check_reading
 from dppo_jax.errors import UserError, lookup
@@ -14,7 +15,7 @@ __all__ = ["TASKS", "Example", "Task", "load_task"]
 
 MOST_GENERATED = 1_000_000
 GENERATED = 2000  # examples of a reasoning-gym data set, where no size is given
-TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet}
+TASKS = {"reasoning_gym": load_reasoning_gym, "jsonl": load_jsonl, "parquet": load_parquet, "hub": load_hub}
 
 
 def load_task(
@@ -23,6 +24,9 @@ def load_task(
     name: str | None = None,
     path: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    subset: str = "",
+    split: str = "train",
+    revision: str = "",
     size: int | None = None,
     seed: int = 0,
     verifier: str = "task",
@@ -35,7 +39,8 @@ def load_task(
 
     kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default GENERATED) and seed;
     "jsonl" and "parquet" read path (a file, a folder or a pattern), size (at most so many rows, default all), columns
-    ("prompt", "answer"; those that are not named are recognised), answer_from and bad_label.
+    ("prompt", "answer"; those that are not named are recognised), answer_from and bad_label; "hub" reads the same of
+    name, subset, split and revision (see `storage.hub`).
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
     label_cache: a folder in which checks of labels are kept for later ("": nowhere).
     """
@@ -53,6 +58,7 @@ def load_task(
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
     reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
     check_reading(reading)
+    where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
     return load(
         name=name,
         path=path,
@@ -61,4 +67,5 @@ def load_task(
         seed=seed,
         verifier=verifier,
         reading=reading,
+        **where,
     )

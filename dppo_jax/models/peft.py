@@ -45,8 +45,11 @@ def _module_name(name: str, config: ModelConfig) -> str:
     return next(_modules(name, config))[1].rpartition(".")[2]
 
 
-def save_adapters(directory: str | Path, config: ModelConfig, params: Params, base: str) -> None:
-    """Writes the adapters among `params` as PEFT does; `base` is the directory or name of the model that they adapt."""
+def save_adapters(
+    directory: str | Path, config: ModelConfig, params: Params, base: str, revision: str | None = None
+) -> None:
+    """Writes the adapters among `params` as PEFT does; `base` is the directory or name of the model that they adapt,
+    `revision` the commit of a name."""
     assert config.lora is not None
     tensors = {}
     for name in config.lora.targets:
@@ -67,6 +70,8 @@ def save_adapters(directory: str | Path, config: ModelConfig, params: Params, ba
         "inference_mode": True,
         "modules_to_save": None,
     }
+    if revision:
+        fields["revision"] = revision
     directory = user_path(directory, "adapter directory")
     make_folder(directory)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))

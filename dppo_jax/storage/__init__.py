@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, logs, its config, its lock. Fingerprints of what it was made from."""
+"""What a run leaves: checkpoints, logs, its config, its lock. What it was made from: fingerprints, files of the hub."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from configs import base
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.chat import check_date
@@ -26,6 +27,7 @@ from dppo_jax.models.config import MATRICES
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards.verifiers import VERIFIERS
+from dppo_jax.storage import hub
 from dppo_jax.weights import WEIGHTS
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup
@@ -102,6 +104,7 @@ def _check_paths(c: ConfigDict) -> None:
 
 
 def _check_data(c: ConfigDict) -> None:
+    _check_commit("policy.commit", c.policy.commit)
     for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
         lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
@@ -126,6 +129,7 @@ def _check_data(c: ConfigDict) -> None:
                     f"{name}.kind = 'reasoning_gym' has no rows for {name}.{key} = {shown(named)}; clear it: "
                     f"--config.{name}.{key}={'error' if key == 'bad_label' else ''}"
                 )
+        _check_hub(name, data)
         if data.kind == "reasoning_gym" and data.path:
             raise UserError(
                 f"{name}.kind = 'reasoning_gym' generates its examples, but {name}.path = {shown(data.path)}; clear "
@@ -133,6 +137,33 @@ def _check_data(c: ConfigDict) -> None:
             )
     if c.eval.every and not c.eval.sets:
         raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
+
+
+def _check_hub(name: str, data: ConfigDict) -> None:
+    """What is said of a data set on the hub, and only of one."""
+    _check_commit(f"{name}.commit", data.commit)
+    if data.kind != "hub":
+        for key in ("subset", "split", "revision", "commit"):
+            if data[key] != (default := base.data_section()[key]):
+                raise UserError(
+                    f"{name}.kind = {data.kind!r} takes no {name}.{key}, but has {shown(data[key])}; clear it: "
+                    f"--config.{name}.{key}={default}, or set {name}.kind to hub"
+                )
+        return
+    if not hub.is_name(data.name):
+        raise UserError(f"{name}.kind = 'hub' needs {name}.name, such as openai/gsm8k, not {shown(data.name)}")
+    if data.path:
+        raise UserError(
+            f"{name}.kind = 'hub' reads {name}.name, but {name}.path = {shown(data.path)}; clear it: "
+            f"--config.{name}.path="
+        )
+    if not data.split:
+        raise UserError(f"{name}.split is empty: name a split, such as train")
+
+
+def _check_commit(key: str, commit: str) -> None:
+    if commit and not hub.COMMIT.fullmatch(commit):
+        raise UserError(f"{key} = {shown(commit)} is no commit, of 40 hexadecimal digits; a run writes it itself")
 
 
 def _check_sizes(c: ConfigDict) -> None:

@@ -11,7 +11,7 @@ from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.models.peft import save_adapters
 from dppo_jax.train_step import TrainState
-from experiments.run.setup import Setup
+from experiments.run.setup import Setup, hub_name
 
 
 def export(setup: Setup, state: TrainState, folder: Path) -> None:
@@ -25,4 +25,6 @@ def export(setup: Setup, state: TrainState, folder: Path) -> None:
     with writing(folder):
         save_hf(folder / "policy", setup.model, params, text.tokenizer, eos_ids=text.eos_ids, source=directory)
         if adapters:
-            save_adapters(folder / "adapter", setup.trained_model, adapters, str(directory))
+            name = hub_name(setup.config)
+            commit = setup.config.policy.commit if name else None
+            save_adapters(folder / "adapter", setup.trained_model, adapters, name or str(directory), commit)

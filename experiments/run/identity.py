@@ -19,7 +19,10 @@ from dppo_jax.storage.run_config import MAY_CHANGE, NAME, changed, flatten, plai
 from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
-PLACES = ("policy.path", "data.path", "eval.sets.*.path")
+PLACES = (
+    "policy.path", "policy.revision", "policy.commit", "data.path", "data.revision", "data.commit", "eval.sets.*.path",
+    "eval.sets.*.revision", "eval.sets.*.commit",
+)  # fmt: skip
 # What each host may have of its own.
 OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path")
 

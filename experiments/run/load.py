@@ -1,5 +1,6 @@
 """What a run reads before it begins: the model directory, the tokenizer, prompts and answers."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,16 +19,28 @@ from dppo_jax.models import ModelConfig
 from dppo_jax.models.hf import load_config
 from dppo_jax.rewards.scorer import Scorer
 from experiments.run import checks
+from experiments.run.pins import pinned
 from experiments.run.setup import Setup, Text, model_directory
 
 
-def load_setup(config: ConfigDict, stack: ExitStack, *, directory: Path | None = None, on_mesh: bool = True) -> Setup:
+def load_setup(
+    config: ConfigDict,
+    stack: ExitStack,
+    *,
+    begun: Path | None = None,
+    directory: Path | None = None,
+    unread: Sequence[str] = (),
+    on_mesh: bool = True,
+) -> Setup:
     """A checked config with its model and tokenizer, on the devices there are.
 
+    The config of the setup has the commits of what comes from the hub, those of a run that began in the folder `begun`,
+    but for `unread` sections.
     The mesh and the precision of matrix products are in force until `stack` closes. `directory` in place of
     policy.path; not `on_mesh`: on one device. UserError, one sentence, for whatever the user can mend.
     """
     checks.check(config)
+    config = pinned(config, begun, unread)
     keep_compiled(config.compile_cache)
     directory = model_directory(config) if directory is None else directory
     model = load_config(directory)
@@ -65,6 +78,9 @@ def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitSt
     c = setup.config
     task = load_task(
         data.kind,
+        subset=data.subset,
+        split=data.split,
+        revision=data.commit or data.revision,
         name=data.name,
         path=data.path and str(user_path(data.path, "data.path")),
         settings=data.settings.to_dict(),

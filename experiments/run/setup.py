@@ -1,5 +1,6 @@
 """What a config builds, each thing once. Only this folder reads configs; the library never does."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -33,6 +34,7 @@ from dppo_jax.packing import PackShape
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache, resumed_tokens
 from dppo_jax.sampling import step_key
+from dppo_jax.storage import hub
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
     BehaviorForward,
@@ -492,7 +494,32 @@ class Setup:
 
 
 def model_directory(config: ConfigDict) -> Path:
-    """policy.path, which must be set."""
-    if not config.policy.path:
-        raise UserError("policy.path is empty: set it to a Hugging Face model directory")
-    return user_path(config.policy.path, "policy.path")
+    """policy.path, which must be set; of a name on the hub, its files in the cache, fetched if need be. UserError."""
+    policy = config.policy
+    if not policy.path:
+        raise UserError("policy.path is empty: set it to a Hugging Face model directory, or a name on the hub")
+    if hub_name(config):
+        with no_directory(policy.path):
+            return hub.model_directory(policy.path, policy.commit or policy.revision).folder
+    for key in ("revision", "commit"):
+        if policy[key]:
+            raise UserError(
+                f"policy.{key} = {policy[key]!r} is of a model on the hub, and policy.path = {policy.path!r} is a "
+                f"directory: clear it: --config.policy.{key}="
+            )
+    return user_path(policy.path, "policy.path")
+
+
+def hub_name(config: ConfigDict) -> str | None:
+    """The name on the hub in policy.path, ORG/NAME; None where it can be none, or is a directory here."""
+    path = config.policy.path
+    return path if hub.is_name(path) and not user_path(path, "policy.path").is_dir() else None
+
+
+@contextlib.contextmanager
+def no_directory(path: str) -> Iterator[None]:
+    """A UserError on a name of the hub also says that it is no directory, which may have been meant."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"there is no directory {path!r}, and {error}") from None
