@@ -36,6 +36,7 @@ class Pending:
         """check: raises where no more scores will come, given how often a wait has looked since the last one came.
         scored: how many scores there are so far."""
         self._futures, self._check, self._scored = futures, check, scored
+        self.scored: list[Outcome] = []  # what became of the replies, once `result` was asked for
 
     def result(self) -> tuple[np.ndarray, dict[str, int]]:
         """Waits; returns (rewards f32[B], counts).
@@ -44,7 +45,7 @@ class Pending:
         no finite number, "refused" replies that were not read, not being in the grammar of the answers. All score 0.
         Raises: UserError where the workers themselves cannot do their work.
         """
-        outcomes = list(self.outcomes())
+        self.scored = outcomes = list(self.outcomes())
         counts = {kind: sum(outcome.kind == kind for outcome in outcomes) for kind in _COUNTED}
         return np.array([outcome.score for outcome in outcomes], np.float32), counts
 
@@ -67,7 +68,7 @@ class Pending:
             raise _broken(error)
         outcome: Outcome = future.result()
         if outcome.kind == "broken":
-            raise UserError(f"the reward workers cannot start: {outcome.message}")
+            raise UserError(outcome.message)
         return outcome
 
 
@@ -107,7 +108,7 @@ class Scorer:
             max_workers=self._workers,
             max_tasks=worker.Replies(REPLIES_PER_WORKER),
             initializer=worker.start,
-            initargs=(self._imports, self._memory * 2**20),
+            initargs=(self._imports, getattr(self._verify, "load", None), self._memory * 2**20),
             context=context,
         )
         try:
@@ -115,6 +116,11 @@ class Scorer:
         except (OSError, RuntimeError) as error:
             raise _broken(error) from error
         return pool
+
+    def ready(self) -> None:
+        """Waits until a worker has loaded what verifying needs. UserError where it cannot."""
+        if self._pool is not None:
+            list(Pending([self._pool.schedule(worker.ready)], self._check, lambda: self._scored).outcomes())
 
     def submit(self, replies: Sequence[str], examples: Sequence[Example]) -> Pending:
         """Starts scoring replies[i] against examples[i] and returns at once. UserError as of `Pending.result`."""

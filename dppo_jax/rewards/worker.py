@@ -5,11 +5,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dppo_jax.data.examples import Example, Verify
-from dppo_jax.errors import first_line
+from dppo_jax.errors import UserError, first_line
 from dppo_jax.rewards import sandbox
 from dppo_jax.rewards.verifiers import Refused
 
@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
     kind: str
     score: float = 0.0
     message: str = ""  # why, of "failed" and "broken"
+    parts: tuple[tuple[str, float], ...] = ()  # of "scored" by a function that names them
 
 
 _trouble = ""  # why this worker could not start
@@ -43,16 +44,24 @@ class Replies(int):
         return not _retiring and int(self) > done
 
 
-def start(imports: Sequence[str], memory_limit: int) -> None:
+def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit: int) -> None:
     """Runs once in every worker: loads what verifying needs, then closes it in. memory_limit: bytes it may add."""
     global _trouble
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
         for module in imports:
             importlib.import_module(module)
+        if load:
+            load()
         sandbox.close_in(memory_limit)
     except BaseException as error:
-        _trouble = _described(error)
+        own = isinstance(error, UserError)
+        _trouble = str(error) if own else f"the reward workers cannot start: {_described(error)}"
+
+
+def ready() -> Outcome:
+    """Whether this worker could start: "scored" or "broken"."""
+    return Outcome("broken", message=_trouble) if _trouble else Outcome("scored")
 
 
 def score_one(time_limit_s: float, verify: Verify, reply: str, example: Example) -> Outcome:
@@ -82,7 +91,9 @@ def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
         raise
     except BaseException as error:
         return Outcome("failed", message=_described(error))
-    return Outcome("scored", number) if math.isfinite(number) else Outcome("failed", message=f"returned {number}")
+    if not math.isfinite(number):
+        return Outcome("failed", message=f"returned {number}")
+    return Outcome("scored", number, parts=getattr(score, "parts", ()))
 
 
 def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:
