@@ -1,9 +1,10 @@
 """Verifiers: pure functions (reply, answer) -> 1.0 or 0.0. Imported by worker processes, so no jax here."""
 
+import functools
 from collections.abc import Callable
 from decimal import Decimal
 
-from dppo_jax.rewards import maths
+from dppo_jax.rewards import maths, numbers
 from dppo_jax.rewards.extract import NUMBER, TO_PLAIN, Boxed, plain_commas
 from dppo_jax.rewards.extract import extract_answer as extract_answer
 
@@ -28,8 +29,8 @@ def last_number(reply: str, answer: str) -> float:
     expected = as_number(answer)
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not a number")
-    numbers = NUMBER.findall(plain_commas(extract_answer(reply)))
-    return float(bool(numbers) and Decimal(numbers[-1].translate(TO_PLAIN)) == expected)
+    found = NUMBER.findall(plain_commas(extract_answer(reply)))
+    return float(bool(found) and Decimal(found[-1].translate(TO_PLAIN)) == expected)
 
 
 def as_number(text: str) -> Decimal | None:
@@ -49,23 +50,31 @@ def math_verify(reply: str, answer: str) -> float:
     something else can stop it (`scorer.Scorer`).
     Raises: ValueError where no mathematics is found in the label.
     """
-    from math_verify import verify
-
     text = extract_answer(reply)
     if isinstance(text, Boxed):
         text = f"\\boxed{{{text}}}" if text else ""
+    score = numbers.compare(text, answer)
+    return by_library(text, answer) if score is None else score
+
+
+def by_library(text: str, answer: str) -> float:
+    """`math_verify` of an extracted answer, whatever it is."""
+    from math_verify import verify
+
     if maths.is_text(answer):
         return float(maths.same_text(text, answer))
     in_base = maths.base_of(answer)
     if in_base:
         return float(maths.same_in_base(text, *in_base))
-    expected = maths.read(answer)
+    expected = _read_label(answer)
     if not expected:
         raise ValueError(f"math-verify finds no mathematics in the answer {answer!r:.80}")
     if maths.same_text(text, answer):
         return 1.0
     return float(verify(expected, maths.read_reply(text), timeout_seconds=None))
 
+
+_read_label = functools.lru_cache(maxsize=256)(maths.read)  # the replies of a group share their label
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,

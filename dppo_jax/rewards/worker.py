@@ -32,16 +32,17 @@ class Outcome(NamedTuple):
 
 _trouble = ""  # why this worker could not start
 _retiring = False  # whether this worker ends after the reply at hand
+_scored = 0  # replies that this worker has scored
 
 
 class Replies(int):
     """How many replies a worker scores before it is replaced; once one failed, no more.
 
-    pebble asks a worker `done < limit` before it takes another task.
+    pebble asks a worker `done < limit` before it takes another task, which may be several replies.
     """
 
     def __gt__(self, done: int) -> bool:
-        return not _retiring and int(self) > done
+        return not _retiring and int(self) > max(done, _scored)
 
 
 def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit: int) -> None:
@@ -64,20 +65,28 @@ def ready() -> Outcome:
     return Outcome("broken", message=_trouble) if _trouble else Outcome("scored")
 
 
-def score_one(time_limit_s: float, verify: Verify, reply: str, example: Example) -> Outcome:
-    global _retiring
+def score(time_limit_s: float, most: int, verify: Verify, pairs: Sequence[tuple[str, Example]]) -> list[Outcome]:
+    """Of the first pair, and of those after it as long as none fails, half a time limit is left, and the worker has
+    scored fewer than `most`: what is over its limits takes the whole task with it."""
+    global _retiring, _scored
     if _trouble:
-        return Outcome("broken", message=_trouble)
+        return [Outcome("broken", message=_trouble)] * len(pairs)
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
     signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
     try:
-        outcome = attempt(verify, reply, example)
+        for pair in pairs:
+            outcomes.append(attempt(verify, *pair))
+            _scored += 1
+            _retiring = outcomes[-1].kind == "failed"  # whatever it left behind goes with the worker
+            if _retiring or _scored >= most or time.monotonic() - began > time_limit_s / 2:
+                break
     except MemoryError:
         time.sleep(0.3)  # pebble must have noted which task this worker had before it finds the worker gone
         os._exit(OUT_OF_MEMORY)
     finally:
         signal.alarm(0)
-    _retiring = outcome.kind == "failed"  # whatever it left behind goes with the worker
-    return outcome
+    return outcomes
 
 
 def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
