@@ -64,10 +64,13 @@ def load_text(directory: Path, model: ModelConfig) -> Text:
     return Text(tokenizer, ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack) -> tuple[PromptStream, Scorer]:
-    """The prompts of a data section, and the scorer of their answers, which `stack` closes."""
+def load_prompts(
+    setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack, *, verified: bool = False
+) -> tuple[PromptStream, Scorer]:
+    """The prompts of a data section, and the scorer of their answers, which `stack` closes: reward.function, if there
+    is one and they are not to be `verified` by data.verifier in any case."""
     c = setup.config
-    own = own_reward(c.reward.function) if c.reward.function and data is c.data else None
+    own = own_reward(c.reward.function) if c.reward.function and not verified else None
     task = load_task(
         data.kind,
         name=data.name,

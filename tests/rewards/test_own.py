@@ -10,6 +10,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.rewards.own import as_score, own_reward
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.storage.run_log import read_scalars
+from experiments import sweep
 from experiments.train import train
 from tests.helpers.fixtures import hurried, run, small_config, tiny
 
@@ -179,6 +180,21 @@ def test_a_run_trains_on_it_and_logs_its_parts(folder, tmp_path):
     np.testing.assert_allclose(scalars["reward/mean"], both, rtol=1e-6)
     np.testing.assert_allclose(scalars["reward/term/correct"], both, rtol=1e-6)
     assert f"step 0: reward.function failed on {failed[0]:.0f} replies, first with ValueError: an f" in done.said
+
+
+def test_a_sweep_that_draws_again_trains_on_it_too(folder, tmp_path):
+    """A batch may have a part that another has not: it is 0 there."""
+    (tmp_path / "mine.py").write_text(
+        "def score(reply, example):\n    return {'length': len(reply) / 8, **({'f': 1.0} if 'f' in reply else {})}\n"
+    )
+    config = small_config(folder, steps=1, rollout__resample=1, reward__function=f"{tmp_path}/mine.py:score")
+    runs = [sweep.Run("ppo_clip", seed, 1.0) for seed in (0, 1)]
+    sweep.train(config, runs, tmp_path / "sweep")
+    for one in runs:
+        scalars = {tag: values for tag, (_, values) in read_scalars(tmp_path / "sweep" / one.folder).items()}
+        both = scalars["reward/part/length"] + scalars["reward/part/f"]
+        np.testing.assert_allclose(scalars["reward/mean"], both, rtol=1e-6)
+        assert both.all()
 
 
 def test_a_run_refuses_what_cannot_be_before_it_compiles(folder, tmp_path):
