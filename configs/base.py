@@ -11,6 +11,8 @@ from dppo_jax.losses import LOSSES, hyperparameters
 from dppo_jax.models.config import MATRICES
 
 INF = float("inf")
+NO_TAG = r"(?:(?!</?(?:think|answer)>).)*+"
+FORMAT = rf"\s*<think>{NO_TAG}</think>\s*<answer>{NO_TAG}</answer>\s*"  # one thought, then one answer
 DPPO_TV = ("dppo_binary_tv", "dppo_topk_tv", "dppo_exact_tv", "dppo_binary_tv_proximal", "dppo_topk_tv_proximal")
 DPPO_KL = ("dppo_binary_kl", "dppo_topk_kl", "dppo_exact_kl", "dppo_binary_kl_proximal", "dppo_topk_kl_proximal")
 
@@ -34,6 +36,7 @@ def data_section(**changes) -> ConfigDict:
     data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
     data.seed = 1  # reasoning_gym: generates the examples
     data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify
+    data.extract = "auto"  # what of a reply it reads: auto | answer_tag | boxed | hashes | last_number | whole
     data.chat = False  # wrap prompts by the tokenizer's chat template
     data.template = "{prompt}"  # text around every prompt
     data.date = "2024-07-26"  # what a chat template takes for today (the default: what Llama 3's falls back on)
@@ -97,7 +100,16 @@ def get_config() -> ConfigDict:
     c.reward = ConfigDict()
     c.reward.workers = 2  # processes for verifiers that may hang (math_verify)
     c.reward.time_limit_s = 10.0  # seconds for one reply; then it is killed, counted, and scores 0
+    c.reward.function = ""  # FILE.py:FUNCTION of (reply, example), in the verifier's place, in workers; "": none
+    c.reward.terms = ConfigDict()  # names of TERMS -> weights, at least 0: the reward is their sum
+    c.reward.terms.correct = 1.0  # the score of the verifier, 0 or 1, or of reward.function
+    c.reward.terms.format = 0.0  # 1 where the whole reply matches reward.format, else 0
+    c.reward.terms.length = 1.0  # 0 down to -1 over reward.overlong_buffer
+    c.reward.terms.repetition = 0.0  # minus the share of n-grams that repeat (Open-R1)
     c.reward.overlong_buffer = 0  # tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO, eq. 13)
+    c.reward.overlong_filter = False  # truncated responses take no part in the update (DAPO, 2503.14476, section 3.4)
+    c.reward.format = FORMAT  # a regular expression, of the whole reply
+    c.reward.ngram = 3  # words (Open-R1's repetition_n_grams)
 
     c.advantage = ConfigDict()
     c.advantage.name = "group_mean"  # a key of ADVANTAGES, or gae; §5: no standard deviation
@@ -212,4 +224,5 @@ def get_config() -> ConfigDict:
     c.lock()
     c.eval.sets.unlock()
     c.data.settings.unlock()
+    c.reward.terms.unlock()
     return c

@@ -18,6 +18,7 @@ from dppo_jax.evaluate import all_failed
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
 from dppo_jax.packing import PackShape
+from dppo_jax.rewards import shaping
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
@@ -75,6 +76,9 @@ class Probe:
         rewards, verifier = self._scorer.submit(replies, [e for e in examples for _ in range(group)]).result()
         if fault := all_failed(verifier, len(replies)):
             print(f"step {step}: {fault}", file=sys.stderr)
+        responses = shaping.Responses(replies, mask.sum(axis=1, dtype=np.int32), rewards)
+        terms, _ = shaping.values(responses, self.setup.terms, self.setup.term_settings)
+        rewards = shaping.total(terms, self.setup.terms, len(replies))
         batch = self._assemble(prompts, rollout)
         batch = batch.replace(advantages=self._advantages(jnp.asarray(rewards), rollout.group))
         return batch, mask.sum(axis=1), np.repeat(prompts.mask.sum(axis=1), group)

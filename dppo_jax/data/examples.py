@@ -81,5 +81,5 @@ def answer_task(
 ) -> Task:
     """Examples whose replies a row of VERIFIERS scores. `left_out` as in Task."""
     isolated = verifier == "math_verify"
-    imports = ("math_verify",) if isolated else ()
+    imports = ("math_verify", "dppo_jax.rewards.warm") if isolated else ()
     return Task(name, examples, AnswerVerifier(verifier), isolated, imports, left_out or {})

@@ -6,7 +6,7 @@ hosts), the first of them owns it: each row is decoded and scored once. With one
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,6 +125,17 @@ def total(counts: dict[str, int]) -> dict[str, int]:
     names = sorted(counts)
     by_process = multihost_utils.process_allgather(np.array([counts[name] for name in names], np.int32)).sum(axis=0)
     return dict(zip(names, by_process.tolist(), strict=True))
+
+
+def all_names(names: Iterable[str]) -> list[str]:
+    """The names that any process has, in order; all processes must call this."""
+    if jax.process_count() == 1:
+        return sorted(names)
+    text = np.frombuffer(json.dumps(sorted(names)).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    lists = [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+    return sorted(set().union(*lists))
 
 
 def agree(kind: str, values: Mapping[str, Any], may_differ: Sequence[str]) -> None:

@@ -5,11 +5,10 @@ import re
 from typing import Any
 
 from dppo_jax.rewards import notation
+from dppo_jax.rewards.extract import last_box as last_box
 
 _DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_BOX = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
-_PERCENT = re.compile(r"\s*\\?%")
 _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("``", "``"), ("`", "`"))
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NO_WORD = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+")
@@ -130,23 +129,6 @@ def _answers(text: str) -> list[str]:
 
 def _plain(text: str) -> str:
     return _COMMA.sub(",", _TEXT.sub(r"\1", bare(text)))
-
-
-def last_box(text: str) -> str | None:
-    """What stands in the \\boxed{...} that is closed last, a percent sign behind it included. Linear time."""
-    open_braces: list[int] = []  # where the open braces' contents begin; -1 for those of no box
-    contents = None
-    for token in _BOX.finditer(text):
-        if token[1]:
-            open_braces.append(token.end())
-        elif token[0] == "{":
-            open_braces.append(-1)
-        elif token[0] == "}" and open_braces and (start := open_braces.pop()) >= 0:
-            contents = start, token.start()
-    if contents is None:
-        return None
-    percent = _PERCENT.match(text, contents[1] + 1)
-    return text[slice(*contents)] + ("\\%" if percent else "")
 
 
 def bare(text: str) -> str:

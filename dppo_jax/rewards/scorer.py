@@ -4,7 +4,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -20,6 +20,8 @@ from dppo_jax.rewards.worker import Outcome
 MAX_TIME_LIMIT_S = 3600.0  # for one reply: beyond it nobody waits, and timers overflow
 MIN_MEMORY_LIMIT_MIB = 64  # below it a worker cannot even read its task
 REPLIES_PER_WORKER = 500  # then it is replaced, and with it what its libraries remember
+TOGETHER = 16  # replies that travel to a worker in one task, at most: a task costs more than an ordinary reply
+SHARES = 4  # tasks that every worker gets of a batch, at least, where it has as many replies
 
 _COUNTED = ("killed", "failed", "refused")
 _LOOK_S = 1.0  # how often a wait asks whether the workers are still there
@@ -36,6 +38,7 @@ class Pending:
         """check: raises where no more scores will come, given how often a wait has looked since the last one came.
         scored: how many scores there are so far."""
         self._futures, self._check, self._scored = futures, check, scored
+        self.scored: list[Outcome] = []  # what became of the replies, once `result` was asked for
 
     def result(self) -> tuple[np.ndarray, dict[str, int]]:
         """Waits; returns (rewards f32[B], counts).
@@ -44,7 +47,7 @@ class Pending:
         no finite number, "refused" replies that were not read, not being in the grammar of the answers. All score 0.
         Raises: UserError where the workers themselves cannot do their work.
         """
-        outcomes = list(self.outcomes())
+        self.scored = outcomes = list(self.outcomes())
         counts = {kind: sum(outcome.kind == kind for outcome in outcomes) for kind in _COUNTED}
         return np.array([outcome.score for outcome in outcomes], np.float32), counts
 
@@ -59,15 +62,13 @@ class Pending:
             before = self._scored()
             self._check(quiet)
         error = future.exception()
-        if isinstance(error, TimeoutError):
-            return Outcome("killed")
-        if isinstance(error, ProcessExpired) and error.exitcode != _FORK_SERVER_GONE:
+        if _of_a_reply(error):
             return Outcome("killed")
         if error is not None:
             raise _broken(error)
         outcome: Outcome = future.result()
         if outcome.kind == "broken":
-            raise UserError(f"the reward workers cannot start: {outcome.message}")
+            raise UserError(outcome.message)
         return outcome
 
 
@@ -75,8 +76,9 @@ class Scorer:
     """Runs a task's verifier on many replies at once.
 
     An isolated task is scored by worker processes, each reply within time_limit_s (seconds) and memory_limit_mib
-    (MiB beyond what a worker starts with; enforced on Linux), closed in as `sandbox` says. A worker over a limit is
-    killed and replaced; one whose verifier failed is replaced too, and every one after replies_per_worker replies,
+    (MiB beyond what a worker starts with; enforced on Linux), closed in as `sandbox` says. They travel there together,
+    up to TOGETHER of them. A worker over a limit is killed and replaced, and the replies that came with the one at
+    fault are scored again, alone; one whose verifier failed is replaced too, and every one after replies_per_worker,
     REPLIES_PER_WORKER where nothing is given.
     Other tasks are scored in one thread of this process, without limits. Close it, or use it in a `with`.
     """
@@ -117,7 +119,7 @@ class Scorer:
             max_workers=self._workers,
             max_tasks=worker.Replies(self._replies_per_worker),
             initializer=worker.start,
-            initargs=(self._imports, self._memory * 2**20),
+            initargs=(self._imports, getattr(self._verify, "load", None), self._memory * 2**20),
             context=context,
         )
         try:
@@ -126,12 +128,16 @@ class Scorer:
             raise _broken(error) from error
         return pool
 
+    def ready(self) -> None:
+        """Waits until a worker has loaded what verifying needs. UserError where it cannot."""
+        if self._pool is not None:
+            list(Pending([self._pool.schedule(worker.ready)], self._check, lambda: self._scored).outcomes())
+
     def submit(self, replies: Sequence[str], examples: Sequence[Example]) -> Pending:
         """Starts scoring replies[i] against examples[i] and returns at once. UserError as of `Pending.result`."""
         if len(replies) != len(examples):
             raise ValueError(f"{len(replies)} replies for {len(examples)} examples")
         pairs = list(zip(replies, examples, strict=True))
-        limit = self._time_limit_s
         if self._thread is not None:
             futures = [self._thread.submit(worker.attempt_here, self._verify, *pair) for pair in pairs]
         else:
@@ -139,14 +145,45 @@ class Scorer:
             if not self._pool.active:  # a worker was killed while it had nothing to do
                 self._pool.join()
                 self._pool = self._start()
+            futures = [Future() for _ in pairs]
+            together = max(1, min(TOGETHER, len(pairs) // (SHARES * self._workers)))
+            work = list(zip(futures, pairs, strict=True))
             try:
-                jobs = [(limit, self._verify, *pair) for pair in pairs]
-                futures = [self._pool.schedule(worker.score_one, job, timeout=limit) for job in jobs]
+                for start in range(0, len(work), together):
+                    self._schedule(work[start : start + together])
             except (OSError, RuntimeError) as error:
                 raise _broken(error) from error
         for future in futures:
             future.add_done_callback(self._count)
         return Pending(futures, self._check, lambda: self._scored)
+
+    def _schedule(self, work: list[tuple[Future, tuple[str, Example]]]) -> None:
+        """Sends replies to one worker, as one task, whose results fill in their futures."""
+        assert self._pool is not None
+        limit, pairs = self._time_limit_s, [pair for _, pair in work]
+        task = self._pool.schedule(worker.score, (limit, self._replies_per_worker, self._verify, pairs), timeout=limit)
+        task.add_done_callback(lambda done: self._fill_in(work, done))
+
+    def _fill_in(self, work: list[tuple[Future, tuple[str, Example]]], done: Future) -> None:
+        """The results of a task; what it left undone is sent again, and what it ended over, one by one."""
+        error = CancelledError() if done.cancelled() else done.exception()
+        outcomes = [] if error else done.result()
+        for (future, _), outcome in zip(work, outcomes, strict=False):
+            future.set_result(outcome)
+        rest = work[len(outcomes) :]
+        try:
+            if not error and rest:
+                self._schedule(rest)
+            elif error and len(work) > 1 and _of_a_reply(error):
+                for one in work:
+                    self._schedule([one])
+            elif error:
+                for future, _ in work:
+                    future.set_exception(error)
+        except (OSError, RuntimeError) as closed:
+            for future, _ in rest:
+                if not future.done():
+                    future.set_exception(closed)
 
     def _count(self, _: Future) -> None:
         self._scored += 1
@@ -173,6 +210,13 @@ class Scorer:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _of_a_reply(error: BaseException | None) -> bool:
+    """Whether a worker's end is a reply's fault: over its time, or its memory."""
+    if isinstance(error, ProcessExpired):
+        return error.exitcode != _FORK_SERVER_GONE
+    return isinstance(error, TimeoutError)
 
 
 def _broken(error: BaseException) -> UserError:

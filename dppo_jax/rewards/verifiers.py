@@ -1,26 +1,12 @@
 """Verifiers: pure functions (reply, answer) -> 1.0 or 0.0. Imported by worker processes, so no jax here."""
 
-import re
+import functools
 from collections.abc import Callable
 from decimal import Decimal
 
-from dppo_jax.rewards import maths
-
-_MINUS = "-\u2212\u2013"  # hyphen, minus sign, en dash
-_GROUP = ",\u2009\u202f"  # comma, thin space, narrow no-break space between groups of three digits
-# A sign counts unless it follows a digit, a letter or a closing bracket: "7-3" holds 7 and 3.
-_NUMBER = re.compile(
-    rf"""(?: (?<![\w)\]}}]) [{_MINUS}+] \\?\$? )?                                # -5, -$5
-         (?: (?: [0-9]{{1,3}} (?:[{_GROUP}][0-9]{{3}})+ (?![0-9]) | [0-9]+ ) (?: \.[0-9]+ )?
-           | \.[0-9]+ )
-         (?: [eE][+-]?[0-9]{{1,4}} (?![0-9]) )?""",
-    re.VERBOSE,
-)
-_TAG = re.IGNORECASE | re.ASCII
-_THINK = re.compile("<(/?)(?:think|thinking|thought)>", _TAG)
-_ANSWER = re.compile("<(/?)answer>", _TAG)
-_CUT = "\udcff"  # stands where a thought stood; no text that is UTF-8 holds it
-_TO_PLAIN = str.maketrans({**dict.fromkeys(_MINUS, "-"), **dict.fromkeys(_GROUP + "\\$", None)})
+from dppo_jax.rewards import maths, numbers
+from dppo_jax.rewards.extract import NUMBER, TO_PLAIN, Boxed, plain_commas
+from dppo_jax.rewards.extract import extract_answer as extract_answer
 
 
 class Refused(float):
@@ -28,39 +14,7 @@ class Refused(float):
 
 
 REFUSED = Refused(0.0)
-
-
-def extract_answer(reply: str) -> str:
-    """The text of the last <answer>...</answer> outside the thoughts, or else all that is outside them; stripped.
-
-    A thought stands in <think>...</think>; <thinking> and <thought> are the same tag, and upper case does not matter.
-    One that is never closed runs to the end; a </think> that nothing opened ends a thought that the prompt began. Where
-    a thought stands inside the text, only what follows the last one counts, unless that is blank: "5<think>6</think>7"
-    answers 7, not 57. An <answer> that is never closed is text like any other. Linear time.
-    """
-    text = _without_thought(reply)
-    start: int | None = None
-    inside = text
-    for tag in _ANSWER.finditer(text):
-        if not tag[1]:
-            start = tag.end()
-        elif start is not None:
-            inside, start = text[start : tag.start()], None
-    return next((part.strip() for part in reversed(inside.split(_CUT)) if part.strip()), "")
-
-
-def _without_thought(reply: str) -> str:
-    """The reply with `_CUT` in the place of every thought."""
-    answer_parts: list[str] = []
-    start, thinking = 0, False
-    for tag in _THINK.finditer(reply):
-        if not tag[1] and not thinking:
-            answer_parts.append(reply[start : tag.start()])
-            thinking = True
-        elif tag[1]:
-            answer_parts = answer_parts if thinking else []
-            start, thinking = tag.end(), False
-    return _CUT.join(answer_parts if thinking else [*answer_parts, reply[start:]])
+REMEMBERED = 300  # characters of an answer whose comparison a worker remembers
 
 
 def exact_match(reply: str, answer: str) -> float:
@@ -76,18 +30,14 @@ def last_number(reply: str, answer: str) -> float:
     expected = as_number(answer)
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not a number")
-    numbers = _NUMBER.findall(_plain(extract_answer(reply)))
-    return float(bool(numbers) and Decimal(numbers[-1].translate(_TO_PLAIN)) == expected)
+    found = NUMBER.findall(plain_commas(extract_answer(reply)))
+    return float(bool(found) and Decimal(found[-1].translate(TO_PLAIN)) == expected)
 
 
 def as_number(text: str) -> Decimal | None:
     """The number that the whole text is, dollar signs around it aside, or None."""
-    text = _plain(text).strip(" \n\t\\$")
-    return Decimal(text.translate(_TO_PLAIN)) if _NUMBER.fullmatch(text) else None
-
-
-def _plain(text: str) -> str:
-    return text.replace("{,}", ",")  # LaTeX's comma between groups of digits
+    text = plain_commas(text).strip(" \n\t\\$")
+    return Decimal(text.translate(TO_PLAIN)) if NUMBER.fullmatch(text) else None
 
 
 def math_verify(reply: str, answer: str) -> float:
@@ -101,21 +51,36 @@ def math_verify(reply: str, answer: str) -> float:
     something else can stop it (`scorer.Scorer`).
     Raises: ValueError where no mathematics is found in the label.
     """
+    text = extract_answer(reply)
+    if isinstance(text, Boxed):
+        text = f"\\boxed{{{text}}}" if text else ""
+    score = numbers.compare(text, answer)
+    if score is not None:
+        return score
+    box = maths.last_box(text)
+    text = text if box is None else f"\\boxed{{{box}}}"  # of a reply with a box nothing else is read
+    return _remembered(text, answer) if len(text) <= REMEMBERED else by_library(text, answer)
+
+
+def by_library(text: str, answer: str) -> float:
+    """`math_verify` of an extracted answer, whatever it is."""
     from math_verify import verify
 
-    text = extract_answer(reply)
     if maths.is_text(answer):
         return float(maths.same_text(text, answer))
     in_base = maths.base_of(answer)
     if in_base:
         return float(maths.same_in_base(text, *in_base))
-    expected = maths.read(answer)
+    expected = _read_label(answer)
     if not expected:
         raise ValueError(f"math-verify finds no mathematics in the answer {answer!r:.80}")
     if maths.same_text(text, answer):
         return 1.0
     return float(verify(expected, maths.read_reply(text), timeout_seconds=None))
 
+
+_remembered = functools.lru_cache(maxsize=1024)(by_library)  # replies of a group often say the same
+_read_label = functools.lru_cache(maxsize=256)(maths.read)  # the replies of a group share their label
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,

@@ -5,11 +5,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dppo_jax.data.examples import Example, Verify
-from dppo_jax.errors import first_line
+from dppo_jax.errors import UserError, first_line
 from dppo_jax.rewards import sandbox
 from dppo_jax.rewards.verifiers import Refused
 
@@ -27,48 +27,66 @@ class Outcome(NamedTuple):
     kind: str
     score: float = 0.0
     message: str = ""  # why, of "failed" and "broken"
+    parts: tuple[tuple[str, float], ...] = ()  # of "scored" by a function that names them
 
 
 _trouble = ""  # why this worker could not start
 _retiring = False  # whether this worker ends after the reply at hand
+_scored = 0  # replies that this worker has scored
 
 
 class Replies(int):
     """How many replies a worker scores before it is replaced; once one failed, no more.
 
-    pebble asks a worker `done < limit` before it takes another task.
+    pebble asks a worker `done < limit` before it takes another task, which may be several replies.
     """
 
     def __gt__(self, done: int) -> bool:
-        return not _retiring and int(self) > done
+        return not _retiring and int(self) > max(done, _scored)
 
 
-def start(imports: Sequence[str], memory_limit: int) -> None:
+def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit: int) -> None:
     """Runs once in every worker: loads what verifying needs, then closes it in. memory_limit: bytes it may add."""
     global _trouble
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
         for module in imports:
             importlib.import_module(module)
+        if load:
+            load()
         sandbox.close_in(memory_limit)
     except BaseException as error:
-        _trouble = _described(error)
+        own = isinstance(error, UserError)
+        _trouble = str(error) if own else f"the reward workers cannot start: {_described(error)}"
 
 
-def score_one(time_limit_s: float, verify: Verify, reply: str, example: Example) -> Outcome:
-    global _retiring
+def ready() -> Outcome:
+    """Whether this worker could start: "scored" or "broken"."""
+    return Outcome("broken", message=_trouble) if _trouble else Outcome("scored")
+
+
+def score(time_limit_s: float, most: int, verify: Verify, pairs: Sequence[tuple[str, Example]]) -> list[Outcome]:
+    """Of the first pair, and of those after it as long as none fails, half a time limit is left, and the worker has
+    scored fewer than `most`: what is over its limits takes the whole task with it."""
+    global _retiring, _scored
     if _trouble:
-        return Outcome("broken", message=_trouble)
+        return [Outcome("broken", message=_trouble)] * len(pairs)
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
     signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
     try:
-        outcome = attempt(verify, reply, example)
+        for pair in pairs:
+            outcomes.append(attempt(verify, *pair))
+            _scored += 1
+            _retiring = outcomes[-1].kind == "failed"  # whatever it left behind goes with the worker
+            if _retiring or _scored >= most or time.monotonic() - began > time_limit_s / 2:
+                break
     except MemoryError:
         time.sleep(0.3)  # pebble must have noted which task this worker had before it finds the worker gone
         os._exit(OUT_OF_MEMORY)
     finally:
         signal.alarm(0)
-    _retiring = outcome.kind == "failed"  # whatever it left behind goes with the worker
-    return outcome
+    return outcomes
 
 
 def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
@@ -82,7 +100,9 @@ def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
         raise
     except BaseException as error:
         return Outcome("failed", message=_described(error))
-    return Outcome("scored", number) if math.isfinite(number) else Outcome("failed", message=f"returned {number}")
+    if not math.isfinite(number):
+        return Outcome("failed", message=f"returned {number}")
+    return Outcome("scored", number, parts=getattr(score, "parts", ()))
 
 
 def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:

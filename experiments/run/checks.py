@@ -26,6 +26,8 @@ from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.config import MATRICES
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
+from dppo_jax.rewards import own, shaping
+from dppo_jax.rewards.extract import EXTRACT
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.storage import hub
 from dppo_jax.weights import WEIGHTS
@@ -54,6 +56,7 @@ def check(config: ConfigDict) -> None:
     _check_needed(config, setup.needed)
     _check_pages(config)
     _check_in_flight(config, setup.needed)
+    _check_reward(config, setup)
     _check_learning(config, setup)
 
 
@@ -108,6 +111,7 @@ def _check_data(c: ConfigDict) -> None:
     for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
         lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
+        lookup(EXTRACT, data.extract, f"{name}.extract")
         lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
         try:
             check_date(data.date)
@@ -290,11 +294,8 @@ def _check_learning(c: ConfigDict, setup: Setup) -> None:
     if group is not None:
         batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
         jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
-    if c.advantage.name == "max_rl" and c.reward.overlong_buffer:
-        raise UserError(
-            "advantage.name = max_rl is for rewards of 0 and 1, which reward.overlong_buffer lowers: set "
-            "reward.overlong_buffer=0, or another advantage.name"
-        )
+    if c.advantage.name == "max_rl":
+        _check_binary(c, setup)
     for key in ("advantage.drop_equal", "rollout.resample"):
         if value(c, key) and c.rollout.group_size == 1:
             raise UserError(f"{key} leaves out groups of equal rewards, which all are with rollout.group_size = 1")
@@ -309,6 +310,47 @@ def _check_learning(c: ConfigDict, setup: Setup) -> None:
     low, high = numbers.get("correction_low", 0), numbers.get("correction_high", math.inf)
     if low > high and is_own(c.loss.name):
         raise UserError(f"loss.correction_low = {low} is above loss.correction_high = {high}: no token would be kept")
+
+
+def _check_binary(c: ConfigDict, setup: Setup) -> None:
+    """The reward of an advantage that is for 0 and 1. What reward.function gives is looked at when it is there."""
+    made = "advantage.name = max_rl is for rewards of 0 and 1"
+    if "length" in setup.terms:
+        raise UserError(
+            f"{made}, which reward.overlong_buffer lowers: set reward.overlong_buffer=0, or another advantage.name"
+        )
+    other = next((name for name in setup.terms if name != "correct"), None)
+    if other:
+        raise UserError(
+            f"{made}, to which reward.terms.{other} = {setup.terms[other]:g} adds: set reward.terms.{other}=0.0, or "
+            "another advantage.name"
+        )
+
+
+def _check_reward(c: ConfigDict, setup: Setup) -> None:
+    r, defaults = c.reward, base.get_config().reward
+    shaping.compiled(r.format)
+    if r.function:
+        own.split(r.function)
+        if c.data.extract != "auto":
+            raise UserError(
+                f"data.extract = {c.data.extract!r} is the verifier's, but reward.function is given the whole reply: "
+                "set data.extract=auto"
+            )
+    if r.overlong_buffer and not r.terms.get("length"):
+        raise UserError(
+            f"reward.overlong_buffer = {r.overlong_buffer} is of reward.terms.length, whose weight is 0: set "
+            "reward.terms.length=1.0"
+        )
+    if not r.overlong_buffer and r.terms.get("length") not in (None, 0, defaults.terms.length):
+        raise UserError(f"reward.terms.length = {r.terms.length:g} weighs nothing: set reward.overlong_buffer")
+    for key, term in (("format", "format"), ("ngram", "repetition")):
+        if r[key] != defaults[key] and not r.terms.get(term):
+            raise UserError(
+                f"reward.{key} = {shown(r[key])} is of reward.terms.{term}, whose weight is 0: set reward.terms.{term}"
+            )
+    if not setup.terms:
+        raise UserError("reward.terms: every weight is 0, so every reward would be; set reward.terms.correct=1.0")
 
 
 def _number(config: ConfigDict, key: str) -> bool:

@@ -23,7 +23,7 @@ class Evaluation:
         self._runs, setup = runs, runs.base
         self._setup, self._config = setup, setup.config
         self._sets = {
-            name: load_prompts(setup, data, self._config.eval.prompts, stack)
+            name: load_prompts(setup, data, self._config.eval.prompts, stack, verified=True)
             for name, data in self._config.eval.sets.items()
         }
         self._generate = setup.on_mesh(setup.eval_rollout())

@@ -120,23 +120,23 @@ class Learner:
         return batch
 
     def advantages(self, batch: TrainBatch, replies: list[Replies]) -> TrainBatch:
-        """The batch with its advantages, and without the groups of equal rewards where they take no part."""
+        """The batch with its advantages, and without the responses that take no part in the update."""
         rewards = self._to_rows([run.shaped_rewards for run in replies])
         if self._advantages is not None:
             batch = dataclasses.replace(batch, advantages=self._advantages(rewards, batch.group))
         elif self._critic:
             advantages = self._critic.advantages(batch, self._plan_all(replies), rewards)
             batch = dataclasses.replace(batch, advantages=advantages)
-        if self._setup.config.advantage.drop_equal:
-            unequal = self._runs.together([self._unequal(run) for run in replies])
-            batch = dataclasses.replace(batch, mask=batch.mask & unequal[..., None])
+        if self._leaves_out:
+            kept = self._runs.together([self._kept(run) for run in replies])
+            batch = dataclasses.replace(batch, mask=batch.mask & kept[..., None])
         return batch
 
     def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:
         """The plan of every optimizer minibatch of a step, made from the lengths of its replies."""
         lengths = [run.lengths for run in replies]
-        if self._setup.config.advantage.drop_equal:
-            lengths = [np.where(self._unequal(run), run.lengths, 0) for run in replies]
+        if self._leaves_out:
+            lengths = [np.where(self._kept(run), run.lengths, 0) for run in replies]
         for indices in zip(*(setup.minibatches(step) for setup in self._runs.setups), strict=True):
             yield self._plan(indices, replies, lengths)
 
@@ -170,8 +170,18 @@ class Learner:
         lengths = [run.lengths for run in replies]
         return self._plan([np.arange(len(length)) for length in lengths], replies, lengths)
 
-    def _unequal(self, replies: Replies) -> np.ndarray:
-        return metrics_lib.unequal_groups(replies.shaped_rewards, self._setup.config.rollout.group_size)
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether some responses may take no part in the update."""
+        return self._setup.config.advantage.drop_equal or self._setup.config.reward.overlong_filter
+
+    def _kept(self, replies: Replies) -> np.ndarray:
+        """Which responses take part, bool[B]: not of equal groups, nor truncated, where the config leaves these out."""
+        c = self._setup.config
+        kept: np.ndarray = np.ones(len(replies.lengths), bool)
+        if c.advantage.drop_equal:
+            kept &= metrics_lib.unequal_groups(replies.shaped_rewards, c.rollout.group_size)
+        return kept & ~replies.truncated if c.reward.overlong_filter else kept
 
     def _to_rows(self, values: list[np.ndarray]) -> jax.Array:
         """Numbers of all rows, on the devices that hold them."""

@@ -1,5 +1,6 @@
 """What a run reads before it begins: the model directory, the tokenizer, prompts and answers."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dppo_jax.data.examples import Task
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
 from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
@@ -17,6 +19,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import user_path
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.hf import load_config
+from dppo_jax.rewards.extract import Extracting, part_fault
+from dppo_jax.rewards.own import own_reward
 from dppo_jax.rewards.scorer import Scorer
 from experiments.run import checks
 from experiments.run.pins import pinned
@@ -73,9 +77,13 @@ def load_text(directory: Path, model: ModelConfig) -> Text:
     return Text(tokenizer, ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack) -> tuple[PromptStream, Scorer]:
-    """The prompts of a data section, and the scorer of their answers, which `stack` closes."""
+def load_prompts(
+    setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack, *, verified: bool = False
+) -> tuple[PromptStream, Scorer]:
+    """The prompts of a data section, and the scorer of their answers, which `stack` closes: reward.function, if there
+    is one and they are not to be `verified` by data.verifier in any case."""
     c = setup.config
+    own = own_reward(c.reward.function) if c.reward.function and not verified else None
     task = load_task(
         data.kind,
         subset=data.subset,
@@ -86,12 +94,16 @@ def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitSt
         settings=data.settings.to_dict(),
         size=data.size,
         seed=data.seed,
-        verifier=data.verifier,
+        verifier="exact_match" if own and data.verifier == "task" and data.kind != "reasoning_gym" else data.verifier,
         columns=data.columns.to_dict(),
         answer_from=data.answer_from,
         bad_label=data.bad_label,
         label_cache=c.label_cache,
     )
+    if own:
+        task = dataclasses.replace(task, verify=own, isolated=True, worker_imports=())
+    if data.extract != "auto":
+        task = _extracting(task, data)
     stream = PromptStream(
         task,
         setup.text.tokenizer,
@@ -104,4 +116,17 @@ def load_prompts(setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitSt
         too_long=data.too_long,
     )
     scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s)
-    return stream, stack.enter_context(scorer)
+    stack.enter_context(scorer)
+    if own:
+        scorer.ready()
+    return stream, scorer
+
+
+def _extracting(task: Task, data: ConfigDict) -> Task:
+    """The task, its verifier given that part of a reply which data.extract names."""
+    for number, example in enumerate(task.examples, start=1):
+        for label in example.labels:
+            if fault := part_fault(data.extract, data.verifier, label):
+                where = example.where or f"{task.name}: prompt {number} of {len(task.examples)}"
+                raise UserError(f"{where}: the answer {label!r:.80} {fault}")
+    return dataclasses.replace(task, verify=Extracting(task.verify, data.extract))

@@ -13,6 +13,7 @@ from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.files import check_text
 from dppo_jax.losses import LOSSES, hyperparameters
 from dppo_jax.rewards.scorer import MAX_TIME_LIMIT_S
+from dppo_jax.rewards.shaping import TERMS
 
 INF = float("inf")
 INT32 = 2**31 - 1  # jax counts steps and updates in int32
@@ -68,6 +69,7 @@ SEED = Range(0, SEEDS)
 REAL = Range()  # at least 0, finite
 THRESHOLD = Range(inf=True)  # inf: never
 SHARE = Range(0, 1)
+WEIGHT = REAL  # of a term of the reward
 AXIS = Range(1, 2**15, also=-1)
 # Logits are divided by a temperature; below this their float32 differences overflow.
 TEMPERATURE = Range(1e-6, 1000)  # beyond it every token is as likely as any other
@@ -97,6 +99,8 @@ NUMBERS: Mapping[str, Range] = {
     "reward.workers": Range(1, 1024),
     "reward.time_limit_s": Range(0.01, MAX_TIME_LIMIT_S),  # a timer counts no 10^9 s, and no verifier ends at once
     "reward.overlong_buffer": Range(0, ROWS),
+    **{f"reward.terms.{name}": WEIGHT for name in ("correct", "format", "length", "repetition")},
+    "reward.ngram": SIZE,
     "critic.learning_rate": REAL,
     "critic.discount": SHARE,
     "critic.lam": SHARE,
@@ -177,6 +181,11 @@ def _check_section(section: Any, defaults: ConfigDict, prefix: str) -> None:
         for name in section:
             _check_loss(name, section[name], f"{prefix}{name}.")
         return
+    if prefix == "reward.terms.":
+        for name in section:
+            lookup(TERMS, str(name), "term in reward.terms")
+            _check_value(section[name], float, prefix + str(name), unset=False)
+        return
     if prefix.endswith("settings."):  # the data set's own
         for name in section:
             if not isinstance(name, str):
@@ -209,7 +218,8 @@ def _check_value(value: Any, kind: Any, key: str, *, unset: bool) -> None:
         _check_names(value, key)
     check_text(value, key)
     if kind in (int, float):
-        _check_number(value if kind is int else _as_float(value), NUMBERS[plain], key)
+        range_ = WEIGHT if key.startswith("reward.terms.") else NUMBERS[plain]  # a config file may add terms
+        _check_number(value if kind is int else _as_float(value), range_, key)
 
 
 def _check_names(names: Sequence[Any], key: str) -> None:

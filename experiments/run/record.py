@@ -220,6 +220,8 @@ class Record:
                 **metrics_lib.mismatch(measured[0], equal_params=samples.drawing.equal_params),
                 **metrics_lib.group_metrics(own.verified, setup.config.rollout.group_size),
                 **{f"reward/{name}": float(count) for name, count in own.counts.items()},
+                **{f"reward/{name}": float(term.mean()) for name, term in own.terms.items()},
+                "reward/overlong_filtered": float(own.truncated.sum() if setup.config.reward.overlong_filter else 0),
                 **evaluated,
                 "rollout/resampled": float(own.redrawn),
                 **{f"rollout/{name}": value for name, value in own.work.items()},
@@ -233,6 +235,9 @@ class Record:
             self._refuse_unless_finite(step, self._folders[number], scalars["grad_norm"], measured[0])
             if fault := all_failed(own.counts, (1 + own.redrawn) * len(own.lengths)):
                 self.note(f"step {step}{self._of(self._folders[number])}: {fault}")
+            if own.fault:
+                count = own.counts["failed"]
+                self.note(f"step {step}: reward.function failed on {count} replies, first with {own.fault:.200}")
             self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.verified)
 
     def _of(self, folder: RunFolder) -> str:

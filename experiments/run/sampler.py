@@ -15,10 +15,13 @@ from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
+from dppo_jax.errors import UserError
 from dppo_jax.lora import joined
 from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
+from dppo_jax.rewards import shaping
 from dppo_jax.rewards.scorer import Pending, Scorer
+from dppo_jax.rewards.worker import Outcome
 from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.types import PromptBatch, RolloutBatch
@@ -43,6 +46,8 @@ class Replies:
     shaped_rewards: np.ndarray  # f32[B], the scores with what shaping adds; advantages are made of these
     counts: dict[str, int]  # the verifier's: killed, failed, ...
     work: dict[str, float]  # what the rollout cost, and how old its tokens are, by the name of the log's tag
+    terms: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[B] of the reward, by the log's tag
+    fault: str = ""  # why reward.function failed on a reply of this host
     redrawn: int = 0  # further batches that were drawn for this step
 
 
@@ -213,12 +218,29 @@ class Sampler:
         """Waits until every host has scored its share of the replies, and fills in the rewards of all."""
         for replies, scores, setup in zip(samples.replies, samples.pending or (), self._runs.setups, strict=False):
             rewards, counts = scores.result()
-            replies.verified = hosts.gather(rewards, self.row_share)
-            replies.counts = hosts.total(counts)
-            replies.shaped_rewards = replies.verified + setup.shaping(replies.lengths)
+            texts = [text for _, text in replies.pairs.values()]
+            responses = shaping.Responses(texts, replies.lengths[self.row_share.owned], rewards)
+            terms, stopped = shaping.values(responses, setup.terms, setup.term_settings)
+            replies.counts = hosts.total(counts | stopped)
+            replies.verified, terms = hosts.gather((rewards, terms), self.row_share)
+            replies.shaped_rewards = shaping.total(terms, setup.terms, len(replies.verified))
+            replies.terms = {f"term/{name}": term for name, term in terms.items()}
+            if setup.config.reward.function:
+                replies.terms |= self._parts(scores.scored)
+                replies.fault = next((o.message for o in scores.scored if o.kind == "failed"), "")
+                _check_binary(setup.config.advantage.name, replies.verified)
         samples.pending = None
         samples.mark("scored")
         return samples.replies
+
+    def _parts(self, outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
+        """By name, f32[B], the parts that a function of one's own gave of a reply's reward; 0 where it gave none."""
+        names = hosts.all_names({name for outcome in outcomes for name, _ in outcome.parts})
+        parts = {
+            f"part/{name}": np.array([dict(outcome.parts).get(name, 0.0) for outcome in outcomes], np.float32)
+            for name in names
+        }
+        return hosts.gather(parts, self.row_share)
 
     # --- dynamic sampling (DAPO, 2503.14476, section 3.2) ---
 
@@ -299,6 +321,16 @@ class Sampler:
             self.publish(params, frozen)
 
 
+def _check_binary(advantage: str, rewards: np.ndarray) -> None:
+    """UserError where an advantage that is for rewards of 0 and 1 is given others."""
+    other = rewards[(rewards != 0) & (rewards != 1)]
+    if advantage == "max_rl" and len(other):
+        raise UserError(
+            f"advantage.name = max_rl is for rewards of 0 and 1, but reward.function gave {other[0]:g}: take another "
+            "advantage.name, or let it give 0 and 1"
+        )
+
+
 def chosen(unequal: np.ndarray, more_unequal: np.ndarray) -> np.ndarray:
     """The source of each group of the merged batch, i[N]: 0 .. N-1 are the N old groups, N .. 2N-1 the N new ones.
 
@@ -325,6 +357,9 @@ def _merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int)
     def host(a, b):
         return np.concatenate([a, b])[index]
 
+    def of(replies: Replies, name: str) -> np.ndarray:  # of a part that no reply of a batch has: 0
+        return replies.terms.get(name, np.zeros_like(replies.verified))
+
     pairs = before.pairs | {row + len(before.verified): pair for row, pair in more.pairs.items()}
     return Replies(
         prompt_lengths=np.concatenate([before.prompt_lengths, more.prompt_lengths])[groups],
@@ -334,6 +369,8 @@ def _merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int)
         verified=host(before.verified, more.verified),
         shaped_rewards=host(before.shaped_rewards, more.shaped_rewards),
         counts={name: count + more.counts[name] for name, count in before.counts.items()},
+        terms={name: host(of(before, name), of(more, name)) for name in (*before.terms, *more.terms)},
+        fault=before.fault or more.fault,
         work=before.work | {name: before.work[name] + more.work[name] for name in WORK},
         redrawn=before.redrawn + 1,
     )

@@ -31,7 +31,7 @@ from dppo_jax.models.config import Lora, Quantization
 from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_params, param_axes
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import PackShape
-from dppo_jax.rewards.shaping import overlong_penalty
+from dppo_jax.rewards import shaping
 from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache, resumed_tokens
 from dppo_jax.sampling import step_key
 from dppo_jax.storage import hub
@@ -131,10 +131,16 @@ class Setup:
         function = lookup({**ADVANTAGES, "gae": None}, self.config.advantage.name, "advantage.name")
         return None if function is None else functools.partial(function, num_groups=self.config.rollout.prompts)
 
-    def shaping(self, lengths: np.ndarray) -> np.ndarray:
-        """What is added to the verifier's rewards, f32[B], for responses of these lengths."""
-        c = self.config
-        return overlong_penalty(lengths, limit=c.rollout.max_new_tokens, buffer=c.reward.overlong_buffer)
+    @cached_property
+    def terms(self) -> dict[str, float]:
+        """The terms of the reward, by weight."""
+        return shaping.active(dict(self.config.reward.terms), buffer=self.config.reward.overlong_buffer)
+
+    @cached_property
+    def term_settings(self) -> shaping.Settings:
+        """What the terms ask for."""
+        r, limit = self.config.reward, self.config.rollout.max_new_tokens
+        return shaping.Settings(limit, r.overlong_buffer, r.format, r.ngram, r.time_limit_s)
 
     @cached_property
     def weights(self) -> Callable[..., jax.Array]:

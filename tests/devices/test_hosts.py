@@ -192,6 +192,7 @@ def test_every_row_has_one_owner_among_its_holders(folder, mesh):
         assert share["placed"] == list(range(8))  # each process gave the rows that it holds, and no others
         assert share["gathered"] == [2 * row for row in range(8)]
         assert share["total"] == {"killed": 2, "failed": 8}
+        assert share["all_names"] == ["both", "of process 0", "of process 1"]
 
 
 def test_one_process_owns_every_row_and_copies_none():

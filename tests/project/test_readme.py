@@ -7,9 +7,13 @@ import pytest
 
 import dppo_jax.types
 from configs.methods import METHODS
+from dppo_jax.data.examples import Example
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
+from dppo_jax.rewards.extract import EXTRACT
+from dppo_jax.rewards.own import own_reward
+from dppo_jax.rewards.shaping import TERMS
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.storage.run_config import MAY_CHANGE
 from dppo_jax.storage.run_log import read_scalars
@@ -102,11 +106,12 @@ def test_a_config_of_the_page_runs(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", PAGES["configs"], re.S).group(1))
     overrides = re.findall(r"`(--config\.[^`]+=[^`]+)`", PAGES["configs"])
     values = [override.replace('"', "") for override in overrides if "VALUE" not in override]
-    infinite, regions, one, whole, size = (load_config(str(tmp_path / "mine.py"), [value]) for value in values)
-    for config in (infinite, regions, one, whole, size):
+    infinite, regions, one, whole, terms, size = (load_config(str(tmp_path / "mine.py"), [value]) for value in values)
+    for config in (infinite, regions, one, whole, terms, size):
         checks.check(config)
     assert (infinite.optimizer.clip_norm, regions.log.regions) == (float("inf"), ("ppo_clip", "dppo_topk_tv"))
     assert one.data.settings.max_terms == 3 and one.data.settings.min_terms == 2
+    assert terms.reward.terms.format == 0.2
     assert (whole.data.settings.to_dict(), size.eval.sets.held_out.size) == ({"max_terms": 3}, 64)
 
 
@@ -123,9 +128,18 @@ def test_methods_are_counted_right():
         assert set(re.findall(r"\[(\d+)(?: methods)?\]\((?:docs/)?methods\.md\)", text)) == {str(len(METHODS))}
 
 
-def test_every_verifier_is_on_the_page_of_data():
-    rows = set(re.findall(r"^\| `(\w+)` \| ", PAGES["data"].split("## Verifiers")[1].split("##")[0], re.MULTILINE))
-    assert rows == {*VERIFIERS, "task"}
+@pytest.mark.parametrize(
+    ("section", "table"), [("Verifiers", {*VERIFIERS, "task", *EXTRACT}), ("Rewards", set(TERMS))], ids=str
+)
+def test_every_verifier_and_every_term_is_on_the_page_of_data(section, table):
+    text = PAGES["data"].split(f"## {section}\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \| ", text, re.MULTILINE)) == table
+
+
+def test_the_reward_of_the_page_is_one(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(re.search(r"```python\n(.*?)```", PAGES["data"], re.S).group(1))
+    score = own_reward(f"{tmp_path}/my_rewards.py:score")
+    assert score("It is 7.", Example("?", "7", {"level": 5})) == 2 and score("It is 7.", Example("?", "7")) == 1
 
 
 def test_keys_that_may_change_are_those_of_the_page():
