@@ -31,7 +31,8 @@ def load_hub(
     if path:
         raise UserError(f"data.kind='hub' reads data.name on the hub; unset data.path={path!r}")
     if settings:
-        raise UserError(f"data.kind='hub' takes no data.settings, but got {sorted(settings)!s:.200}; clear them: --config.data.settings={{}}")
+        names = f"{sorted(settings)!s:.200}"
+        raise UserError(f"data.kind='hub' takes no data.settings, but got {names}; clear them: --config.data.settings={{}}")
     if verifier == "task":
         raise UserError(f"data.kind='hub' has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
     files = dataset_files(name, subset, split, revision).files

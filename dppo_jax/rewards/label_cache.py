@@ -20,7 +20,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import make_folder, user_path
 
 LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
-READERS = ("extract", "labels", "maths", "notation", "numbers", "verifiers")  # modules beside this one that decide what is found
+# modules beside this one that decide what is found
+READERS = ("extract", "labels", "maths", "notation", "numbers", "verifiers")
 MOST = 1_000_000  # labels of a file: beyond them it begins anew
 _LINE = re.compile("([0-9a-f]{32}) ([a-z]+)")
 
