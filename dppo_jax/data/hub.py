@@ -32,7 +32,9 @@ def load_hub(
         raise UserError(f"data.kind='hub' reads data.name on the hub; unset data.path={path!r}")
     if settings:
         names = f"{sorted(settings)!s:.200}"
-        raise UserError(f"data.kind='hub' takes no data.settings, but got {names}; clear them: --config.data.settings={{}}")
+        raise UserError(
+            f"data.kind='hub' takes no data.settings, but got {names}; clear them: --config.data.settings={{}}"
+        )
     if verifier == "task":
         raise UserError(f"data.kind='hub' has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
     files = dataset_files(name, subset, split, revision).files
