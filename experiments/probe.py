@@ -23,6 +23,7 @@ from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
 from experiments.run.load import load_prompts, load_setup
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import ROLLOUT
 
 
@@ -46,7 +47,7 @@ class Probe:
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        self._generate = setup.on_mesh(setup.rollout(topk=topk))
+        self._generate = setup.on_mesh(training_rollout(setup, topk=topk))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")

@@ -18,7 +18,9 @@ from dppo_jax.storage import hub
 from dppo_jax.train_step import assemble, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
-from experiments.run.setup import Setup, hub_name
+from experiments.run.model_files import hub_name
+from experiments.run.rollouts import training_rollout
+from experiments.run.setup import Setup
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -57,7 +59,8 @@ def trace(config: ConfigDict) -> str:
         group=jax.ShapeDtypeStruct((n,), jnp.int32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    scanned = dataclasses.replace(setup.rollout(), unrolled=False)  # the same shapes, traced once for all layers
+    # the same shapes, traced once for all layers
+    scanned = dataclasses.replace(training_rollout(setup), unrolled=False)
     rollout = jax.eval_shape(scanned, params, prompts, key)
     batch = jax.eval_shape(assemble, prompts, rollout)
     # A plan's shapes are those of any lengths: here every prompt and response is as long as it can be.

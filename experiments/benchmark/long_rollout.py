@@ -28,6 +28,7 @@ from experiments.compile_for_tpu import lengths
 from experiments.run import checks, cli
 from experiments.run.load import enter_mesh
 from experiments.run.memory import page_bytes
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import Setup, Text
 from experiments.trace import model_config
 
@@ -40,7 +41,7 @@ def copy_rate() -> float:
 
 def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
     """One rollout of responses as long as `text` says."""
-    c, rollout = setup.config, setup.rollout()
+    c, rollout = setup.config, training_rollout(setup)
     rows, prompt = c.rollout.prompts * c.rollout.group_size, c.data.max_prompt_len
     limit = lengths.drawn_from(text, rows, c.rollout.max_new_tokens, seed=c.seed)
     if limit.max() == 1:

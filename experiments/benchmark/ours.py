@@ -76,7 +76,9 @@ class Experiment:
 
     @functools.cached_property
     def generate(self):
-        return self.setup.on_mesh(self.setup.rollout())
+        from experiments.run.rollouts import training_rollout
+
+        return self.setup.on_mesh(training_rollout(self.setup))
 
     @functools.cached_property
     def update(self):
@@ -121,8 +123,11 @@ def rollout_in_flight(workload: Workload, **changes: Any) -> worker.Run:
 
     import jax
 
+    from experiments.run import rollouts
+
     experiment = Experiment(workload, rollout__in_flight=1, rollout__slots=IN_FLIGHT_SLOTS, **changes)
-    in_flight = experiment.setup.in_flight(experiment.setup.rollout())
+    setup = experiment.setup
+    in_flight = rollouts.rollout_in_flight(setup, rollouts.training_rollout(setup))
     draw, join = jax.jit(in_flight, donate_argnums=1), jax.jit(in_flight.join, donate_argnums=0)
     key, params = jax.random.key(workload.seed), jax.device_put(experiment.params)
     steps, flights = itertools.count(), [in_flight.empty(workload.prompt_length)]

@@ -29,6 +29,7 @@ from dppo_jax.models.pages import PAGE, count_for
 from experiments.compile_for_tpu import lengths, report, steps, whole_rollout
 from experiments.run import cli
 from experiments.run.memory import page_bytes
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import Setup
 
 MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main/docs/reference/models/tiering.md"
@@ -133,7 +134,7 @@ def predicted(case: Case, layers: int | None = None) -> float:
 def _seconds_a_token(config: ConfigDict, model: ModelConfig, mesh: Mesh, decode: dict, chip: chips.Chip) -> float:
     """A decode step, on average over responses that all begin and end together."""
     setup, rows = Setup(config, model, mesh), config.rollout.prompts
-    policy = setup.rollout()
+    policy = training_rollout(setup)
     prompts, responses = np.full(rows, config.data.max_prompt_len), np.full(rows, config.rollout.max_new_tokens)
     found = lengths.decoding(prompts, responses, whole_rollout.settings_of(setup, policy))
     cache_bytes = found.slowest_pages * page_bytes(setup, policy) / found.decode_steps

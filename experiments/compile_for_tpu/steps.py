@@ -31,6 +31,7 @@ from dppo_jax.models import ModelConfig
 from dppo_jax.train_step import assemble, jit_update, make_recompute
 from dppo_jax.types import PromptBatch
 from experiments.run.memory import page_bytes
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import Setup
 
 NAMES = ("train", "prefill", "decode")
@@ -83,7 +84,7 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     setup = Setup(c, model, mesh)
     state = laid_out(setup.state_shapes, setup.shardings)
     shape, key = setup.pack_shape, jax.eval_shape(lambda: jax.random.key(0))
-    drawn = jax.eval_shape(setup.rollout(), state.policy, prompts, key)
+    drawn = jax.eval_shape(training_rollout(setup), state.policy, prompts, key)
     batch = jax.eval_shape(assemble, prompts, drawn)
     index = next(setup.minibatches(0))
     prompt, response = (np.full(len(batch.tokens), n) for n in (c.data.max_prompt_len, c.rollout.max_new_tokens))
@@ -112,7 +113,7 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
 def rollout(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> list[Step]:
     """The prefill of all prompts, and one token for every slot with a full cache."""
     c, setup = config, Setup(config, model, mesh)
-    policy = setup.rollout()
+    policy = training_rollout(setup)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = _prompts(c, c.rollout.in_flight + 1)
     prompts = laid_out(prompts, batch_sharding(mesh))

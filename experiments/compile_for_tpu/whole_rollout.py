@@ -27,6 +27,7 @@ from experiments.compile_for_tpu import lengths
 from experiments.compile_for_tpu.lengths import Decoding, Flight, Settings
 from experiments.compile_for_tpu.report import attention_flops, layer_weights
 from experiments.run.memory import page_bytes
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import Setup
 
 MEASURED = 8  # training steps, of rows in flight, after as many as it takes for all ages to be there
@@ -83,7 +84,7 @@ def facts(
     """The object of the whole rollout that --json writes; of rows in flight, the mean of several training steps."""
     prefill, decode = ({f["step"]: f for f in step_facts}[name] for name in ("prefill", "decode"))
     setup = Setup(config, model, mesh)
-    policy = setup.rollout()
+    policy = training_rollout(setup)
     settings = settings_of(setup, policy)
     found = simulated(config, settings, text)
 

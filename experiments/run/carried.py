@@ -12,6 +12,7 @@ from dppo_jax.models.decoder import Params
 from dppo_jax.rollout import Finished, Flight
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
+from experiments.run.rollouts import rollout_in_flight, training_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
 
@@ -24,7 +25,7 @@ class Carried:
     def __init__(self, runs: Runs, prompts_of: Callable[[int], PromptBatch]):
         base = runs.base
         self._runs, self._prompts_of, self._config = runs, prompts_of, base.config
-        in_flight = base.in_flight(base.rollout(topk=runs.topk))
+        in_flight = rollout_in_flight(base, training_rollout(base, topk=runs.topk))
         by_row: Any = base.by_row
         everywhere: Any = base.everywhere
         finished = Finished(

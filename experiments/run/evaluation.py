@@ -12,6 +12,7 @@ from dppo_jax.models.decoder import Params
 from dppo_jax.sampling import step_key
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts
+from experiments.run.rollouts import eval_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import EVALUATION
 
@@ -26,7 +27,7 @@ class Evaluation:
             name: load_prompts(setup, data, self._config.eval.prompts, stack, verified=True)
             for name, data in self._config.eval.sets.items()
         }
-        self._generate = setup.on_mesh(setup.eval_rollout())
+        self._generate = setup.on_mesh(eval_rollout(setup))
 
     @property
     def streams(self) -> dict[str, PromptStream]:

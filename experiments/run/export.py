@@ -11,7 +11,8 @@ from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.models.peft import save_adapters
 from dppo_jax.train_step import TrainState
-from experiments.run.setup import Setup, hub_name
+from experiments.run.model_files import hub_name
+from experiments.run.setup import Setup
 
 
 def export(setup: Setup, state: TrainState, folder: Path) -> None:

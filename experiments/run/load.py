@@ -23,8 +23,9 @@ from dppo_jax.rewards.extract import Extracting, part_fault
 from dppo_jax.rewards.own import own_reward
 from dppo_jax.rewards.scorer import Scorer
 from experiments.run import checks
+from experiments.run.model_files import model_directory
 from experiments.run.pins import pinned
-from experiments.run.setup import Setup, Text, model_directory
+from experiments.run.setup import Setup, Text
 
 
 def load_setup(

@@ -11,7 +11,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.storage import hub
 from dppo_jax.storage.run_config import NAME, flatten, read_config
 from experiments.run.checks import data_sections
-from experiments.run.setup import hub_name, no_directory
+from experiments.run.model_files import hub_name, no_directory
 
 
 class Pin(NamedTuple):

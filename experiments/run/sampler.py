@@ -26,6 +26,7 @@ from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
+from experiments.run.rollouts import training_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
 
@@ -102,7 +103,7 @@ class Sampler:
         c = base.config.rollout
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        self._generate = base.on_mesh_measured(runs.each(base.rollout(topk=runs.topk).measured))
+        self._generate = base.on_mesh_measured(runs.each(training_rollout(base, topk=runs.topk).measured))
         self._carried = Carried(runs, self._prompts_of) if c.in_flight else None
         shardings = None if base.mesh is None else base.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)

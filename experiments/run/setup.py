@@ -1,6 +1,5 @@
 """What a config builds, each thing once. Only this folder reads configs; the library never does."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +21,6 @@ from dppo_jax.devices.chips import memory_of
 from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
-from dppo_jax.files import user_path
 from dppo_jax.losses import bind_loss, required_fields, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig
@@ -32,9 +30,8 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_par
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import PackShape
 from dppo_jax.rewards import shaping
-from dppo_jax.rollout import CacheChoice, InFlight, Rollout, Work, choose_cache, resumed_tokens
+from dppo_jax.rollout import Work
 from dppo_jax.sampling import step_key
-from dppo_jax.storage import hub
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
     BehaviorForward,
@@ -49,7 +46,7 @@ from dppo_jax.train_step import (
 )
 from dppo_jax.types import PromptBatch, RolloutBatch
 from dppo_jax.weights import WEIGHTS
-from experiments.run import memory
+from experiments.run.model_files import model_directory
 
 # Purposes of randomness, folded into the seed's key beside the step.
 ROLLOUT, EVALUATION = 0, 1  # 2 is the noise of the update
@@ -392,89 +389,6 @@ class Setup:
         """K, how many tokens' log-probabilities the rollout records: rollout.tracked where something needs them."""
         return self.config.rollout.tracked if "topk" in self.needed else 0
 
-    def rollout(self, *, topk: int | None = None) -> Rollout:
-        """The behavior policy, for training. `topk`: another K than the run's."""
-        c, model = self.config.rollout, self.model
-        topk, prompts = self.topk if topk is None else topk, (c.in_flight + 1) * c.prompts
-        if topk > model.vocab_size:
-            raise UserError(f"rollout.tracked = {topk} is more than the model's vocabulary of {model.vocab_size}")
-        if c.router_replay and not model.num_experts:
-            raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
-        rollout = Rollout(
-            self.behavior_model,
-            group_size=c.group_size,
-            temperature=c.temperature,
-            topk=topk,
-            weights=self.behavior_weights,
-            round_inputs=precision.activations(c.activations),
-            record_experts=c.router_replay,
-            **self._rollout_settings(prompts * c.group_size, [self.config.data]),
-        )
-        return self._with_pages(rollout, prompts, self.config.data.max_prompt_len)
-
-    def in_flight(self, rollout: Rollout) -> InFlight:
-        """The rollout, drawn over several steps."""
-        c = self.config.rollout
-        max_age = c.in_flight if c.max_age is None else c.max_age
-        return InFlight(rollout, prompts=c.prompts, ahead=c.in_flight, max_age=max_age)
-
-    def eval_rollout(self) -> Rollout:
-        """The policy as it is evaluated: its own temperature and truncation."""
-        c = self.config.eval
-        sections = list(c.sets.values()) or [self.config.data]
-        rollout = Rollout(
-            self.model,
-            group_size=c.samples,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            weights=self.merge,
-            **self._rollout_settings(c.prompts * c.samples, sections),
-        )
-        return self._with_pages(rollout, c.prompts, max(data.max_prompt_len for data in sections))
-
-    def _rollout_settings(self, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
-        """What training and evaluation share. The attention is one that takes the prompts of every data section."""
-        c = self.config.rollout
-        kernels = {self.attention(dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
-        cache = self.cache(max(data.max_prompt_len for data in sections))
-        return dict(
-            max_new_tokens=c.max_new_tokens,
-            eos_ids=self.text.eos_ids,
-            pad_id=self.text.pad_id,
-            dtype=DTYPES[c.dtype],
-            slots=min(c.slots, rows_count) if c.slots else None,
-            shards=self.batch_shards,
-            attention=kernels.pop() if len(kernels) == 1 else "xla",
-            unrolled=self.platform != "tpu",
-            resume_attention=self._resume_attention(max(data.max_prompt_len for data in sections)),
-            head_float32=self.config.policy.head_float32,
-            paged=cache.paged,
-            paged_attention=cache.attention,
-        )
-
-    def _resume_attention(self, prompt_length: int) -> str:
-        """The attention of rows that go on, several of which pass the model at a time."""
-        c = self.config.rollout
-        return self.attention(dtype=c.dtype, length=resumed_tokens(prompt_length, c.max_new_tokens)).name
-
-    def cache(self, prompt_length: int) -> CacheChoice:
-        """How a rollout keeps keys and values, of prompts up to this length."""
-        c = self.config.rollout
-        return choose_cache(
-            self.platform,
-            self.model,
-            dtype=DTYPES[c.dtype],
-            length=prompt_length + c.max_new_tokens - 1,
-            cache="pages" if c.pages else c.cache,
-        )
-
-    def _with_pages(self, rollout: Rollout, prompts: int, prompt_length: int) -> Rollout:
-        """With as many pages as rollout.pages says, or as the devices have memory for; None: enough for all slots."""
-        pages = self.config.rollout.pages or None
-        if rollout.paged and pages is None and self.memory_bytes is not None:
-            pages = memory.free_pages(self, rollout, self.memory_bytes, prompts, prompt_length)
-        return dataclasses.replace(rollout, pages=pages)
-
     @property
     def everywhere(self) -> NamedSharding | None:
         """Where an array lives that every device has; None: on one device."""
@@ -497,35 +411,3 @@ class Setup:
         """Logical axis names of what the rollout holds."""
         axes = param_axes(self.behavior_model)
         return axes | ({"head_float32": ("vocab", "embed")} if "head_float32" in published else {})
-
-
-def model_directory(config: ConfigDict) -> Path:
-    """policy.path, which must be set; of a name on the hub, its files in the cache, fetched if need be. UserError."""
-    policy = config.policy
-    if not policy.path:
-        raise UserError("policy.path is empty: set it to a Hugging Face model directory, or a name on the hub")
-    if hub_name(config):
-        with no_directory(policy.path):
-            return hub.model_directory(policy.path, policy.commit or policy.revision).folder
-    for key in ("revision", "commit"):
-        if policy[key]:
-            raise UserError(
-                f"policy.{key} = {policy[key]!r} is of a model on the hub, and policy.path = {policy.path!r} is a "
-                f"directory: clear it: --config.policy.{key}="
-            )
-    return user_path(policy.path, "policy.path")
-
-
-def hub_name(config: ConfigDict) -> str | None:
-    """The name on the hub in policy.path, ORG/NAME; None where it can be none, or is a directory here."""
-    path = config.policy.path
-    return path if hub.is_name(path) and not user_path(path, "policy.path").is_dir() else None
-
-
-@contextlib.contextmanager
-def no_directory(path: str) -> Iterator[None]:
-    """A UserError on a name of the hub also says that it is no directory, which may have been meant."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"there is no directory {path!r}, and {error}") from None

@@ -24,6 +24,7 @@ from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import event_files, read_scalars
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run import checks
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.helpers.fixtures import (
     EOS,
@@ -88,7 +89,7 @@ def rollouts(sizes, devices, cache: str = "blocks") -> tuple[list[RolloutBatch],
         checks.check(config)
         checks.check_mesh(config, mesh, TINY)
         setup = Setup(config, TINY, mesh, Text(tokenizer=None, eos_ids=(EOS,), pad_id=PAD))
-        generate = setup.on_mesh(setup.rollout())
+        generate = setup.on_mesh(training_rollout(setup))
         params, asked = place(random_params(), mesh), hosts.share(batch_sharding(mesh), config.rollout.prompts)
         prompts = hosts.to_global(jax.tree.map(lambda x: x[asked.held], prompt_batch(config)), mesh, asked)
         steps = [generate(params, prompts, step_key(0, step, ROLLOUT)) for step in range(2)]

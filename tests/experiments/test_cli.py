@@ -15,7 +15,8 @@ from dppo_jax.devices.compilations import keep_compiled
 from dppo_jax.errors import UserError, run_main
 from experiments.run import cli
 from experiments.run.load import load_prompts, load_text
-from experiments.run.setup import Setup, model_directory
+from experiments.run.model_files import model_directory
+from experiments.run.setup import Setup
 from experiments.sweep import Run, check
 from experiments.trace import trace
 from tests.helpers.fixtures import TINY, config_file, no_cache, small_config, tiny

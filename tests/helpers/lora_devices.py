@@ -17,6 +17,7 @@ from dppo_jax import packing
 from dppo_jax.devices.sharding import batch_sharding, make_mesh
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
+from experiments.run.rollouts import training_rollout
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.helpers.fixtures import EOS, PAD, TINY, random_params, small_config
 from tests.helpers.multi_device import largest_difference, parts, prompt_batch
@@ -33,7 +34,7 @@ def run(sizes, devices):
         widths = np.repeat(prompts.mask.sum(axis=1), config.rollout.group_size)
         setup = Setup(config, TINY, mesh, Text(None, (EOS,), PAD), widths.mean())
         state = setup.init_state(random_params())
-        generate = setup.on_mesh(setup.rollout())
+        generate = setup.on_mesh(training_rollout(setup))
         update = jit_update(setup.update, setup.shardings, mesh)
         rollout = generate(state.policy, prompts, step_key(0, 0, ROLLOUT))
         batch = jax.jit(assemble, out_shardings=batch_sharding(mesh))(prompts, rollout)

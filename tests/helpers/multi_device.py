@@ -27,6 +27,7 @@ from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.train_step import assemble, init_state, jit_update, state_shardings
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run import checks
+from experiments.run.rollouts import rollout_in_flight, training_rollout
 from experiments.run.setup import ROLLOUT, Setup, Text
 from tests.helpers.fixtures import EOS, MOE, PAD, TINY, random_params, small_config
 
@@ -95,7 +96,7 @@ def run(sizes, devices, folder, case: Case):
         shardings = state_shardings(param_axes(model), setup.optimizer, abstract_params(model), mesh)
         state = init_state(case.params, setup.optimizer, shardings)
         start = jax.tree.map(np.asarray, state.params)
-        policy = setup.rollout()
+        policy = training_rollout(setup)
         generate = setup.on_mesh(policy)
         update = jit_update(setup.update, shardings, mesh)
         key = step_key(0, 0, ROLLOUT)
@@ -155,7 +156,8 @@ def paged(sizes, devices, case: Case, unrolled: bool = False, pages: int | None 
     )
     with jax.set_mesh(setup.mesh):
         policy = dataclasses.replace(
-            setup.rollout(), group_size=2, max_new_tokens=140, slots=None if sizes == ALONE else 8, unrolled=unrolled,
+            training_rollout(setup), group_size=2, max_new_tokens=140, slots=None if sizes == ALONE else 8,
+            unrolled=unrolled,
             paged=sizes != ALONE, pages=pages,
         )  # fmt: skip
         generate = setup.on_mesh_measured(policy.measured)
@@ -169,7 +171,7 @@ def in_flight(sizes, devices, case: Case, pages: bool) -> list[Finished]:
     setup = on_mesh(sizes, devices, case, rollout__in_flight=1, rollout__max_age=3, rollout__cache=cache)
     found, key = [], jax.random.key(5)
     with jax.set_mesh(setup.mesh):
-        draws = setup.in_flight(setup.rollout())
+        draws = rollout_in_flight(setup, training_rollout(setup))
         params = placed(setup, case.params)
         empty = jax.jit(lambda: draws.empty(setup.config.data.max_prompt_len), out_shardings=setup.by_row)
         join, draw = jax.jit(draws.join, out_shardings=setup.by_row), jax.jit(draws)
@@ -192,7 +194,7 @@ def without_flight(devices, case: Case) -> list[RolloutBatch]:
     """The same batches of prompts, each drawn to its end on one device."""
     setup, key = on_mesh(ALONE, devices, case), jax.random.key(5)
     with jax.set_mesh(setup.mesh):
-        generate, params = setup.on_mesh(setup.rollout()), placed(setup, case.params)
+        generate, params = setup.on_mesh(training_rollout(setup)), placed(setup, case.params)
         batches = [generate(params, flight_prompts(setup, batch), jax.random.fold_in(key, batch)) for batch in range(4)]
         return jax.tree.map(np.asarray, batches)
 

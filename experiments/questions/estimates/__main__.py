@@ -24,7 +24,7 @@ from dppo_jax.errors import run_main
 from dppo_jax.types import TopKPair
 from experiments.probe import Probe
 from experiments.run import cli
-from experiments.run.setup import model_directory
+from experiments.run.model_files import model_directory
 
 TOPK = (1, 5, 20, 100)
 ORDER = ("exact", "binary", *(f"top-{count}" for count in TOPK))

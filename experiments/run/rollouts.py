@@ -1,0 +1,103 @@
+"""The rollouts that a config describes: of training, over several steps, and of evaluation."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dppo_jax import precision
+from dppo_jax.errors import UserError
+from dppo_jax.models import DTYPES
+from dppo_jax.rollout import CacheChoice, InFlight, Rollout, choose_cache, resumed_tokens
+from experiments.run import memory
+from experiments.run.setup import Setup
+
+
+def training_rollout(setup: Setup, *, topk: int | None = None) -> Rollout:
+    """The behavior policy, for training. `topk`: another K than the run's."""
+    c, model = setup.config.rollout, setup.model
+    topk, prompts = setup.topk if topk is None else topk, (c.in_flight + 1) * c.prompts
+    if topk > model.vocab_size:
+        raise UserError(f"rollout.tracked = {topk} is more than the model's vocabulary of {model.vocab_size}")
+    if c.router_replay and not model.num_experts:
+        raise UserError(f"rollout.router_replay: a {model.model_type} has no experts to replay; set it to False")
+    rollout = Rollout(
+        setup.behavior_model,
+        group_size=c.group_size,
+        temperature=c.temperature,
+        topk=topk,
+        weights=setup.behavior_weights,
+        round_inputs=precision.activations(c.activations),
+        record_experts=c.router_replay,
+        **_shared_settings(setup, prompts * c.group_size, [setup.config.data]),
+    )
+    return _with_pages(setup, rollout, prompts, setup.config.data.max_prompt_len)
+
+
+def rollout_in_flight(setup: Setup, rollout: Rollout) -> InFlight:
+    """The rollout, drawn over several steps."""
+    c = setup.config.rollout
+    max_age = c.in_flight if c.max_age is None else c.max_age
+    return InFlight(rollout, prompts=c.prompts, ahead=c.in_flight, max_age=max_age)
+
+
+def eval_rollout(setup: Setup) -> Rollout:
+    """The policy as it is evaluated: its own temperature and truncation."""
+    c = setup.config.eval
+    sections = list(c.sets.values()) or [setup.config.data]
+    rollout = Rollout(
+        setup.model,
+        group_size=c.samples,
+        temperature=c.temperature,
+        top_p=c.top_p,
+        weights=setup.merge,
+        **_shared_settings(setup, c.prompts * c.samples, sections),
+    )
+    return _with_pages(setup, rollout, c.prompts, max(data.max_prompt_len for data in sections))
+
+
+def _shared_settings(setup: Setup, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
+    """What training and evaluation share. The attention is one that takes the prompts of every data section."""
+    c = setup.config.rollout
+    kernels = {setup.attention(dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
+    cache = _cache_of(setup, max(data.max_prompt_len for data in sections))
+    return dict(
+        max_new_tokens=c.max_new_tokens,
+        eos_ids=setup.text.eos_ids,
+        pad_id=setup.text.pad_id,
+        dtype=DTYPES[c.dtype],
+        slots=min(c.slots, rows_count) if c.slots else None,
+        shards=setup.batch_shards,
+        attention=kernels.pop() if len(kernels) == 1 else "xla",
+        unrolled=setup.platform != "tpu",
+        resume_attention=_resume_attention(setup, max(data.max_prompt_len for data in sections)),
+        head_float32=setup.config.policy.head_float32,
+        paged=cache.paged,
+        paged_attention=cache.attention,
+    )
+
+
+def _resume_attention(setup: Setup, prompt_length: int) -> str:
+    """The attention of rows that go on, several of which pass the model at a time."""
+    c = setup.config.rollout
+    return setup.attention(dtype=c.dtype, length=resumed_tokens(prompt_length, c.max_new_tokens)).name
+
+
+def _cache_of(setup: Setup, prompt_length: int) -> CacheChoice:
+    """How a rollout keeps keys and values, of prompts up to this length."""
+    c = setup.config.rollout
+    return choose_cache(
+        setup.platform,
+        setup.model,
+        dtype=DTYPES[c.dtype],
+        length=prompt_length + c.max_new_tokens - 1,
+        cache="pages" if c.pages else c.cache,
+    )
+
+
+def _with_pages(setup: Setup, rollout: Rollout, prompts: int, prompt_length: int) -> Rollout:
+    """With as many pages as rollout.pages says, or as the devices have memory for; None: enough for all slots."""
+    pages = setup.config.rollout.pages or None
+    if rollout.paged and pages is None and setup.memory_bytes is not None:
+        pages = memory.free_pages(setup, rollout, setup.memory_bytes, prompts, prompt_length)
+    return dataclasses.replace(rollout, pages=pages)
