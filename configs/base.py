@@ -30,6 +30,7 @@ def data_section(**changes) -> ConfigDict:
     data.columns = ConfigDict()  # of rows; a.b is b of a
     data.columns.prompt = ""  # the column that holds the prompt; "": recognised
     data.columns.answer = ""  # the column that holds the answer; "": recognised
+    data.columns.verifier = ""  # the column that names a row's verifier; "": data.verifier scores all rows
     data.answer_from = ""  # what of it is the answer: "" recognised | #### (what follows) | boxed | regular expression
     data.bad_label = "error"  # a row whose label the verifier could never accept: error | drop
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings

@@ -24,6 +24,7 @@ class Example:
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # file and row, for sentences
     also: tuple[str, ...] = ()  # further answers, each as right as `answer`
+    verifier: str = ""  # a key of VERIFIERS, where it is not the task's
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,12 +63,13 @@ class Task:
 
 @dataclass(frozen=True)
 class AnswerVerifier:
-    """A row of VERIFIERS, on the example's answer; of several the first by which the reply is right."""
+    """A row of VERIFIERS, unless the example names another, on its answer; of several the first by which the reply is
+    right."""
 
     name: str
 
     def __call__(self, reply: str, example: Example) -> float:
-        verify = VERIFIERS[self.name]
+        verify = VERIFIERS[example.verifier or self.name]
         score = verify(reply, example.answer)
         for label in example.also:
             if score == 1.0:
@@ -80,6 +82,6 @@ def answer_task(
     name: str, examples: Sequence[Example], verifier: str, left_out: Mapping[str, int] | None = None
 ) -> Task:
     """Examples whose replies a row of VERIFIERS scores. `left_out` as in Task."""
-    isolated = verifier == "math_verify"
+    isolated = "math_verify" in {verifier, *(example.verifier for example in examples)}
     imports = ("math_verify", "dppo_jax.rewards.warm") if isolated else ()
     return Task(name, examples, AnswerVerifier(verifier), isolated, imports, left_out or {})

@@ -3,10 +3,9 @@
 from typing import Any
 
 from dppo_jax.data.examples import Task
-from dppo_jax.data.rows import jsonl_task, parquet_task
+from dppo_jax.data.rows import check_verifier, jsonl_task, parquet_task
 from dppo_jax.data.shapes import PLAIN, Reading
 from dppo_jax.errors import UserError
-from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.storage.hub import dataset_files
 
 TASK_OF = {".parquet": parquet_task, ".jsonl": jsonl_task}
@@ -35,7 +34,6 @@ def load_hub(
         raise UserError(
             f"data.kind='hub' takes no data.settings, but got {names}; clear them: --config.data.settings={{}}"
         )
-    if verifier == "task":
-        raise UserError(f"data.kind='hub' has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
+    check_verifier("hub", verifier, reading)
     files = dataset_files(name, subset, split, revision).files
     return TASK_OF[files[0].suffix](name, files, size, verifier, reading)

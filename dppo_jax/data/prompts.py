@@ -144,6 +144,13 @@ def decode_replies(
     return replies
 
 
+def _labels(example: Example) -> str | list[str]:
+    """The label; a list where there are several, or a verifier of their own."""
+    if example.verifier:
+        return [*example.labels, f"verifier: {example.verifier}"]
+    return list(example.labels) if example.also else example.answer
+
+
 class PromptStream:
     """The prompts of every step, as a function of (seed, step) alone: there is no state to save.
 
@@ -215,7 +222,7 @@ class PromptStream:
     @property
     def fingerprint(self) -> str:
         """Of all token ids and gold answers: what a run draws its prompts from and scores by."""
-        answers = (list(example.labels) if example.also else example.answer for example in self.examples)
+        answers = (_labels(example) for example in self.examples)
         return fingerprints.of_prompts(zip(self._ids, answers, strict=True))
 
     @property

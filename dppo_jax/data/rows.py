@@ -1,6 +1,7 @@
 """Tasks from files of rows: JSONL and parquet."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
@@ -11,9 +12,9 @@ import numpy as np
 
 from dppo_jax.data.examples import Example, Task, answer_task
 from dppo_jax.data.messages import read_prompt
-from dppo_jax.data.shapes import OWN, PLAIN, Reading, Shape, cut, cut_fault, fields, recognise, shown
+from dppo_jax.data.shapes import OWN, PLAIN, Reading, Shape, cut, cut_fault, fields, find, recognise, shown
 from dppo_jax.data.shards import shards
-from dppo_jax.errors import UserError, first_line
+from dppo_jax.errors import UserError, first_line, lookup
 from dppo_jax.files import parse_json
 from dppo_jax.rewards.labels import answer_faults, check_labels
 from dppo_jax.rewards.verifiers import VERIFIERS
@@ -50,7 +51,7 @@ def load_jsonl(
     path: a file, a folder of them, or a pattern; see `shards`. The task's left_out says how many lines are blank, and
     how many rows come after the first `size`; those are not read.
     """
-    files = _files("jsonl", path, settings, verifier)
+    files = _files("jsonl", path, settings, verifier, reading)
     return jsonl_task(task_name(path, files), files, size, verifier, reading)
 
 
@@ -83,7 +84,7 @@ def load_parquet(
     reading: Reading = PLAIN,
 ) -> Task:
     """Parquet tables whose columns have one of the shapes of `shapes.SHAPES`. `path` and `size` as in `load_jsonl`."""
-    files = _files("parquet", path, settings, verifier)
+    files = _files("parquet", path, settings, verifier, reading)
     return parquet_task(task_name(path, files), files, size, verifier, reading)
 
 
@@ -123,7 +124,7 @@ def _table(file: Path, size: int | None, reading: Reading) -> tuple[dict[str, li
     return {name: _column(file, name, table.column(name).slice(0, size), reading.columns) for name in names}, count
 
 
-def _files(kind: str, path: str | None, settings: dict[str, Any], verifier: str) -> list[Path]:
+def _files(kind: str, path: str | None, settings: dict[str, Any], verifier: str, reading: Reading) -> list[Path]:
     if not path:
         raise UserError(f"data.kind={kind!r} needs data.path, a file of rows")
     if settings:
@@ -131,9 +132,14 @@ def _files(kind: str, path: str | None, settings: dict[str, Any], verifier: str)
         raise UserError(
             f"data.kind={kind!r} takes no data.settings, but got {names}; clear them: --config.data.settings={{}}"
         )
-    if verifier == "task":
-        raise UserError(f"data.kind={kind!r} has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
+    check_verifier(kind, verifier, reading)
     return shards(kind, path)
+
+
+def check_verifier(kind: str, verifier: str, reading: Reading) -> None:
+    """UserError where neither data.verifier nor a column names what scores the replies."""
+    if verifier == "task" and not reading.verifier:
+        raise UserError(f"data.kind={kind!r} has no scorer of its own; set data.verifier to one of {sorted(VERIFIERS)}")
 
 
 def task_name(path: str | None, files: Sequence[Path]) -> str:
@@ -217,12 +223,16 @@ def _rows_task(
 ) -> Task:
     """rows: place and values of those that are used. count: how many the source has, blank ones aside."""
     shape = recognise(rows, reading)
-    found = [_row_example(where, row, shape) for where, row in rows]
+    found = [_row_example(where, row, shape, verifier, reading.verifier) for where, row in rows]
     examples = _with_good_labels(name, found, verifier, reading)
     left_out = {"blank": blank, "beyond_size": count - len(rows), "bad_label": len(rows) - len(examples)}
     distinct = {(str(example.prompt), example.labels) for example in examples}
     several = sum(bool(example.also) for example in examples)
     remarks = [f"read as {shape}"] if shape.name else []
+    if reading.verifier:
+        used = Counter(example.verifier or verifier for example in examples)
+        counted = ", ".join(f"{scorer} ({count})" for scorer, count in sorted(used.items()))
+        remarks += [f"verifiers by the column {shown(reading.verifier)}: {counted}"]
     remarks += [f"{several} rows have several labels, any of which is right"] if several else []
     task = answer_task(name, examples, verifier, left_out)
     return replace(task, duplicates=len(examples) - len(distinct), remarks=tuple(remarks))
@@ -239,14 +249,16 @@ def _with_good_labels(
     if faults and reading.bad_label == "error":
         raise UserError(next(iter(faults.values())))
     examples = [example for example, fault in found if not fault]
-    labels = [(example.where, label) for example in examples for label in example.labels]
-    if reading.bad_label == "error":
-        check_labels(verifier, labels, cache=reading.label_cache)
-        return examples
-    texts = [label for _, label in labels]
-    for (where, label), fault in zip(labels, answer_faults(verifier, texts, cache=reading.label_cache), strict=True):
-        if fault:
-            faults.setdefault(where, f"{where}: the answer {label!r:.200} {fault}")
+    for scorer in sorted({example.verifier or verifier for example in examples}):
+        of_scorer = [example for example in examples if (example.verifier or verifier) == scorer]
+        labels = [(example.where, label) for example in of_scorer for label in example.labels]
+        if reading.bad_label == "error":
+            check_labels(scorer, labels, cache=reading.label_cache)
+            continue
+        found_faults = answer_faults(scorer, [label for _, label in labels], cache=reading.label_cache)
+        for (where, label), fault in zip(labels, found_faults, strict=True):
+            if fault:
+                faults.setdefault(where, f"{where}: the answer {label!r:.200} {fault}")
     good = [example for example in examples if example.where not in faults]
     if not good:
         first = next(faults[example.where] for example, _ in found)
@@ -254,13 +266,30 @@ def _with_good_labels(
     return good
 
 
-def _row_example(where: str, row: Any, shape: Shape) -> tuple[Example, str | None]:
+def _row_example(
+    where: str, row: Any, shape: Shape, verifier: str, verifier_column: str
+) -> tuple[Example, str | None]:
     """The example, and why its row holds no label, as the end of a sentence; None where it holds one."""
     column, prompt, answer = fields(where, row, shape)
     labels, fault = _labels(where, shape, answer)
     own = {column, shape.answer, *(OWN.prompt if shape.prompt == OWN.prompt else ())}
     meta = {key: value for key, value in row.items() if key not in own and value is not None}
-    return Example(read_prompt(where, column, prompt), labels[0], meta, where, labels[1:]), fault
+    own_verifier = _verifier(where, row, verifier, verifier_column) if verifier_column else ""
+    return Example(read_prompt(where, column, prompt), labels[0], meta, where, labels[1:], own_verifier), fault
+
+
+def _verifier(where: str, row: Any, verifier: str, column: str) -> str:
+    """What the row's column says, if that is not the task's verifier; a row may have null where the task has one."""
+    named = find(row, column)
+    if named is None and verifier != "task":
+        return ""
+    if not isinstance(named, str):
+        raise UserError(f"{where}: {shown(column)} must be one of {sorted(VERIFIERS)}, not {shown(named)}")
+    try:
+        lookup(VERIFIERS, named, f"verifier in {column!r:.80}")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return "" if named == verifier else named
 
 
 def _labels(where: str, shape: Shape, answer: Any) -> tuple[tuple[str, ...], str | None]:

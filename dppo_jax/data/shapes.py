@@ -54,11 +54,12 @@ COLUMNS = frozenset(path.split(".")[0] for shape in SHAPES for path in (*shape.p
 
 
 class Reading(NamedTuple):
-    """How rows become examples: the keys data.columns.prompt, data.columns.answer, data.answer_from, data.bad_label,
-    and the folder in which checks of labels are kept ("": nowhere)."""
+    """How rows become examples: the keys of data.columns, data.answer_from, data.bad_label, and the folder in which
+    checks of labels are kept ("": nowhere)."""
 
     prompt: str = ""
     answer: str = ""
+    verifier: str = ""
     answer_from: str = ""
     bad_label: str = "error"
     label_cache: str = ""
@@ -66,7 +67,8 @@ class Reading(NamedTuple):
     @property
     def columns(self) -> frozenset[str]:
         """Columns of a table that may be asked for: of the shapes, and those that are named."""
-        named = {name for path in (self.prompt, self.answer) for name in (path, path.split(".")[0])}
+        paths = self.prompt, self.answer, self.verifier
+        named = {name for path in paths for name in (path, path.split(".")[0])}
         return COLUMNS | (named - {""})
 
 
@@ -100,7 +102,7 @@ def recognise(rows: Sequence[tuple[str, Any]], reading: Reading) -> Shape:
     where, row = rows[0]
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with 'prompt' or 'messages' and 'answer', got {shown(row)}")
-    for key, path in (("prompt", reading.prompt), ("answer", reading.answer)):
+    for key, path in (("prompt", reading.prompt), ("answer", reading.answer), ("verifier", reading.verifier)):
         if path and not has(row, path):
             raise UserError(_lacks(where, row, path, f"data.columns.{key}"))
     shape = _first(rows, row, reading)

@@ -39,8 +39,8 @@ def load_task(
 
     kind: a key of TASKS. "reasoning_gym" reads name, settings, size (number of examples, default GENERATED) and seed;
     "jsonl" and "parquet" read path (a file, a folder or a pattern), size (at most so many rows, default all), columns
-    ("prompt", "answer"; those that are not named are recognised), answer_from and bad_label; "hub" reads the same of
-    name, subset, split and revision (see `storage.hub`).
+    ("prompt", "answer"; those that are not named are recognised; "verifier", a row's own), answer_from and bad_label;
+    "hub" reads the same of name, subset, split and revision (see `storage.hub`).
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
     label_cache: a folder in which checks of labels are kept for later ("": nowhere).
     """

@@ -14,6 +14,7 @@ from configs import base
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.own import own_reward
 from dppo_jax.storage import fingerprints
 from dppo_jax.storage.run_config import MAY_CHANGE, NAME, changed, flatten, plain, read_config
 from experiments.run.setup import Setup
@@ -35,6 +36,7 @@ class Identity(NamedTuple):
     model: str  # fingerprint of what computes with them: shapes and constants, tokenizer, ends of a response
     prompts: dict[str, str]  # fingerprints
     rows: dict[str, int]  # by section: rows that the data holds, unused ones included
+    reward: str = ""  # fingerprint of the file of reward.function; "": there is none
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -51,7 +53,13 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
         fingerprints.of_text(repr((setup.model, ends, vocabulary))),
         {section: stream.fingerprint for section, stream in streams.items()},
         {section: stream.rows for section, stream in streams.items()},
+        _reward(setup.config.reward.function),
     )
+
+
+def _reward(function: str) -> str:
+    """Of the file of reward.function."""
+    return fingerprints.of_text(Path(own_reward(function).path).read_text(errors="replace")) if function else ""
 
 
 def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]:
@@ -75,6 +83,8 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
         if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
             raise UserError(f"cannot resume {str(workdir)!r}: {sentence}; put them back, or take another --workdir")
         changes.append(f"{sentence}: the checkpoint has its own, and goes on")
+    if saved.get("reward", now.reward) != now.reward:
+        changes.append("the file of reward.function was changed: rewards before and after do not compare")
     for section in sorted({*saved["prompts"], *now.prompts}):
         if saved["prompts"].get(section) == now.prompts.get(section):
             continue
@@ -156,5 +166,5 @@ def same_config_everywhere(config: ConfigDict) -> None:
 
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
-    values = {"weights": now.weights, "model and tokenizer": now.model, **now.prompts}
+    values = {"weights": now.weights, "model and tokenizer": now.model, "reward.function": now.reward, **now.prompts}
     hosts.agree("model or data", values, ())

@@ -127,7 +127,7 @@ def _extracting(task: Task, data: ConfigDict) -> Task:
     """The task, its verifier given that part of a reply which data.extract names."""
     for number, example in enumerate(task.examples, start=1):
         for label in example.labels:
-            if fault := part_fault(data.extract, data.verifier, label):
+            if fault := part_fault(data.extract, example.verifier or data.verifier, label):
                 where = example.where or f"{task.name}: prompt {number} of {len(task.examples)}"
                 raise UserError(f"{where}: the answer {label!r:.80} {fault}")
     return dataclasses.replace(task, verify=Extracting(task.verify, data.extract))

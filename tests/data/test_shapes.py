@@ -196,6 +196,43 @@ def test_columns_are_named(tmp_path):
     assert [e.answer for e in task.examples] == list(NUMBERS) and isinstance(task.examples[0].prompt, tuple)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_names_the_verifier(tmp_path, kind):
+    """Replies are scored, and labels checked, by a row's own; the default counts where the column is null."""
+    rows = [
+        {"question": "a", "answer": "\\frac{1}{2}", "by": {"name": "math_verify"}},
+        {"question": "b", "answer": "cat", "by": {"name": "exact_match"}},
+        {"question": "c", "answer": "7", "by": {"name": None}},
+    ]
+    asked = {"path": write(tmp_path, kind, rows), "columns": {"verifier": "by.name"}}
+    task = load_task(kind, verifier="last_number", **asked)
+    assert [example.verifier for example in task.examples] == ["math_verify", "exact_match", ""]
+    assert task.isolated and "exact_match (1), last_number (1), math_verify (1)" in task.remarks[-1]
+    with Scorer(task, workers=1, time_limit_s=30.0) as scorer:
+        right, wrong = (scorer.submit(said, task.examples).result()[0] for said in (
+            ["0.5", "cat", "It is 7"], ["0.6", "a cat", "8"]
+        ))
+    assert right.tolist() == [1, 1, 1] and wrong.tolist() == [0, 0, 0]
+    with pytest.raises(UserError, match="row 3: 'by.name' must be one of .*, not None"):
+        load_task(kind, **asked)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "words"),
+    [
+        ("math_verfy", "7", "unknown verifier in 'by' 'math_verfy'; the nearest is 'math_verify'"),
+        ("task", "7", "unknown verifier in 'by' 'task'"),
+        ("last_number", "cat", "the answer 'cat' is not one number"),
+        (3, "7", "'by' must be one of"),
+    ],
+)
+def test_a_verifier_that_cannot_be(tmp_path, verifier, answer, words):
+    path = write(tmp_path, "jsonl", [{"question": "a", "answer": answer, "by": verifier}])
+    with pytest.raises(UserError) as error:
+        load_task("jsonl", path=path, verifier="exact_match", columns={"verifier": "by"})
+    assert str(error.value).startswith(f"{path}, row 1: ") and words in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

@@ -28,3 +28,12 @@ def test_keys_of_the_data_that_are_new(tmp_path):
     for changes in ({"columns": {"answer": "a"}}, {"answer_from": "####"}, {"bad_label": "drop"}):
         with pytest.raises(UserError, match=rf"eval\.sets\.held_out\.{next(iter(changes))}"):
             compare(saved, identity(config(**changes)), tmp_path)
+
+
+def test_a_changed_reward_function_is_told(tmp_path):
+    now = identity(config())
+    before = now._replace(reward="another").saved()
+    assert compare(before, now._replace(reward="one"), tmp_path) == [
+        "the file of reward.function was changed: rewards before and after do not compare"
+    ]
+    assert compare({name: value for name, value in before.items() if name != "reward"}, now, tmp_path) == []
