@@ -94,9 +94,10 @@ OVERRIDES = {
     "--config.loss.name=relax_low": "loss 'relax_low' needs loss.alpha, which nothing sets",
     "--config.loss.alpha=0.3": "loss 'dppo_binary_tv' has no hyperparameter 'alpha'",
     # values
-    "--config.steps=many": "--config.steps=many: invalid literal for int()",
-    "--config.steps=1.5": "--config.steps=1.5: invalid literal for int()",
-    "--config.loss.delta_low=small": "could not convert string to float: 'small'",
+    "--config.steps=many": "--config.steps=many: must be a whole number, not 'many'",
+    "--config.steps=1.5": "--config.steps=1.5: must be a whole number, not '1.5'",
+    "--config.rollout.in_flight=True": "must be a whole number, not 'True'",
+    "--config.loss.delta_low=small": "must be a number, not 'small'",
     "--config.data.columns.question=q": "unknown config key 'data.columns.question'",
     "--config.data.answer_from=boxd": "data.answer_from = 'boxd' must be '####', 'boxed' or a regular expression",
     "--config.eval.sets.sums.answer_from=(": "eval.sets.sums.answer_from = '(' is no regular expression: missing )",
