@@ -47,7 +47,7 @@ def test_a_split_of_several_shards_is_one_task(tmp_path):
         ["acme/sums", every, {"blank": 0, "beyond_size": 0, "bad_label": 0}],
         ["acme/sums", every[:4], {"blank": 0, "beyond_size": 5, "bad_label": 0}],
         ["acme/text", rows(7, 8), {"blank": 2, "beyond_size": 0, "bad_label": 0}],
-        ["acme/text", rows(7), {"blank": 0, "beyond_size": 1, "bad_label": 0}],
+        ["acme/text", rows(7), {"blank": 2, "beyond_size": 1, "bad_label": 0}],
     ]
 
 
