@@ -53,7 +53,7 @@ def test_the_automaton_finds_what_a_search_of_the_decoded_text_finds(alphabet):
             start = draw.randrange(len(whole))
             later.append(whole[start : draw.randint(start + 1, len(whole))])
         first = [part.removeprefix(b" ") for part in later]
-        texts = tuple({text(1, 5) for _ in range(draw.randint(1, 4))})
+        texts = tuple(sorted({text(1, 5) for _ in range(draw.randint(1, 4))}))
         stops = make_stops(texts, later, first, vocab_size=len(later) + 2)
         for _ in range(20):
             tokens = draw.choices(range(len(later)), k=draw.randint(1, 25))
@@ -64,7 +64,7 @@ def test_the_automaton_finds_what_a_search_of_the_decoded_text_finds(alphabet):
                 at_boundaries += not any(stop.encode() in last for stop in texts)
         assert not read(stops, [len(later), len(later) + 1])[-1]  # ids without a token add nothing
         assert len(np.unique(stops.next_state, axis=1).T) == stops.next_state.shape[1]  # equal columns share a class
-    assert at_boundaries > 50
+    assert at_boundaries > 20
 
 
 def test_strings_that_overlap():
@@ -72,7 +72,8 @@ def test_strings_that_overlap():
     for texts, tokens, at in (
         (("aab",), (0, 0, 0, 1), 3),  # in aaab
         (("aab",), (2, 3), 1),
-        (("aab",), (0, 3, 1), None),
+        (("aab",), (0, 3), 1),
+        (("aab",), (0, 1, 3), None),
         (("xaabx", "aa"), (4,), 0),  # inside another one
         (("€",), (5, 5, 6), 2),
         (("€",), (7, 5, 6), 2),
@@ -83,23 +84,25 @@ def test_strings_that_overlap():
 
 
 def test_a_large_vocabulary_makes_a_small_table():
+    """Random words, and every part of the stop strings."""
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz <>/\n", k=draw.randint(1, 12))) for _ in range(150_000)]
-    later = [word.encode() for word in words]
     texts = ("</answer>", "\n\nQuestion:", "<|im_end|>", "Human:", "###", "\n\n\n", "Q:", "</s>", "final answer", "```")
-    stops = make_stops(texts, later, [part.removeprefix(b" ") for part in later], vocab_size=151_936)
+    parts = {text[at:to] for text in texts for at in range(len(text)) for to in range(at + 1, len(text) + 1)}
+    letters = "abcdefghijklmnopqrstuvwxyz <>/\n"
+    words = [*sorted(parts), *("".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(150_000))]
+    number, later = {part: i for i, part in enumerate(sorted(parts))}, [word.encode() for word in words]
+    first = [part.removeprefix(b" ") for part in later]
+    stops = make_stops(texts, later, first, vocab_size=151_936)
     assert stops.next_state.size < 100_000 and stops.next_state.dtype == stops.token_class.dtype == np.int16
-    hits = 0
     for _ in range(200):
         text = draw.choice(texts)
-        cut = draw.randrange(len(text))
-        tokens = [draw.randrange(150_000) for _ in range(6)]
-        parts = [i for i in range(2000) if words[i].endswith(text[:cut]) or words[i].startswith(text[cut:])]
-        tokens += draw.choices(parts, k=6) if parts else []
-        want = held(tokens, later, [part.removeprefix(b" ") for part in later], texts)
-        assert read(stops, tokens) == want
-        hits += want[-1]
-    assert hits > 10
+        cuts = sorted({0, len(text), *draw.choices(range(len(text)), k=2)})
+        pieces = [number[text[at:to]] for at, to in zip(cuts, cuts[1:], strict=False)]
+        missing = draw.randrange(len(pieces) + 1)  # one of them, or none
+        tokens = [draw.randrange(len(words)) for _ in range(4)]
+        tokens += [piece for i, piece in enumerate(pieces) if i != missing] + [draw.randrange(len(words))]
+        want = held(tokens, later, first, texts)
+        assert read(stops, tokens) == want and (want[-1] or missing < len(pieces))
 
 
 def test_all_rows_at_once():
@@ -113,17 +116,21 @@ def test_all_rows_at_once():
 
 # --- rollouts ---
 
-END = 1
-LATER = [b"", b"x", b"a", b"b", b"ab", b"ba", b" ", b"\xc3", b"\xa9", "é".encode(), b"aab", b"ca", b" c", b"c", b"bb"]
+END = 7  # seldom drawn
+LATER = [
+    b"", b"\xc3", b"a", b"b", b"ab", b"ba", b" ", b"x", b"a ", "é".encode(), b"aab", b"ca", b" c", b"c", b"bb",
+    b"\xa9",
+]  # fmt: skip
+assert len(LATER) == TINY.vocab_size
 FIRST = [part.removeprefix(b" ") for part in LATER]
-N, P, G, R = 4, 150, 2, 150  # rows of more than a page: where pages are few, some must make room
+N, P, G, R = 4, 150, 2, 300  # rows of up to four pages: where those are few, some must make room
 PARAMS = random_params()
 
 
 def prompts() -> PromptBatch:
     tokens = np.random.default_rng(0).integers(2, TINY.vocab_size, (N, P)).astype(np.int32)
     mask = np.arange(P) >= P - np.array([125, 120, 150, 127])[:, None]
-    limit = np.array([[140, 12], [145, 138], [9, 107], [132, 150]], np.int32)
+    limit = np.array([[290, 12], [295, 280], [9, 250], [270, 300]], np.int32)
     return PromptBatch(tokens, mask, np.arange(N, dtype=np.int32), limit)
 
 
@@ -153,11 +160,9 @@ def first_hit(tokens: Sequence[int], texts: Sequence[str]) -> int | None:
 def texts() -> tuple[str, ...]:
     """Stop strings that the rows hold, early and late."""
     chosen = []
-    for row, at, size in ((1, 5, 6), (2, 100, 7), (6, 90, 7), (7, 120, 6)):
-        ids = free().tokens[row, : free().response_mask[row].sum()].tolist()
-        text = b"".join(LATER[i] for i in ids if i != END).decode(errors="replace")
-        part = text[min(at, len(text) // 2) :].replace("\ufffd", "|")[:size]
-        chosen.append(max(part.split("|"), key=len))
+    for row, at, count in ((0, 4, 20), (2, 135, 20), (3, 133, 7), (6, 180, 20)):
+        part = b"".join(LATER[i] for i in free().tokens[row, at : at + count]).decode(errors="replace")
+        chosen.append(max(part.split("\ufffd"), key=len))
     return tuple(dict.fromkeys(chosen))
 
 
@@ -184,7 +189,7 @@ def check(found: RolloutBatch) -> None:
     [
         dict(slots=3, unrolled=True),
         dict(slots=4, shards=2, paged=True),
-        dict(slots=4, paged=True, pages=3),
+        dict(slots=4, paged=True, pages=4),
         pytest.param(dict(), marks=pytest.mark.slow),
         pytest.param(dict(slots=3, paged=True, pages=4, unrolled=True), marks=pytest.mark.slow),
     ],
