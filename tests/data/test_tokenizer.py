@@ -223,7 +223,8 @@ def test_the_bytes_of_tokens_are_what_decode_writes(name):
     ids = sorted(set(vocabulary.values()) - single)
     rows = [[i] for i in ids] + [[draw.choice(ids), i] for i in ids]
     rows += [draw.choices(ids, k=draw.randint(3, 12)) for _ in range(500)]
-    rows += [tokenizer(line, add_special_tokens=False)["input_ids"] for line in [*LINES, "\u2603 <|im_start|>\u0bf5"]]
+    lines = [*LINES, "\u2603 <|im_start|>\u0bf5"] if name != "reuse" else []  # whose words are numbers
+    rows += [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
     for row in rows:
         spelled = first[row[0]] + b"".join(later[i] for i in row[1:])
         text = tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
