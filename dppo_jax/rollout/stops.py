@@ -118,7 +118,7 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
                 children.append({})
             node = children[node][byte]
         accepting.add(node)
-    following = np.zeros((len(children), 256), np.int64)
+    following: np.ndarray = np.zeros((len(children), 256), np.int64)
     fallback = [0] * len(children)  # the state of the longest other beginning that ends here
     queue = deque([0])
     while queue:
@@ -148,7 +148,7 @@ def _lifted(by_byte: np.ndarray, tokens: Sequence[bytes]) -> tuple[np.ndarray, n
     kinds, kind = by_kind.shape[1], kind.reshape(-1)
     columns = [np.arange(len(by_byte))]
     known = {columns[0].tobytes(): 0}
-    token_class = np.zeros(len(tokens), np.int64)
+    token_class: np.ndarray = np.zeros(len(tokens), np.int64)
     going_on, at = np.flatnonzero(length), 0
     while len(going_on):
         pairs, inverse = np.unique(
