@@ -39,11 +39,13 @@ def data_section(**changes) -> ConfigDict:
     data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify
     data.extract = "auto"  # what of a reply it reads: auto | answer_tag | boxed | hashes | last_number | whole
     data.chat = False  # wrap prompts by the tokenizer's chat template
+    data.chat_kwargs = ConfigDict()  # further arguments of the template, such as Qwen3's enable_thinking
     data.template = "{prompt}"  # text around every prompt
     data.date = "2024-07-26"  # what a chat template takes for today (the default: what Llama 3's falls back on)
     data.max_prompt_len = 64  # tokens; prompts are padded on the left to this length
     data.too_long = "error"  # a longer prompt: error | skip
     data.settings.unlock()
+    data.chat_kwargs.unlock()
     for key, value in changes.items():
         if key == "columns":
             data.columns.update(value)
@@ -81,6 +83,7 @@ def get_config() -> ConfigDict:
     c.rollout.prompts = 16  # prompts per step (64 in §5, 256 or 128 in appendix E)
     c.rollout.group_size = 8  # responses per prompt, G (8 in §5, 16 or 8 in appendix E)
     c.rollout.max_new_tokens = 64  # response length, R
+    c.rollout.stop = ()  # texts; a response ends where its text holds one of them, in training and evaluation
     c.rollout.temperature = 1.0  # divides the logits, of training too unless policy.temperature is set (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch
@@ -225,5 +228,6 @@ def get_config() -> ConfigDict:
     c.lock()
     c.eval.sets.unlock()
     c.data.settings.unlock()
+    c.data.chat_kwargs.unlock()
     c.reward.terms.unlock()
     return c

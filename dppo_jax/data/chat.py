@@ -17,13 +17,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dppo_jax.errors import UserError, first_line
+from dppo_jax.errors import UserError, first_line, nearest
 
 DATE = "2024-07-26"  # the day that Llama 3's template falls back on
 CPU_SECONDS = 10  # limit of one rendering, some thousand times what it takes; a busy machine does not shorten it
 WALL_SECONDS = 600
 MEMORY_BYTES = 2**30  # beyond what the process starts with; enforced on Linux
 CHARACTERS = 2**24  # limit of one rendered text
+
+# Names that the rendering gives a template itself, and those that transformers' own function takes.
+GIVEN = (
+    "messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception",
+    "conversations", "chat_template", "return_assistant_tokens_mask", "continue_final_message",
+)  # fmt: skip
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # how Python prints an object without a text of its own
@@ -44,17 +50,29 @@ class ChatRenderer:
     """Conversations to text, by a tokenizer's chat template, open for the assistant's reply.
 
     date: what the template takes for today, YYYY-MM-DD.
+    arguments: of the template, by name, beside those that rendering gives (`GIVEN`, and special tokens); JSON values.
     cpu_seconds: the limit on one rendering, in seconds of computing. Close it, or use it in a `with`.
-    Raises: UserError where the tokenizer has no template to use, and in a call where the template fails or does not
-    end.
+    Raises: UserError where the tokenizer has no template to use, or one that reads no such argument; and in a call
+    where the template fails or does not end.
     """
 
-    def __init__(self, tokenizer: Any, *, date: str = DATE, cpu_seconds: float = CPU_SECONDS):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        date: str = DATE,
+        arguments: Mapping[str, Any] | None = None,
+        cpu_seconds: float = CPU_SECONDS,
+    ):
         check_date(date)
-        self._cpu_seconds = cpu_seconds
+        self._cpu_seconds, arguments = cpu_seconds, dict(arguments or {})
+        given = {*GIVEN, *tokenizer.special_tokens_map}
+        for name in sorted(arguments.keys() & given):
+            hint = "set data.date" if name == "strftime_now" else "leave it out"
+            raise UserError(f"data.chat_kwargs: {name!r} is what the rendering gives the chat template itself; {hint}")
         start = {
             "template": _template_of(tokenizer),
-            "special": tokenizer.special_tokens_map,
+            "arguments": tokenizer.special_tokens_map | arguments,
             "date": date,
             "cpu_seconds": cpu_seconds,
         }
@@ -70,14 +88,17 @@ class ChatRenderer:
             env=os.environ | environment,
         )
         try:
-            self._ask(start)
+            read = set(self._ask(start)["read"]) - given
+            for name in sorted(arguments.keys() - read):
+                has = nearest(name, read) if read else "; it has none"
+                raise UserError(f"data.chat_kwargs: the tokenizer's chat template has no argument {name!r:.80}{has}")
         except BaseException:
             self.close()
             raise
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of one conversation."""
-        return self._ask({"messages": list(messages)})
+        return self._ask({"messages": list(messages)})["text"]
 
     def close(self) -> None:
         """Ends the process."""
@@ -96,13 +117,14 @@ class ChatRenderer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, question: dict[str, Any]) -> str:
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
             line_out = json.dumps(question)
         except (TypeError, ValueError) as error:
-            raise UserError(f"the messages hold what is no JSON: {first_line(error):.200}") from None
+            what = "messages" if "messages" in question else "arguments of the chat template"
+            raise UserError(f"the {what} hold what is no JSON: {first_line(error):.200}") from None
         try:
             stdin.write(line_out + "\n")
             stdin.flush()
@@ -114,7 +136,7 @@ class ChatRenderer:
         answer = json.loads(line)
         if "error" in answer:
             raise UserError(f"the tokenizer's chat template {answer['error']}")
-        return answer["text"]
+        return answer
 
     def _ending(self, status: int) -> str:
         if status == -signal.SIGPROF:
@@ -142,9 +164,10 @@ def _template_of(tokenizer: Any) -> str:
 # --- the process ---
 
 
-def _prepare(template: str, date: str) -> None:
-    """Compiles the template, and takes from its environment what differs from run to run."""
+def _prepare(template: str, date: str) -> list[str]:
+    """Compiles the template, and takes from its environment what differs from run to run. The names that it reads."""
     from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     def drawing(name: str) -> Any:
@@ -157,12 +180,13 @@ def _prepare(template: str, date: str) -> None:
     environment.filters["random"] = drawing("random")
     environment.globals["lipsum"] = drawing("lipsum")
     environment.globals["strftime_now"] = datetime.fromisoformat(date).strftime
+    return sorted(find_undeclared_variables(environment.parse(template)))
 
 
-def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]]) -> str:
+def _render(template: str, arguments: Mapping[str, Any], messages: list[dict[str, Any]]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
+    (text,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **arguments)
     if len(text) > CHARACTERS:
         raise ValueError(f"it writes {len(text)} characters, more than {CHARACTERS}")
     if _ADDRESS.search(text) and not _ADDRESS.search(json.dumps(messages)):
@@ -191,7 +215,7 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    """Answers every line of stdin: first the template, then conversations. {"text"} or {"error"}."""
+    """Answers every line of stdin: first the template, then conversations. {"read"}, {"text"} or {"error"}."""
     import transformers.utils.chat_template_utils  # noqa: F401  before the limits
 
     for name in (signal.SIGPROF, signal.SIGALRM):
@@ -205,11 +229,9 @@ def main() -> None:
         signal.alarm(WALL_SECONDS)
         try:
             if question is start:
-                text = ""
-                _prepare(start["template"], start["date"])
+                answer: dict[str, Any] = {"read": _prepare(start["template"], start["date"])}
             else:
-                text = _render(start["template"], start["special"], question["messages"])
-            answer = {"text": text}
+                answer = {"text": _render(start["template"], start["arguments"], question["messages"])}
         except Exception as error:
             answer = {"error": _failure(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)

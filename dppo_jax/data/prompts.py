@@ -4,7 +4,7 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,29 @@ class PromptEncoder:
     template: text around "{prompt}", applied to a text prompt or to the last user message.
     chat: whether the tokenizer's chat template goes around it, open for the assistant's reply. A chat template writes
     its own special tokens, so its text is tokenized without adding any.
+    chat_kwargs: further arguments of the chat template, by name; see `ChatRenderer`.
     date: what a chat template takes for today, YYYY-MM-DD.
     Raises: UserError, here for settings that cannot be, and in a call for a prompt that has no tokens, or others than
     its text.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool, template: str = "{prompt}", date: str = DATE):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool,
+        template: str = "{prompt}",
+        chat_kwargs: Mapping[str, Any] | None = None,
+        date: str = DATE,
+    ):
         if "{prompt}" not in template:
             raise UserError(f"data.template must hold '{{prompt}}', but is {template!r:.200}")
         check_text(template, "data.template")
         check_date(date)
+        if chat_kwargs and not chat:
+            raise UserError(f"data.chat_kwargs = {dict(chat_kwargs)!s:.200} are of a chat template; set data.chat=True")
         self._tokenizer, self._template = tokenizer, template
-        self._render = ChatRenderer(tokenizer, date=date) if chat else None
+        self._render = ChatRenderer(tokenizer, date=date, arguments=chat_kwargs) if chat else None
 
     def close(self) -> None:
         """Ends the process that renders."""
@@ -79,11 +90,9 @@ class PromptEncoder:
         return messages
 
 
-def encode_prompt(
-    tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, chat: bool, template: str = "{prompt}", date: str = DATE
-) -> list[int]:
-    """Token ids of one prompt; see `PromptEncoder`, which is for many."""
-    with PromptEncoder(tokenizer, chat=chat, template=template, date=date) as encode:
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, chat: bool, **settings: Any) -> list[int]:
+    """Token ids of one prompt; see `PromptEncoder`, which is for many, and takes the settings."""
+    with PromptEncoder(tokenizer, chat=chat, **settings) as encode:
         return encode(prompt)
 
 
@@ -158,7 +167,7 @@ class PromptStream:
     epochs, so a batch may span two. Every prompt is encoded at construction.
 
     num_prompts: N, prompts per step. max_prompt_len: P, in tokens, special tokens and chat template included.
-    chat, template, date: see `PromptEncoder`.
+    chat, template, chat_kwargs, date: see `PromptEncoder`.
     too_long: what becomes of a prompt of more than P tokens: "error", or "skip" (counted in `.skipped`).
     """
 
@@ -172,6 +181,7 @@ class PromptStream:
         seed: int,
         chat: bool = False,
         template: str = "{prompt}",
+        chat_kwargs: Mapping[str, Any] | None = None,
         date: str = DATE,
         too_long: str = "error",
     ):
@@ -188,7 +198,8 @@ class PromptStream:
         self._ids: list[list[int]] = []
         # The padding id is never looked at: masks say what is padding.
         self._pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        with PromptEncoder(tokenizer, chat=chat, template=template, date=date) as encode:
+        settings: dict[str, Any] = dict(template=template, chat_kwargs=chat_kwargs, date=date)
+        with PromptEncoder(tokenizer, chat=chat, **settings) as encode:
             for number, example in enumerate(task.examples, start=1):
                 where = example.where or f"{task.name}: prompt {number} of {len(task.examples)}"
                 try:

@@ -1,6 +1,8 @@
 """A model directory's tokenizer, and the tokens that end a response."""
 
+import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +26,12 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "added_tokens_decoder": ((dict,), "an object of tokens by id"),
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), TOKEN),
 }
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
+# GPT-2's alphabet: a byte that can be printed is itself, the others are U+0100 and on. Whatever else is no byte.
+BYTE_ALPHABET = {byte: "\uffff" for byte in _HIDDEN} | {256 + n: chr(byte) for n, byte in enumerate(_HIDDEN)}
+BYTE_TOKEN = re.compile(rb"<0x([0-9a-fA-F]{2})>")  # SentencePiece's
 
 PROBE = " Q:  what's 12 + 3456?\n\n\tIt's x_1, THE na\u00efve \u6771\u4eac...\r\n  <b>2023</b> "
 
@@ -194,3 +202,66 @@ def _token_id(value: Any, size: int, where: str) -> int:
     if not 0 <= value < size:
         raise UserError(f"{where}: there is no token {shown(value)}; ids go from 0 to {size - 1}")
     return value
+
+
+def token_bytes(tokenizer: Any, *, first: bool = False) -> list[bytes]:
+    """By id, the UTF-8 that each token adds to decoded text, behind other tokens or, if it is the `first`, before them.
+
+    An id without a token adds nothing. A token of SentencePiece's <0xNN> is its byte, though `decode` writes a
+    replacement character for each of a row of them that is no UTF-8.
+    Raises: UserError for a tokenizer that joins tokens in a way that is not known here.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer, a {type(tokenizer).__name__}, has no tokenizer.json to say how it decodes")
+    vocabulary, decoder = tokenizer.get_vocab(), tokenizer.backend_tokenizer.decoder
+    parts = [b""] * (1 + max(vocabulary.values()))
+    for token, number in vocabulary.items():
+        parts[number] = token.encode()
+    if decoder is None:  # words, between spaces
+        return parts if first else [b" " + part if part else part for part in parts]
+    joined = False  # what follows sees the whole text, and not each token
+    for step in _decoding_steps(json.loads(decoder.__getstate__())):
+        kind, at_start = step["type"], first or not joined
+        match kind, joined:
+            case "Fuse", _:
+                joined = True
+            case "ByteLevel", False:
+                parts, joined = [_of_byte_alphabet(part) for part in parts], True
+            case "ByteFallback", False:
+                parts = [bytes.fromhex(m[1].decode()) if (m := BYTE_TOKEN.fullmatch(part)) else part for part in parts]
+            case "Metaspace", False:
+                drops = first and step["prepend_scheme"] != "never"
+                parts = [part.replace(step["replacement"].encode(), b"" if drops else b" ") for part in parts]
+            case "Replace", _ if "String" in step["pattern"] and (not joined or len(step["pattern"]["String"]) == 1):
+                old, new = step["pattern"]["String"].encode(), step["content"].encode()
+                parts = [part.replace(old, new) for part in parts]
+            case "Strip", _ if not joined or (step["stop"] == 0 and step["start"] <= 1):
+                start, stop, character = step["start"] if at_start else 0, step["stop"], step["content"].encode()
+                parts = [_stripped(part, character, start, stop) for part in parts]
+            case _:
+                raise UserError(f"the tokenizer decodes by {kind}, of which it is not known what one token adds")
+    return parts
+
+
+def _decoding_steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """A decoder's steps, one after another."""
+    if decoder["type"] == "Sequence":
+        return [step for inner in decoder["decoders"] for step in _decoding_steps(inner)]
+    return [decoder]
+
+
+def _of_byte_alphabet(part: bytes) -> bytes:
+    """The bytes that a token spells; its own text where a character is none of the alphabet."""
+    try:
+        return part.decode().translate(BYTE_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:
+        return part
+
+
+def _stripped(part: bytes, character: bytes, start: int, stop: int) -> bytes:
+    """Without so many of a character at its ends, at most."""
+    while start and part.startswith(character):
+        part, start = part.removeprefix(character), start - 1
+    while stop and part.endswith(character):
+        part, stop = part.removesuffix(character), stop - 1
+    return part

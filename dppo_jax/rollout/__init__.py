@@ -5,5 +5,9 @@ from dppo_jax.rollout.caches import choose as choose_cache
 from dppo_jax.rollout.in_flight import Finished, Flight, InFlight
 from dppo_jax.rollout.rollout import Rollout, resumed_tokens
 from dppo_jax.rollout.slots import Work
+from dppo_jax.rollout.stops import Stops, check_stop, make_stops
 
-__all__ = ["CacheChoice", "Finished", "Flight", "InFlight", "Rollout", "Work", "choose_cache", "resumed_tokens"]
+__all__ = [
+    "CacheChoice", "Finished", "Flight", "InFlight", "Rollout", "Stops", "Work", "check_stop", "choose_cache",
+    "make_stops", "resumed_tokens",
+]  # fmt: skip

@@ -168,12 +168,15 @@ class InFlight:
         progress = jnp.maximum(rows_of(flight.tokens_drawn), 1)
         fields = vars(flight.out).items()
         out = {name: either(old, getattr(state.out, name)) for name, old in fields if old is not None}
+        # What a row has of a stop string follows from its tokens; of those behind its last nothing is read.
+        stops = None if r.stops is None else r.stops.after_each(out["token"])
         return waiting, dataclasses.replace(
             state,
             waits=self._shards.local(to_go),
             progress=self._shards.local(progress),
             missing=jnp.where(there, missing, 1),  # a place without a group is not complete
             out=dataclasses.replace(state.out, **out),
+            stops=stops,
         )
 
     def _parted(

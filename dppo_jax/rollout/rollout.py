@@ -37,6 +37,7 @@ from dppo_jax.models.pages import count_for
 from dppo_jax.models.rotary import positions
 from dppo_jax.rollout.caches import Blocks, Pages
 from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
+from dppo_jax.rollout.stops import Stops
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
@@ -61,6 +62,7 @@ class Rollout:
     `weights` rounds the parameters to a narrower format, `round_inputs` the inputs of linear layers (precision.py).
     `paged` keeps the cache as pages, of which a shard has `pages` beside its prompts' (None: enough for all slots, and
     in any case for one row); `paged_attention` is one of `pages.IMPLEMENTATIONS`.
+    `stops` are the stop strings, after the first of which a response ends, as after a token of `eos_ids`.
     behavior_logp is that of the distribution drawn from: after temperature, and after truncation if top_p < 1.
     """
 
@@ -86,6 +88,7 @@ class Rollout:
     paged: bool = False
     pages: int | None = None
     paged_attention: str = "xla"
+    stops: Stops | None = None
 
     __name__ = "rollout"  # as jit calls it, in profiles and in the list of what was compiled
 
@@ -185,6 +188,15 @@ class Rollout:
     def _is_end(self, token: Array) -> Array:
         return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
+    def _stop_after(self, stop: Array | None, token: Array) -> Array | None:
+        """The state of the stop strings' automaton after one token more."""
+        return None if self.stops is None or stop is None else self.stops.after(stop, token)
+
+    def _ends(self, token: Array, stop: Array | None) -> Array:
+        """Whether tokens end their responses; `stop` is the state after them."""
+        is_end = self._is_end(token)
+        return is_end if self.stops is None or stop is None else is_end | self.stops.found(stop)
+
     def _recorded(self, routed: Routed | None) -> Array:
         """[L, b, t, k] -> [b, t, Lk], as small as the number of experts allows."""
         assert routed is not None
@@ -216,15 +228,17 @@ class Rollout:
         token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
         topk = (jnp.repeat(x, group, 0) for x in self._topk(z, lse[0]))
         first = Drawn(token.T.reshape(-1), logp.T.reshape(-1), *topk)
+        stop = None if self.stops is None else self._stop_after(self.stops.start(batch), first.token)
 
         waiting = Waiting(
             first=first,
-            waits=self._shards.local(~self._is_end(first.token) & (limit > 1)),
+            waits=self._shards.local(~self._ends(first.token, stop) & (limit > 1)),
             limit=limit,
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.mask,
             prompts=list(zip(*kept, strict=True)) if self.unrolled else kept,
             uniforms=uniforms,
+            stop=stop,
         )
         return waiting, self._recorded(routed) if self.record_experts else None
 
@@ -276,6 +290,8 @@ class Rollout:
             out=dataclasses.replace(jax.tree.map(buffer, first), token=buffer(first.token, self.pad_id)),
             experts=experts,
             work=Work(jnp.int32(0), nothing, nothing, nothing, nothing),
+            stop=None if self.stops is None else self.stops.start(slots),
+            stops=None if waiting.stop is None else buffer(waiting.stop),
         )
 
     def _admit(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
@@ -305,6 +321,9 @@ class Rollout:
             limit=choose(shards.look_up(waiting.limit, index), state.limit),
             prompt_mask=choose(shards.look_up(waiting.prompt_mask, index // group), state.prompt_mask),
         )
+        if state.stop is not None and state.stops is not None:
+            stop = choose(shards.look_up(state.stops, index, progress - 1), state.stop)
+            state = dataclasses.replace(state, stop=stop)
         state = self._cache.admit(waiting, state, fresh, index // group)
         if state.missing is None and not self._cache.may_run_out(len(state.row), waiting):
             return state  # every row that waits has its first token alone
@@ -356,23 +375,29 @@ class Rollout:
         index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
         token, logp, lse = self._draw(z, self._shards.look_up(waiting.uniforms, *index))
         new = Drawn(token, logp, *self._topk(z, lse))
-        drawn = state.drawn + live
+        stop, drawn = self._stop_after(state.stop, token), state.drawn + live
         experts = state.experts
         if experts is not None:
             experts = self._shards.put(experts, row, state.drawn - 1, self._recorded(routed)[:, 0])
-        last = live & (self._is_end(token) | (drawn >= state.limit))
+        last = live & (self._ends(token, stop) | (drawn >= state.limit))
         state = self._cache.release(state, last)
         if state.missing is not None:
             of_group = self._shards.within(state.row, batch) // self.group_size
             ended = jax.vmap(lambda missing, at, last: missing.at[at].add(-last.astype(jnp.int32), mode="drop"))
             state = dataclasses.replace(state, missing=ended(state.missing, of_group, self._shards.local(last)))
+
+        def put(buffer: Array, new: Array) -> Array:
+            return self._shards.put(buffer, row, state.drawn, new)
+
         return dataclasses.replace(
             state,
             row=jnp.where(last, batch, state.row),
             drawn=drawn,
             token=new.token,
             cache=cache,
-            out=jax.tree.map(lambda out, x: self._shards.put(out, row, state.drawn, x), state.out, new),
+            out=jax.tree.map(put, state.out, new),
+            stop=stop,
+            stops=None if stop is None or state.stops is None else put(state.stops, stop),
             experts=experts,
             work=dataclasses.replace(
                 state.work,
@@ -403,9 +428,9 @@ class Rollout:
         self, prompts: PromptBatch, waiting: Waiting, state: Slots, prompt_experts: Array | None
     ) -> RolloutBatch:
         """The batch as it is in the slots' state."""
-        # Up to the first end-of-sequence token, or the limit: what pads the rest may be an end-of-sequence token too.
+        # Up to the first end, or the limit: what pads the rest may be an end-of-sequence token too.
         column, limit = jnp.arange(self.max_new_tokens), waiting.limit
-        end = jnp.min(jnp.where(self._is_end(state.out.token), column, self.max_new_tokens), axis=1)
+        end = jnp.min(jnp.where(self._ends(state.out.token, state.stops), column, self.max_new_tokens), axis=1)
         return RolloutBatch(
             tokens=state.out.token,
             response_mask=column < jnp.minimum(end + 1, limit)[:, None],

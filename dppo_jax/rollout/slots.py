@@ -57,6 +57,8 @@ class Slots:
     out: Drawn  # [B, R]
     experts: Integer[Array, "B R Lk"] | None  # of each token that was decoded from; None: not recorded
     work: Work
+    stop: Integer[Array, "S"] | None = None  # state of the stop strings' automaton, after the row's last token
+    stops: Integer[Array, "B R"] | None = None  # after each token of `out`; None: there are no stop strings
 
     @property
     def position(self) -> Int32[Array, "S"]:
@@ -76,6 +78,7 @@ class Waiting:
     prompts: Any  # the prompts' keys and values, as `caches` has them; of unrolled layers, a list of L
     uniforms: Float32[Array, "B R 2"]  # the random numbers of every token
     due: Bool[Array, "D n"] | None = None  # groups that are drawn to their end; None: all
+    stop: Integer[Array, "B"] | None = None  # state of the stop strings' automaton after every row's first token
     wanted: int = struct.field(pytree_node=False, default=0)  # groups of a shard that are, those among them
 
 

@@ -29,6 +29,7 @@ from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards import own, shaping
 from dppo_jax.rewards.extract import EXTRACT
 from dppo_jax.rewards.verifiers import VERIFIERS
+from dppo_jax.rollout import check_stop
 from dppo_jax.storage import hub
 from dppo_jax.weights import WEIGHTS
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
@@ -55,6 +56,7 @@ def check(config: ConfigDict) -> None:
     _check_shadow_losses(config)
     _check_needed(config, setup.needed)
     _check_pages(config)
+    check_stop(config.rollout.stop)
     _check_in_flight(config, setup.needed)
     _check_reward(config, setup)
     _check_learning(config, setup)
@@ -133,6 +135,11 @@ def _check_data(c: ConfigDict) -> None:
                     f"{name}.kind = 'reasoning_gym' has no rows for {name}.{key} = {shown(named)}; clear it: "
                     f"--config.{name}.{key}={'error' if key == 'bad_label' else ''}"
                 )
+        if data.chat_kwargs and not data.chat:
+            raise UserError(
+                f"{name}.chat_kwargs are of a chat template, which {name}.chat = False leaves out, but has "
+                f"{', '.join(map(str, data.chat_kwargs))}; set {name}.chat=True"
+            )
         _check_hub(name, data)
         if data.kind == "reasoning_gym" and data.path:
             raise UserError(

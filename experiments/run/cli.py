@@ -261,7 +261,8 @@ def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:
         check_text(value, name)
         if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
-        replaces_section = name.endswith(".settings") and value.startswith("{")  # a dict of the data set's own settings
+        is_open = name.endswith((".settings", ".chat_kwargs"))  # of the data set, of the chat template
+        replaces_section = is_open and value.startswith("{")  # a dict of all of them
         if isinstance(known[name], ConfigDict) and not replaces_section:
             inside = short(", ".join(known[name])) or "it is empty"
             raise UserError(f"config key {name!r} is a section; override one of its keys: {inside}")

@@ -113,6 +113,7 @@ def load_prompts(
         seed=c.seed,
         chat=data.chat,
         template=data.template,
+        chat_kwargs=data.chat_kwargs.to_dict(),
         date=data.date,
         too_long=data.too_long,
     )

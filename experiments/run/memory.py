@@ -36,6 +36,7 @@ def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt
     copies = bool(c.reference.coef) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
     kept = local_bytes(state) + local_bytes(published) + copies * local_bytes(state.params)
     rows = prompts * rollout.group_size // setup.batch_shards
-    kept += rows * rollout.max_new_tokens * (16 + 8 * rollout.topk)  # tokens, logp, two uniforms; the top K
+    each = 16 + 8 * rollout.topk + (2 if rollout.stops else 0)  # tokens, logp, two uniforms; the top K; a state
+    kept += rows * rollout.max_new_tokens * each
     free = int((1 - SPARE) * memory) - kept
     return max(0, free // page_bytes(setup, rollout) - prompts // setup.batch_shards * count_for(prompt_length))

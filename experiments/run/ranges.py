@@ -192,6 +192,17 @@ def _check_section(section: Any, defaults: ConfigDict, prefix: str) -> None:
                 raise UserError(f"{prefix[:-1]} has a setting {shown(name)}, which is no name")
         check_text(section.to_dict(), prefix[:-1])
         return
+    if prefix.endswith("chat_kwargs."):  # the chat template's
+        for name, argument in section.to_dict().items():
+            if not isinstance(name, str):
+                raise UserError(f"{prefix[:-1]} has an argument {shown(name)}, which is no name")
+            if not _is_json(argument):
+                raise UserError(
+                    f"{prefix}{name} must be text, a number, True, False, None, or a list or a dict of these by name, "
+                    f"not {shown(argument)}"
+                )
+        check_text(section.to_dict(), prefix[:-1])
+        return
     for name in section:
         if name not in defaults:
             raise UserError(f"unknown config key {prefix + str(name)!r}{nearest(str(name), defaults)}")
@@ -220,6 +231,15 @@ def _check_value(value: Any, kind: Any, key: str, *, unset: bool) -> None:
     if kind in (int, float):
         range_ = WEIGHT if key.startswith("reward.terms.") else NUMBERS[plain]  # a config file may add terms
         _check_number(value if kind is int else _as_float(value), range_, key)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value is one that JSON holds; a tuple counts as a list."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_json(inside) for name, inside in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_names(names: Sequence[Any], key: str) -> None:

@@ -65,6 +65,7 @@ def _shared_settings(setup: Setup, rows_count: int, sections: list[ConfigDict]) 
         max_new_tokens=c.max_new_tokens,
         eos_ids=setup.text.eos_ids,
         pad_id=setup.text.pad_id,
+        stops=setup.stops,
         dtype=DTYPES[c.dtype],
         slots=min(c.slots, rows_count) if c.slots else None,
         shards=setup.batch_shards,

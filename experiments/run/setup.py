@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.data.tokenizer import token_bytes
 from dppo_jax.devices.chips import memory_of
 from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
 from dppo_jax.errors import UserError, lookup
@@ -30,7 +31,7 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_par
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.packing import PackShape
 from dppo_jax.rewards import shaping
-from dppo_jax.rollout import Work
+from dppo_jax.rollout import Stops, Work, make_stops
 from dppo_jax.sampling import step_key
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
@@ -388,6 +389,18 @@ class Setup:
     def topk(self) -> int:
         """K, how many tokens' log-probabilities the rollout records: rollout.tracked where something needs them."""
         return self.config.rollout.tracked if "topk" in self.needed else 0
+
+    @cached_property
+    def stops(self) -> Stops | None:
+        """The stop strings of training and evaluation; None without any, and where shapes alone matter."""
+        texts, tokenizer = self.config.rollout.stop, self.text.tokenizer
+        if not texts or tokenizer is None:
+            return None
+        try:
+            spelled = token_bytes(tokenizer), token_bytes(tokenizer, first=True)
+        except UserError as error:
+            raise UserError(f"rollout.stop = {texts!s:.80}: {error}") from None
+        return make_stops(texts, *spelled, vocab_size=self.model.vocab_size, silent=self.text.eos_ids)
 
     @property
     def everywhere(self) -> NamedSharding | None:

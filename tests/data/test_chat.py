@@ -96,6 +96,51 @@ def test_rendering_is_transformers_own(with_template):
             )
 
 
+THINKING = (
+    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|reply|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<none>{% else %}<think>{% endif %}"
+    "{% for word in words or [] %}{{ word }}{% endfor %}"
+)
+
+
+def test_arguments_of_the_template(with_template):
+    """As transformers passes them: Qwen3's enable_thinking, and a list."""
+    tokenizer = with_template(THINKING)
+    given: list[dict] = [{}, {"enable_thinking": False}, {"words": ["a", "b"], "enable_thinking": True}]
+    rendered = []
+    for arguments in given:
+        with ChatRenderer(tokenizer, arguments=arguments) as render:
+            rendered.append(render(ASK))
+        whole = tokenizer.apply_chat_template(list(ASK), add_generation_prompt=True, tokenize=False, **arguments)
+        assert rendered[-1] == whole
+    assert [text.partition("<|reply|>")[2] for text in rendered] == ["<think>", "<none>", "<think>ab"]
+    task = answer_task("sums", [Example("1+1=", "2")], "last_number")
+    settings = dict(num_prompts=1, max_prompt_len=64, seed=0, chat=True)
+    batch, _ = PromptStream(task, tokenizer, chat_kwargs=given[1], **settings).batch(0)
+    assert tokenizer.decode(batch.tokens[batch.mask]).endswith("<none>")
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "words"),
+    [
+        (THINKING, {"enable_thinkng": False}, "has no argument 'enable_thinkng'; the nearest is 'enable_thinking'"),
+        (THINKING, {"q": 1}, "has no argument 'q'; known: enable_thinking, words"),
+        (CHAT, {"enable_thinking": False}, "has no argument 'enable_thinking'; it has none"),
+        (DATED, {"date": "2024"}, "has no argument 'date'; the nearest is 'date_string'"),
+        (DATED, {"m": "2024"}, "has no argument 'm'; known: date_string"),  # a name of its own
+        (DATED, {"strftime_now": 1}, "'strftime_now' is what the rendering gives the chat template itself; set data."),
+        *[(CHAT, {name: 1}, f"{name!r} is what the rendering gives the chat template itself; leave it out")
+          for name in ("messages", "add_generation_prompt", "tools", "bos_token", "chat_template")],
+    ],
+)  # fmt: skip
+def test_arguments_that_the_template_does_not_take(with_template, template, arguments, words):
+    with pytest.raises(UserError) as error:
+        ChatRenderer(with_template(template), arguments=arguments)
+    assert str(error.value).startswith("data.chat_kwargs: ") and words in str(error.value)
+    with pytest.raises(UserError, match="^data.chat_kwargs = .* are of a chat template; set data.chat=True$"):
+        encode_prompt(with_template(template), "a", chat=False, chat_kwargs=arguments)
+
+
 # What a rendering does, and the words that refuse it. One template does them all, each for a message of its own.
 REFUSED = {
     "{{ raise_exception('no') }}": "refuses the messages: no",

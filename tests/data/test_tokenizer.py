@@ -2,14 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
+from dppo_jax.data.tokenizer import eos_ids, load_tokenizer, token_bytes
 from dppo_jax.errors import UserError
 from tests.helpers.mutations import BAD_EOS, BROKEN
 from tests.helpers.places import ROOT
@@ -166,3 +167,79 @@ def test_paths_that_are_none(directory, tmp_path, monkeypatch):
     (directory / "tokenizer.json").unlink()
     os.mkfifo(directory / "tokenizer.json")  # opened, it would wait for ever
     assert refusal(load_tokenizer, directory).endswith("tokenizer.json is neither a file nor a link to one")
+
+
+# --- the bytes of tokens ---
+
+LINES = [*SENTENCES, "  two spaces", "\t\ttabs\n\n", "café crème", "\U0001f600\U0001f601 faces", "x = [1, 2];  # €"]
+LLAMA = decoders.Sequence(
+    [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+GEMMA = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a few lines."""
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "two words", "\u0120odd"]
+    if kind == "byte-level":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+        backend.train_from_iterator(LINES, trainer)
+    elif kind in ("llama", "gemma"):
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        backend.decoder = LLAMA if kind == "llama" else GEMMA
+        all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *all_bytes], limit_alphabet=60)
+        backend.train_from_iterator(LINES, trainer)
+    elif kind == "metaspace":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+        backend.train_from_iterator(LINES, trainer)
+    else:
+        backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+PLACES = {"tiny": TINY, "reuse": ROOT / "assets" / "reuse", "smollm2": ROOT / "models" / "SmolLM2-135M-Instruct"}
+
+
+@pytest.mark.parametrize("name", [*PLACES, "byte-level", "llama", "gemma", "metaspace", "words"])
+def test_the_bytes_of_tokens_are_what_decode_writes(name):
+    """Of every token alone and behind another one, of random tokens, and of texts. Tokens of single bytes of
+    SentencePiece are left to texts: decode writes none of a row that is no UTF-8."""
+    if name in PLACES and not PLACES[name].is_dir():
+        pytest.skip("make smollm2 fetches it")
+    tokenizer = load_tokenizer(PLACES[name]) if name in PLACES else trained(name)
+    later, first = token_bytes(tokenizer), token_bytes(tokenizer, first=True)
+    vocabulary, draw = tokenizer.get_vocab(), random.Random(0)
+    assert len(later) == len(first) == max(vocabulary.values()) + 1
+    single = {i for token, i in vocabulary.items() if token.startswith("<0x") and name in ("llama", "gemma")}
+    ids = sorted(set(vocabulary.values()) - single)
+    rows = [[i] for i in ids] + [[draw.choice(ids), i] for i in ids]
+    rows += [draw.choices(ids, k=draw.randint(3, 12)) for _ in range(500)]
+    lines = [*LINES, "\u2603 <|im_start|>\u0bf5"] if name != "reuse" else []  # whose words are numbers
+    rows += [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    for row in rows:
+        spelled = first[row[0]] + b"".join(later[i] for i in row[1:])
+        text = tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert spelled.decode(errors="replace") == text, row
+    assert bool(single & {i for row in rows for i in row}) == (name in ("llama", "gemma"))
+
+
+def test_an_id_without_a_token_adds_nothing(tmp_path):
+    shutil.copytree(TINY, tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.decode([5, 10**6, 6]) == (token_bytes(tokenizer)[5] + token_bytes(tokenizer)[6]).decode()
+
+
+@pytest.mark.parametrize("decoder", [decoders.WordPiece(), decoders.CTC(), decoders.BPEDecoder()])
+def test_a_tokenizer_that_decodes_in_a_way_of_its_own(decoder):
+    tokenizer = trained("byte-level")
+    tokenizer.backend_tokenizer.decoder = decoder
+    assert refusal(token_bytes, tokenizer).startswith(f"the tokenizer decodes by {type(decoder).__name__}, of which")

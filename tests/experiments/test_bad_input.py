@@ -162,6 +162,14 @@ OVERRIDES = {
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
+    "--config.data.chat_kwargs={'enable_thinking': False}": (
+        "data.chat_kwargs are of a chat template, which data.chat = False leaves out, but has enable_thinking; set "
+        "data.chat=True"
+    ),
+    "--config.eval.sets.sums.chat_kwargs={'x': 1}": "eval.sets.sums.chat_kwargs are of a chat template, which eval.",
+    "--config.data.chat_kwargs={'x': 1j}": "data.chat_kwargs.x must be text, a number, True, False, None, or a list or",
+    "--config.rollout.stop=7": "rollout.stop must be a tuple of names, but holds 7",
+    "--config.rollout.stop=('a','')": "rollout.stop holds an empty text, which every response has at once; leave",
     # files
     "--config.policy.path=~no_such_user/model": "policy.path = '~no_such_user/model': no home folder is known for ~",
     "--config.policy.path=gs://bucket/model": "policy.path = 'gs://bucket/model': gs:// addresses are neither read nor",

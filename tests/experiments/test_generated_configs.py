@@ -180,6 +180,8 @@ def is_never(config: ConfigDict, key: str, kind: type, value: Any) -> bool:
     """Whether a value of NEVER is wrong for this key."""
     if value is None and may_be_unset(config, key):
         return False
+    if key == "rollout.stop" and value in ("nope", ("nope",)):
+        return False
     return not (key == "log.regions" and value == "q")  # no name of a loss, but text all the same
 
 
@@ -252,6 +254,11 @@ STRUCTURES = {
     ),
     "loss_defaults.cispo.ratio_cap must be a number, not None": ("loss_defaults.cispo", {"ratio_cap": None}),
     "data.settings has a setting 1, which is no name": ("data.settings", {1: 2}),
+    "data.chat_kwargs has an argument 1, which is no name": ("data.chat_kwargs", {1: 2}),
+    "data.chat_kwargs.a must be text, a number, True, False, None, or a list or a dict of these by name, not ": (
+        "data.chat_kwargs",
+        {"a": [{"b": {1: 2}}]},
+    ),
     "the config has no key 'data.columns.answer'": ("data.columns", {"prompt": "q"}),
     "data.columns.prompt must be text, not 3": ("data.columns", {"prompt": 3, "answer": ""}),
     "data.kind = 'reasoning_gym' has no rows for data.columns.prompt = 'q'; clear it: --config.data.columns.prompt=": (

@@ -106,10 +106,12 @@ def test_a_config_of_the_page_runs(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", PAGES["configs"], re.S).group(1))
     overrides = re.findall(r"`(--config\.[^`]+=[^`]+)`", PAGES["configs"])
     values = [override.replace('"', "") for override in overrides if "VALUE" not in override]
-    infinite, regions, one, whole, terms, size = (load_config(str(tmp_path / "mine.py"), [value]) for value in values)
-    for config in (infinite, regions, one, whole, terms, size):
+    configs = [load_config(str(tmp_path / "mine.py"), [value]) for value in values]
+    for config in configs:
         checks.check(config)
+    infinite, regions, one, whole, stop, terms, size = configs
     assert (infinite.optimizer.clip_norm, regions.log.regions) == (float("inf"), ("ppo_clip", "dppo_topk_tv"))
+    assert stop.rollout.stop == ("</answer>", "\n\n")
     assert one.data.settings.max_terms == 3 and one.data.settings.min_terms == 2
     assert terms.reward.terms.format == 0.2
     assert (whole.data.settings.to_dict(), size.eval.sets.held_out.size) == ({"max_terms": 3}, 64)
