@@ -390,6 +390,11 @@ class Setup:
         return self.config.rollout.tracked if "topk" in self.needed else 0
 
     @property
+    def eval_max_new_tokens(self) -> int:
+        """Of an evaluation's responses."""
+        return self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens
+
+    @property
     def everywhere(self) -> NamedSharding | None:
         """Where an array lives that every device has; None: on one device."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())

@@ -160,6 +160,9 @@ OVERRIDES = {
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
+    "--config.eval.max_new_tokens=60": (
+        "eval.sets.sums.max_prompt_len + eval.max_new_tokens = 8 + 60 exceeds the model's 64 positions"
+    ),
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     # files
     "--config.policy.path=~no_such_user/model": "policy.path = '~no_such_user/model': no home folder is known for ~",
