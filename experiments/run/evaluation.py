@@ -14,6 +14,7 @@ from dppo_jax.rewards.votes import answer_of
 from dppo_jax.sampling import step_key
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts
+from experiments.run.results import Results
 from experiments.run.rollouts import eval_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import EVALUATION
@@ -58,12 +59,15 @@ class Evaluation:
         policies = zip(self._runs.setups, learner.policies(), strict=True)
         return [self.run(step, params, seed=setup.config.seed) for setup, params in policies]
 
-    def run(self, step: int, params: Params, *, seed: int) -> dict[str, float]:
-        """Every set, with the samples of this step."""
+    def run(self, step: int, params: Params, *, seed: int, results: Results | None = None) -> dict[str, float]:
+        """Every set, with the samples of this step; those that `results` holds are not drawn again."""
         c = self._config.eval
         found: dict[str, float] = {}
         for name, (stream, scorer) in self._sets.items():
             data = c.sets[name]
+            book = None
+            if results:
+                book = results.of_set(name, stream, num_prompts=c.prompts, samples=c.samples)
             scores = evaluate(
                 params,
                 self._generate,
@@ -77,6 +81,7 @@ class Evaluation:
                 eos_ids=self._setup.text.eos_ids,
                 answer_of=functools.partial(answer_of, part=data.extract, verifier=data.verifier),
                 seed=seed,
+                book=book,
             )
             found |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
             fault = all_failed(scores, len(stream) * c.samples)
