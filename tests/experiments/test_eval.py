@@ -16,7 +16,7 @@ from dppo_jax.rewards.extract import NUMBER
 from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.storage.results import SCHEMA, about_of, read_table
 from experiments import eval
-from tests.helpers.fixtures import TINY, hurried, hurried_environment, small_config, tiny, tokenizer
+from tests.helpers.fixtures import TINY, finished_run, hurried, hurried_environment, small_config, tiny, tokenizer
 from tests.helpers.kills import killed_after
 from tests.helpers.places import ROOT
 
@@ -155,6 +155,15 @@ def test_a_file_of_other_samples_is_refused(whole, folder, model, other_model, c
         eval.evaluate(asked, policy_name=str(policy), results=path)
     assert str(refused.value).startswith(f"{path} {sentence}") and "\n" not in str(refused.value)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_file_is_of_one_step_of_a_run(tmp_path, tmp_path_factory):
+    finished, path = finished_run(tmp_path_factory), tmp_path / "results.parquet"
+    metrics = eval.evaluate(finished.config, finished.folder, results=path)
+    assert about_of(path)["policy"]["checkpoint"] == str(finished.folder / "checkpoints" / "4")
+    assert eval.evaluate(finished.config, finished.folder / "checkpoints" / "4", results=path) == metrics
+    with pytest.raises(UserError, match="is of another policy: .*/checkpoints/4, and this is .*/checkpoints/2; put"):
+        eval.evaluate(finished.config, finished.folder / "checkpoints" / "2", results=path)
 
 
 def test_a_strangers_file_is_not_touched(folder, model, tmp_path):
