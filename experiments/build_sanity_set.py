@@ -23,7 +23,7 @@ from dppo_jax.data.shares import Chosen, choose, table_of
 from dppo_jax.devices import peers
 from dppo_jax.devices.hosts import is_writer
 from dppo_jax.errors import UserError, writing
-from dppo_jax.files import is_file
+from dppo_jax.files import is_file, make_folder
 from dppo_jax.storage.results import ABOUT, about_of, read_table, write_table
 from experiments.eval import evaluated
 from experiments.run import cli
@@ -74,7 +74,10 @@ def _check(config: ConfigDict, own: dict[str, Any], out: Path, results: Path) ->
             "data.verifier = 'task' is the scorer of a generated data set, which rows of a file do not have: set "
             "data.verifier to last_number, exact_match or math_verify"
         )
-    if is_writer() and is_file(out):
+    if not is_writer():
+        return
+    make_folder(out.parent)
+    if is_file(out):
         before = about_of(out).get("sanity_set", {})
         for name, number in own.items():
             if before.get(name) != number:
