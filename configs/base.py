@@ -202,6 +202,7 @@ def get_config() -> ConfigDict:
     c.eval.sets = ConfigDict()  # name -> data section
     c.eval.samples = 1  # responses per question (32 in appendix E)
     c.eval.prompts = 32  # questions per batch
+    c.eval.max_new_tokens = config_dict.placeholder(int)  # response length; unset: rollout.max_new_tokens
     c.eval.temperature = 0.7  # appendix E; 0: greedy
     c.eval.top_p = 0.95  # appendix E
 

@@ -39,6 +39,7 @@ SLOW = {
     "test_notebooks",
     "test_probe",
     "test_quantize",
+    "test_sanity_set",
     "test_sharding",
     "test_study",
     "test_sweep",

@@ -127,15 +127,28 @@ def total(counts: dict[str, int]) -> dict[str, int]:
     return dict(zip(names, by_process.tolist(), strict=True))
 
 
-def all_names(names: Iterable[str]) -> list[str]:
-    """The names that any process has, in order; all processes must call this."""
+def everyones(value: Any) -> list[Any]:
+    """What each process has, in their order, as JSON keeps it; all processes must call this."""
     if jax.process_count() == 1:
-        return sorted(names)
-    text = np.frombuffer(json.dumps(sorted(names)).encode(), np.uint8)
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
     texts = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
-    lists = [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
-    return sorted(set().union(*lists))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def all_names(names: Iterable[str]) -> list[str]:
+    """The names that any process has, in order; all processes must call this."""
+    return sorted(set().union(*everyones(sorted(names))))
+
+
+def gather_texts(texts: Sequence[str], share: Share) -> list[str]:
+    """As `gather`, of one text for each row that a process owns, or for the first of them: "" of the others."""
+    rows = [""] * share.size
+    for numbers, of_process in everyones([share.owned[: len(texts)].tolist(), list(texts)]):
+        for number, text in zip(numbers, of_process, strict=True):
+            rows[number] = text
+    return rows
 
 
 def agree(kind: str, values: Mapping[str, Any], may_differ: Sequence[str]) -> None:
@@ -143,13 +156,7 @@ def agree(kind: str, values: Mapping[str, Any], may_differ: Sequence[str]) -> No
 
     Raises: UserError that calls the values a `kind`, the same on all processes, which must all call this.
     """
-    if jax.process_count() == 1:
-        return
-    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
-    padded = np.pad(text, (0, int(lengths.max()) - len(text)))
-    texts = multihost_utils.process_allgather(padded)
-    first, *rest = (json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    first, *rest = everyones(dict(values))
     for number, theirs in enumerate(rest, start=1):
         differing = [
             name

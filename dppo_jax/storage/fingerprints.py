@@ -25,6 +25,16 @@ def of_weights(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_files(folder: Path) -> str:
+    """Of all files of a folder, by name and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def of_text(text: str) -> str:
     """Of any text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

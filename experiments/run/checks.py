@@ -251,12 +251,14 @@ def _check_pages(c: ConfigDict) -> None:
     r = c.rollout
     if r.pages and r.cache == "blocks":
         raise UserError(f"rollout.pages = {r.pages}, but rollout.cache = 'blocks' has none; set rollout.cache=pages")
-    least = count_for(c.data.max_prompt_len + r.max_new_tokens - 1)
-    if 0 < r.pages < least:
-        raise UserError(
-            f"rollout.pages = {r.pages} is less than one row may need: data.max_prompt_len + rollout.max_new_tokens = "
-            f"{c.data.max_prompt_len} + {r.max_new_tokens} tokens take {least} pages of {PAGE}"
-        )
+    for name, data in data_sections(c).items() if r.pages else ():
+        key = longest_response(c, name)
+        least = count_for(data.max_prompt_len + value(c, key) - 1)
+        if r.pages < least:
+            raise UserError(
+                f"rollout.pages = {r.pages} is less than one row may need: {name}.max_prompt_len + {key} = "
+                f"{data.max_prompt_len} + {value(c, key)} tokens take {least} pages of {PAGE}"
+            )
 
 
 def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
@@ -382,11 +384,18 @@ def value(config: ConfigDict, key: str) -> Any:
 def check_length(config: ConfigDict, model: ModelConfig) -> None:
     """Refuses prompts and responses that together are longer than the model's positions."""
     for name, data in data_sections(config).items():
-        if data.max_prompt_len + config.rollout.max_new_tokens > model.max_position:
+        key = longest_response(config, name)
+        if data.max_prompt_len + value(config, key) > model.max_position:
             raise UserError(
-                f"{name}.max_prompt_len + rollout.max_new_tokens = {data.max_prompt_len} + "
-                f"{config.rollout.max_new_tokens} exceeds the model's {model.max_position} positions"
+                f"{name}.max_prompt_len + {key} = {data.max_prompt_len} + {value(config, key)} exceeds the model's "
+                f"{model.max_position} positions"
             )
+
+
+def longest_response(config: ConfigDict, section: str) -> str:
+    """The key that holds the length of the responses to a data section's prompts."""
+    own = section != "data" and config.eval.max_new_tokens is not None
+    return "eval.max_new_tokens" if own else "rollout.max_new_tokens"
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:

@@ -46,9 +46,9 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = _read(int, text)
         if math.isnan(value):
-            raise _mismatch(text, "a whole number")
+            raise mismatch(text, "a whole number")
         if not least <= value <= most:
-            raise _mismatch(text, f"at least {least}" if value < least else f"at most {most:,}")
+            raise mismatch(text, f"at least {least}" if value < least else f"at most {most:,}")
         return value
 
     return number
@@ -58,7 +58,7 @@ def positive(text: str) -> float:
     """The `type` of an option that takes a number above 0."""
     value = _read(float, text)
     if not 0 < value < math.inf:
-        raise _mismatch(text, "a finite number above 0")
+        raise mismatch(text, "a finite number above 0")
     return value
 
 
@@ -66,7 +66,7 @@ def not_negative(text: str) -> float:
     """The `type` of an option that takes a number of at least 0."""
     value = _read(float, text)
     if not 0 <= value < math.inf:
-        raise _mismatch(text, "a finite number of at least 0")
+        raise mismatch(text, "a finite number of at least 0")
     return value
 
 
@@ -81,7 +81,8 @@ def _read(kind: Callable[[str], Any], text: str) -> Any:
         return math.nan
 
 
-def _mismatch(text: str, expected: str) -> argparse.ArgumentTypeError:
+def mismatch(text: str, expected: str) -> argparse.ArgumentTypeError:
+    """What the `type` of an option raises."""
     return argparse.ArgumentTypeError(f"must be {expected}, not {short(text, 60)}")
 
 

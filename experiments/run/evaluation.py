@@ -1,5 +1,6 @@
 """The config's evaluation sets, asked on schedule: before step 0, every eval.every steps, and at the end."""
 
+import functools
 import sys
 from contextlib import ExitStack
 
@@ -9,9 +10,11 @@ from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.evaluate import all_failed, evaluate
 from dppo_jax.models.decoder import Params
+from dppo_jax.rewards.votes import answer_of
 from dppo_jax.sampling import step_key
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts
+from experiments.run.results import Results
 from experiments.run.rollouts import eval_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import EVALUATION
@@ -56,24 +59,32 @@ class Evaluation:
         policies = zip(self._runs.setups, learner.policies(), strict=True)
         return [self.run(step, params, seed=setup.config.seed) for setup, params in policies]
 
-    def run(self, step: int, params: Params, *, seed: int) -> dict[str, float]:
-        """Every set, with the samples of this step."""
-        results: dict[str, float] = {}
+    def run(self, step: int, params: Params, *, seed: int, results: Results | None = None) -> dict[str, float]:
+        """Every set, with the samples of this step; those that `results` holds are not drawn again."""
+        c = self._config.eval
+        found: dict[str, float] = {}
         for name, (stream, scorer) in self._sets.items():
+            data = c.sets[name]
+            book = None
+            if results:
+                book = results.of_set(name, stream, num_prompts=c.prompts, samples=c.samples)
             scores = evaluate(
                 params,
                 self._generate,
                 stream,
                 scorer,
                 mesh=self._setup.mesh,
-                num_prompts=self._config.eval.prompts,
-                samples=self._config.eval.samples,
+                num_prompts=c.prompts,
+                samples=c.samples,
                 key=step_key(seed, step, EVALUATION),
                 tokenizer=self._setup.text.tokenizer,
                 eos_ids=self._setup.text.eos_ids,
+                answer_of=functools.partial(answer_of, part=data.extract, verifier=data.verifier),
+                seed=seed,
+                book=book,
             )
-            results |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
-            fault = all_failed(scores, len(stream) * self._config.eval.samples)
+            found |= {f"eval/{name}/{metric}": score for metric, score in scores.items()}
+            fault = all_failed(scores, len(stream) * c.samples)
             if fault and hosts.is_writer():
                 tqdm.write(f"step {step}, eval.sets.{name}: {fault}", file=sys.stderr)
-        return results
+        return found

@@ -123,6 +123,7 @@ NUMBERS: Mapping[str, Range] = {
     "eval.every": COUNT,
     "eval.samples": SIZE,
     "eval.prompts": SIZE,
+    "eval.max_new_tokens": SIZE,
     "eval.temperature": Range(1e-6, 1000, also=0),  # 0: greedy
     "eval.top_p": Range(0, 1, open_least=True),
     "checkpoint.every": COUNT,

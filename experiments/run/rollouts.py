@@ -29,7 +29,7 @@ def training_rollout(setup: Setup, *, topk: int | None = None) -> Rollout:
         weights=setup.behavior_weights,
         round_inputs=precision.activations(c.activations),
         record_experts=c.router_replay,
-        **_shared_settings(setup, prompts * c.group_size, [setup.config.data]),
+        **_shared_settings(setup, prompts * c.group_size, [setup.config.data], c.max_new_tokens),
     )
     return _with_pages(setup, rollout, prompts, setup.config.data.max_prompt_len)
 
@@ -42,7 +42,7 @@ def rollout_in_flight(setup: Setup, rollout: Rollout) -> InFlight:
 
 
 def eval_rollout(setup: Setup) -> Rollout:
-    """The policy as it is evaluated: its own temperature and truncation."""
+    """The policy as it is evaluated: its own temperature, truncation and length."""
     c = setup.config.eval
     sections = list(c.sets.values()) or [setup.config.data]
     rollout = Rollout(
@@ -51,18 +51,18 @@ def eval_rollout(setup: Setup) -> Rollout:
         temperature=c.temperature,
         top_p=c.top_p,
         weights=setup.merge,
-        **_shared_settings(setup, c.prompts * c.samples, sections),
+        **_shared_settings(setup, c.prompts * c.samples, sections, setup.eval_max_new_tokens),
     )
     return _with_pages(setup, rollout, c.prompts, max(data.max_prompt_len for data in sections))
 
 
-def _shared_settings(setup: Setup, rows_count: int, sections: list[ConfigDict]) -> dict[str, Any]:
+def _shared_settings(setup: Setup, rows_count: int, sections: list[ConfigDict], max_new_tokens: int) -> dict[str, Any]:
     """What training and evaluation share. The attention is one that takes the prompts of every data section."""
-    c = setup.config.rollout
+    c, longest = setup.config.rollout, max(data.max_prompt_len for data in sections)
     kernels = {setup.attention(dtype=c.dtype, length=data.max_prompt_len).name for data in sections}
-    cache = _cache_of(setup, max(data.max_prompt_len for data in sections))
+    cache = _cache_of(setup, longest + max_new_tokens - 1)
     return dict(
-        max_new_tokens=c.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         eos_ids=setup.text.eos_ids,
         pad_id=setup.text.pad_id,
         stops=setup.stops,
@@ -71,27 +71,26 @@ def _shared_settings(setup: Setup, rows_count: int, sections: list[ConfigDict]) 
         shards=setup.batch_shards,
         attention=kernels.pop() if len(kernels) == 1 else "xla",
         unrolled=setup.platform != "tpu",
-        resume_attention=_resume_attention(setup, max(data.max_prompt_len for data in sections)),
+        resume_attention=_resume_attention(setup, resumed_tokens(longest, max_new_tokens)),
         head_float32=setup.config.policy.head_float32,
         paged=cache.paged,
         paged_attention=cache.attention,
     )
 
 
-def _resume_attention(setup: Setup, prompt_length: int) -> str:
-    """The attention of rows that go on, several of which pass the model at a time."""
-    c = setup.config.rollout
-    return setup.attention(dtype=c.dtype, length=resumed_tokens(prompt_length, c.max_new_tokens)).name
+def _resume_attention(setup: Setup, tokens: int) -> str:
+    """The attention of rows that go on, of which so many tokens pass the model at a time."""
+    return setup.attention(dtype=setup.config.rollout.dtype, length=tokens).name
 
 
-def _cache_of(setup: Setup, prompt_length: int) -> CacheChoice:
-    """How a rollout keeps keys and values, of prompts up to this length."""
+def _cache_of(setup: Setup, length: int) -> CacheChoice:
+    """How a rollout keeps keys and values of rows up to so many tokens."""
     c = setup.config.rollout
     return choose_cache(
         setup.platform,
         setup.model,
         dtype=DTYPES[c.dtype],
-        length=prompt_length + c.max_new_tokens - 1,
+        length=length,
         cache="pages" if c.pages else c.cache,
     )
 

@@ -403,6 +403,11 @@ class Setup:
         return make_stops(texts, *spelled, vocab_size=self.model.vocab_size, silent=self.text.eos_ids)
 
     @property
+    def eval_max_new_tokens(self) -> int:
+        """Of an evaluation's responses."""
+        return self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens
+
+    @property
     def everywhere(self) -> NamedSharding | None:
         """Where an array lives that every device has; None: on one device."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())

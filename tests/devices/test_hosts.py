@@ -20,9 +20,11 @@ from dppo_jax.errors import UserError
 from dppo_jax.models import load_params
 from dppo_jax.models.decoder import param_axes
 from dppo_jax.sampling import step_key
+from dppo_jax.storage.results import read_table
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import event_files, read_scalars
 from dppo_jax.types import PromptBatch, RolloutBatch
+from experiments.eval import evaluate
 from experiments.run import checks
 from experiments.run.rollouts import training_rollout
 from experiments.run.setup import ROLLOUT, Setup, Text
@@ -194,6 +196,8 @@ def test_every_row_has_one_owner_among_its_holders(folder, mesh):
         assert share["gathered"] == [2 * row for row in range(8)]
         assert share["total"] == {"killed": 2, "failed": 8}
         assert share["all_names"] == ["both", "of process 0", "of process 1"]
+        silent = {rows[-1] for rows in owned[mesh] if rows}  # the last row of each had no text
+        assert share["texts"] == ["" if row in silent else str(row) for row in range(8)]
 
 
 def test_one_process_owns_every_row_and_copies_none():
@@ -327,6 +331,38 @@ def test_two_hosts_train_as_one_process(killed, alone, devices):
             np.testing.assert_allclose(found[tag][1], values, rtol=1e-4, atol=1e-6, err_msg=tag)
     policies = (load_params(at / "policy")[1] for at in (folder / "run", alone[devices]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), *policies)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Path, list[str], list[tuple[int, str]]]:
+    """Where two processes evaluated, the parts that were there when the second was killed in its second batch, and how
+    both ended when run again. Each has a results file of its own name."""
+    folder = prepared(tmp_path_factory, "evaluated")
+
+    def both() -> list[list[str]]:
+        meeting = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", "2", "--peer_timeout", "5"]
+        command = ["-m", "experiments.eval", "--config", str(folder / "config.py"), "--policy", str(folder / "model")]
+        return [
+            [*command, *meeting, "--process_id", str(n), "--results", str(folder / f"results-{n}.parquet")]
+            for n in range(2)
+        ]
+
+    side_by_side(folder, both(), environment(tmp_path_factory, 4, DIE="1", DIE_AT="2"))
+    parts = sorted(path.name for path in (folder / "results-0.parquet.parts").glob("*.parquet"))
+    return folder, parts, side_by_side(folder, both(), environment(tmp_path_factory, 4))
+
+
+def test_two_hosts_evaluate_as_one_process_and_one_of_them_writes(evaluated, tmp_path_factory):
+    folder, parts, ended = evaluated
+    assert parts == ["sums-000000.parquet"] and [status for status, _ in ended] == [0, 0], ended
+    assert "eval.sets.sums: 1 of 3 batches are in" in ended[0][1] and "batches are in" not in ended[1][1]
+    assert not list(folder.glob("results-1*")) and not list(folder.glob("*.parts"))
+    path = folder / "alone.parquet"
+    with hurried(tmp_path_factory):
+        metrics = evaluate(loop_config(folder), policy_name=str(folder / "model"), results=path)
+    assert read_table(folder / "results-0.parquet").to_pylist() == read_table(path).to_pylist()
+    printed = dict(line.split() for line in ended[0][1].splitlines() if line.startswith("eval/"))
+    assert printed == {name: f"{value:.4g}" for name, value in metrics.items()}
 
 
 # --- how they meet and part ---

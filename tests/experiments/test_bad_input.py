@@ -161,6 +161,9 @@ OVERRIDES = {
     "--config.mesh.data=3": "does not use exactly the",
     "--config.data.max_prompt_len=4": "tokens, more than data.max_prompt_len=4; raise it, or set data.too_long='skip'",
     "--config.rollout.max_new_tokens=60": "rollout.max_new_tokens = 8 + 60 exceeds the model's 64 positions",
+    "--config.eval.max_new_tokens=60": (
+        "eval.sets.sums.max_prompt_len + eval.max_new_tokens = 8 + 60 exceeds the model's 64 positions"
+    ),
     "--config.data.chat=True": "the tokenizer has no chat template; set data.chat=False",
     "--config.data.chat_kwargs={'enable_thinking': False}": (
         "data.chat_kwargs are of a chat template, which data.chat = False leaves out, but has enable_thinking; set "

@@ -27,7 +27,12 @@ QUICK = ["--config", "configs/quickstart.py"]
 # Every flag of every entry point that takes a path, with what else its command must be given.
 PATHS: dict[str, dict[str, list[str]]] = {
     "train": {"--workdir": QUICK, "--config": ["--workdir", "x"]},
-    "eval": {"--checkpoint": QUICK},
+    "eval": {"--checkpoint": QUICK, "--policy": QUICK, "--results": QUICK},
+    "build_sanity_set": {
+        "--policy": [*QUICK, "--samples", "2", "--out", "x.parquet"],
+        "--out": QUICK,
+        "--results": QUICK,
+    },
     "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
     "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
     "questions.survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},
@@ -121,6 +126,9 @@ def test_every_flag_that_takes_a_path_is_in_the_table():
         ("plot", ["--smooth", "nan"], "--smooth must be a whole number of steps or a fraction between 0 and 1"),
         ("train", ["--distributed", "--peer_timeout", "9" * 20], "--peer_timeout must be at most 1,000,000 seconds"),
         ("train", ["--distributed", "--num_processes", "9" * 20], "--num_processes must be at most 1,000,000, not"),
+        ("build_sanity_set", ["--samples", "0"], "--samples must be at least 1, not 0"),
+        ("build_sanity_set", ["--high", "1.5"], "--high must be at most 1, not 1.5"),
+        ("build_sanity_set", ["--low", "nan"], "--low must be a finite number of at least 0, not nan"),
         ("train", ["--config.zzzzzz=3"], "unknown config key 'zzzzzz'; the keys are in configs/base.py"),
     ],
 )
@@ -134,6 +142,7 @@ def test_a_number_or_a_list_that_cannot_be(refusal, module, arguments, sentence)
         "benchmark.__main__": [],
         "plot": ["--runs=x", "--out=x.png"],
         "train": [*QUICK, "--workdir=x"],
+        "build_sanity_set": [*QUICK, "--policy=x", "--samples=2", "--out=x.parquet"],
     }
     assert refusal(module, *others[module], *arguments).startswith(sentence)
 

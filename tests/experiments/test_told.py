@@ -95,8 +95,8 @@ def test_a_run_and_its_evaluation(tmp_path_factory, tmp_path, rows, verifier, mo
     printed = capsys.readouterr()
     assert f"eval.sets.sums: {LEFT_OUT}" in printed.err and "the verifier scored none of 20 replies" in printed.err
     assert dict(line.split() for line in printed.out.splitlines()) | {"eval/sums/length_mean": "-"} == {
-        "eval/sums/avg": "0", "eval/sums/pass@2": "0", "eval/sums/length_mean": "-", "eval/sums/failed": "20",
-        "eval/sums/killed": "0", "eval/sums/refused": "0",
+        **{f"eval/sums/{name}{end}": "0" for name in ("avg", "maj", "pass@2") for end in ("", "_low", "_high")},
+        "eval/sums/length_mean": "-", "eval/sums/failed": "20", "eval/sums/killed": "0", "eval/sums/refused": "0",
     }  # fmt: skip
 
 

@@ -163,8 +163,12 @@ def test_the_exported_policy_holds_the_trained_parameters(finished, folder):
 
 def test_the_eval_command_says_the_same_of_run_checkpoint_and_export(finished):
     of_run = eval.evaluate(finished.config, finished.folder)
-    counts = {"eval/sums/failed", "eval/sums/killed", "eval/sums/refused"}
-    assert of_run.keys() == {"eval/sums/avg", "eval/sums/pass@2", "eval/sums/length_mean", *counts}
+    metrics = {f"{name}{end}" for name in ("avg", "maj", "pass@2") for end in ("", "_low", "_high")}
+    metrics |= {"length_mean", "failed", "killed", "refused"}
+    assert of_run.keys() == {f"eval/sums/{name}" for name in metrics}
+    for name in ("avg", "maj", "pass@2"):
+        low, mean, high = (of_run[f"eval/sums/{name}{end}"] for end in ("_low", "", "_high"))
+        assert 0 <= low < mean < high <= 1
     assert eval.evaluate(finished.config, finished.folder / "policy") == of_run
     assert eval.evaluate(finished.config, finished.folder / "checkpoints" / "4") == of_run
     assert eval.evaluate(finished.config, finished.folder / "checkpoints" / "2") != of_run

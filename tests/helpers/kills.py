@@ -1,4 +1,4 @@
-"""Kills a run again and again at random instants, and starts it again until it finishes.
+"""Kills a run again and again at random instants, and starts it again until it finishes; kills an evaluation once.
 
     python -m tests.helpers.kills CONFIG WORKDIR KILLS SEED BYTES
 
@@ -9,6 +9,7 @@ them affordable. BYTES is how much one step adds to the event file. It prints th
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from experiments.run.cli import load_config
 from experiments.train import train
+from tests.helpers.places import ROOT
 
 
 def start(config_path: str, workdir: Path) -> int:
@@ -53,6 +55,18 @@ def newest_step(workdir: Path) -> int:
 def ended(child: int) -> int | None:
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
+
+
+def killed_after(parts: int, command: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """Runs a command until so many parquet files are in a folder, and kills it; what it said."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    while len(list(folder.glob("*.parquet"))) < parts:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.kill()
+    said = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, said
+    return said
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ def rows_of(mesh: jax.sharding.Mesh, count: int) -> dict:
         "gathered": hosts.gather(back * 2, mine).tolist(),
         "of_owned": mine.of_owned([str(row) for row in mine.held]),
         "total": hosts.total({"killed": 1, "failed": len(mine.owned)}),
+        "texts": hosts.gather_texts([str(row) for row in mine.owned[:-1]], mine),
         "all_names": hosts.all_names({"both", f"of process {jax.process_index()}"}),
     }
 

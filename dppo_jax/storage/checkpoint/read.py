@@ -194,14 +194,7 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     are passed over are told on stderr. UserError if none is whole, or they are of other shapes.
     """
     quiet()
-    directory = Path(directory).absolute()
-    if manifest.is_step(directory.name) and directory.parent.name == "checkpoints":
-        folder, chosen_step = directory.parent, int(directory.name)
-    else:
-        folder, chosen_step = directory / "checkpoints", None
-    if not os.path.isdir(folder):
-        refuse_part_of_a_sweep(directory)
-        raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
+    folder, chosen_step = _place(directory)
     unreadable: dict[int, str] = {}
     while True:
         step = _choose(folder, chosen_step, unreadable)
@@ -211,6 +204,25 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
             if chosen_step is not None or jax.process_count() > 1:
                 raise
             unreadable[step] = error.what
+
+
+def step_folder(directory: str | Path) -> Path:
+    """The folder of the step whose parameters `restore_params` gives. UserError as there."""
+    folder, chosen_step = _place(directory)
+    return folder / str(_choose(folder, chosen_step, {}))
+
+
+def _place(directory: str | Path) -> tuple[Path, int | None]:
+    """The folder of checkpoints, and the step that is named. UserError."""
+    directory = Path(directory).absolute()
+    if manifest.is_step(directory.name) and directory.parent.name == "checkpoints":
+        folder, chosen_step = directory.parent, int(directory.name)
+    else:
+        folder, chosen_step = directory / "checkpoints", None
+    if not os.path.isdir(folder):
+        refuse_part_of_a_sweep(directory)
+        raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
+    return folder, chosen_step
 
 
 def refuse_part_of_a_sweep(workdir: Path) -> None:
