@@ -41,15 +41,18 @@ def check_date(date: Any) -> None:
 
 
 class ChatRenderer:
-    """Conversations to text, by a tokenizer's chat template, open for the assistant's reply.
+    """Conversations to text, by a tokenizer's chat template, open for the assistant's reply unless it is in them.
 
     date: what the template takes for today, YYYY-MM-DD.
+    replied: the conversations end with the assistant's reply.
     cpu_seconds: the limit on one rendering, in seconds of computing. Close it, or use it in a `with`.
     Raises: UserError where the tokenizer has no template to use, and in a call where the template fails or does not
     end.
     """
 
-    def __init__(self, tokenizer: Any, *, date: str = DATE, cpu_seconds: float = CPU_SECONDS):
+    def __init__(
+        self, tokenizer: Any, *, date: str = DATE, cpu_seconds: float = CPU_SECONDS, replied: bool = False
+    ):
         check_date(date)
         self._cpu_seconds = cpu_seconds
         start = {
@@ -57,6 +60,7 @@ class ChatRenderer:
             "special": tokenizer.special_tokens_map,
             "date": date,
             "cpu_seconds": cpu_seconds,
+            "replied": replied,
         }
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "TZ": "UTC"}
@@ -159,10 +163,12 @@ def _prepare(template: str, date: str) -> None:
     environment.globals["strftime_now"] = datetime.fromisoformat(date).strftime
 
 
-def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]]) -> str:
+def _render(template: str, special: Mapping[str, str], messages: list[dict[str, Any]], replied: bool) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
+    (text,), _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=not replied, **special
+    )
     if len(text) > CHARACTERS:
         raise ValueError(f"it writes {len(text)} characters, more than {CHARACTERS}")
     if _ADDRESS.search(text) and not _ADDRESS.search(json.dumps(messages)):
@@ -208,7 +214,7 @@ def main() -> None:
                 text = ""
                 _prepare(start["template"], start["date"])
             else:
-                text = _render(start["template"], start["special"], question["messages"])
+                text = _render(start["template"], start["special"], question["messages"], start["replied"])
             answer = {"text": text}
         except Exception as error:
             answer = {"error": _failure(error)}
