@@ -4,9 +4,9 @@
     python tests/golden/reward_models/make_reward_models.py --check    compares; exits 1 on a difference
 
 Needs torch and transformers. The models are those of ../models with a score of one label in place of the head, and a
-tokenizer of characters with a chat template. Llama's padding is the token that ends every turn, as is common: a score is
-read at the last token that is none. Conversations are tokenized by apply_chat_template, padded on the right in one batch,
-and scored in float64 with eager attention.
+tokenizer of characters with a chat template. Llama's padding is the token that ends every turn, as is common: a score
+is read at the last token that is none. Conversations are tokenized by apply_chat_template, padded on the right in one
+batch, and scored in float64 with eager attention.
 
 golden.npz: tokens i32[7, T] and lengths i32[7] of CONVERSATIONS, which are the same for all families, and for each its
 scores f32[7]; the last row is the longest conversation cut to CUT tokens.
@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from tests.golden.models.make_models import COMMON, CONFIGS, draw
+from tests.golden.reward_models.conversations import CONVERSATIONS, CUT, messages
 
 HERE = Path(__file__).parent
 FAMILIES = ("llama", "qwen3", "gemma2")
-CUT = 20
 TOLERANCE = 1e-6  # of the largest value
 
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<bos>", "<turn>", "<end>")
@@ -41,34 +41,10 @@ TEMPLATE = (
 )
 PADDING = {"llama": "<end>", "qwen3": "<pad>", "gemma2": "<pad>"}
 
-# Prompts as rows of data have them, and replies; one spells special tokens.
-CONVERSATIONS = (
-    ("1+1=", "2"),
-    ("1+1=", ""),
-    ("ab 0+2=", "it is 2, of course."),
-    ([{"role": "system", "content": "be kind."}, {"role": "user", "content": "who?"}], "<pad>me<pad>"),
-    (
-        [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "hello"},
-            {"role": "user", "content": "bye"},
-        ],
-        "see you, and many thanks for all the numbers that were here",
-    ),
-    ("?", "!<end>"),
-)
-
-
-def messages(prompt, reply: str) -> list[dict[str, str]]:
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [*before, {"role": "assistant", "content": reply}]
-
-
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A token a character, and those of SPECIAL."""
     vocabulary = {token: number for number, token in enumerate(TOKENS)}
-    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.add_special_tokens(list(SPECIAL))
     backend.decoder = decoders.Fuse()
     names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token=PADDING[family])
