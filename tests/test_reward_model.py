@@ -56,7 +56,7 @@ def test_scores_equal_transformers(family):
     # What padding holds does not matter, and the golden rows tell ends apart.
     other = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 17)
     np.testing.assert_array_equal(score(other, lengths, ends(family)), score(tokens, lengths, ends(family)))
-    assert np.abs(score(tokens, lengths, ends(family) - 1) - want).min() > 100 * TOLERANCE
+    assert np.abs(score(tokens, lengths, ends(family) - 1) - want).min() > 20 * TOLERANCE
 
 
 def test_no_weight_could_be_forgotten():

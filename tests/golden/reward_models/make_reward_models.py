@@ -5,8 +5,9 @@
 
 Needs torch and transformers. The models are those of ../models with a score of one label in place of the head, and a
 tokenizer of characters with a chat template. Llama's padding is the token that ends every turn, as is common: a score
-is read at the last token that is none. Conversations are tokenized by apply_chat_template, padded on the right in one
-batch, and scored in float64 with eager attention.
+is read at the last token that is none. Conversations are tokenized by apply_chat_template and scored in float64 with
+eager attention, each by itself; padded on the right in one batch they must have the same scores, but for Gemma-2, whose
+windows make NaN of padding there.
 
 golden.npz: tokens i32[7, T] and lengths i32[7] of CONVERSATIONS, which are the same for all families, and for each its
 scores f32[7]; the last row is the longest conversation cut to CUT tokens.
@@ -70,17 +71,22 @@ def write_model(directory: Path, family: str) -> None:
 
 
 def scores_of(directory: Path, rows: list[list[int]]) -> np.ndarray:
-    """f32[rows], of rows of tokens padded on the right in one batch."""
+    """f32[rows], of rows of tokens."""
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
     )
     if wrong := {kind: names for kind, names in info.items() if names}:
         raise SystemExit(f"error: transformers does not load {directory} as it is: {wrong}")
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [model.config.pad_token_id] * (longest - len(row)) for row in rows])
+    pad, longest = model.config.pad_token_id, max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=mask).logits[:, 0].numpy().astype(np.float32)
+        score = model.eval()
+        alone = np.array([score(input_ids=torch.tensor([row])).logits[0, 0].item() for row in rows])
+        together = score(input_ids=ids, attention_mask=mask).logits[:, 0].numpy()
+    if not np.isfinite(alone).all() or (directory.name != "gemma2" and np.abs(alone - together).max() > 1e-6):
+        raise SystemExit(f"error: transformers gives {directory} other scores with padding")
+    return alone.astype(np.float32)
 
 
 def make(root: Path) -> None:
