@@ -94,11 +94,6 @@ def test_a_run_is_rewarded_by_its_model(folder, tmp_path, monkeypatch):
         (other / file.name).write_bytes(file.read_bytes())
     config.steps, config.reward.model.path = 3, str(other)
     assert "reward.model.path: " in run(config, tmp_path / "run").said
-    weights = (GOLDEN / "reward_models" / "qwen3" / "model.safetensors").read_bytes()
-    (other / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="tensor 'model.layers.0.self_attn.q_proj.bias' is missing from "):
-        run(config, tmp_path / "run")
-    (other / "model.safetensors").write_bytes((LLAMA / "model.safetensors").read_bytes())
     (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + " ")
     with pytest.raises(UserError, match="the reward model in .*other is not that which this run began with; put it"):
         run(config, tmp_path / "run")
@@ -127,7 +122,9 @@ def test_the_kl_of_a_token_is_that_of_its_definition(estimator):
         token_kl(jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.ones((1, 1), bool), estimator="k4")
 
 
-@pytest.mark.parametrize(("estimator", "advantage"), [("k3", "group_mean"), ("k1", "gae")])
+@pytest.mark.parametrize(
+    ("estimator", "advantage"), [("k3", "group_mean"), pytest.param("k1", "gae", marks=pytest.mark.slow)]
+)
 def test_the_reward_falls_by_the_kl(folder, tmp_path, monkeypatch, estimator, advantage):
     """Of a response, for groups; of each token, with a critic."""
     seen, learn = [], Learner.advantages
@@ -180,7 +177,7 @@ REFUSED = {
     "reward.model.rows = 4 is of reward.terms.model, whose weight is 0": {"reward.model.rows": 4},
     "unknown reward.model.dtype 'bfloat'; the nearest is 'bfloat16'": NONE | {"reward.model.dtype": "bfloat"},
     "reward.model.commit = 'main' is no commit, of 40 hexadecimal digits": NONE | {"reward.model.commit": "main"},
-    "reward.model.max_len must be at least 1 and at most 1048576, not 0": NONE | {"reward.model.max_len": 0},
+    "reward.model.max_len must be at least 1, not 0": NONE | {"reward.model.max_len": 0},
     "advantage.name = max_rl is for rewards of 0 and 1, to which reward.terms.model = 1 adds": {
         "advantage.name": "max_rl",
         "reward.terms.model": 1.0,
