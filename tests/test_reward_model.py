@@ -125,10 +125,7 @@ def eight(tmp_path_factory) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_devices_give_the_scores_of_one(eight, family):
-    found = eight[family]
-    conversations = len(golden()["lengths"]) - 1  # but for the one that is cut by hand
-    for scores in (found["scores"], found["alone"]):
-        np.testing.assert_allclose(scores[:conversations], golden()[family][:conversations], rtol=0, atol=TOLERANCE)
+    found, want = eight[family], golden()[family][:-1]  # the last row is cut
+    np.testing.assert_allclose(found["scores"], want, rtol=0, atol=TOLERANCE)
     assert found["pieces"] == {"embed": 4, "q": 4, "down": 4, "attn_norm": 1}  # of fsdp x tensor = 2 x 2
-    assert found["cut"] == 0 and found["compiled"] == 1  # of each width
-    np.testing.assert_allclose(found["bytes"], found["bytes_alone"] / 4, rtol=0.02)
+    assert found["cut"] == 0 and found["compiled"] == [1] * 4 and 0.25 < found["share"] < 0.3
