@@ -241,7 +241,7 @@ def config_from_hf(
       UserError: an unsupported architecture, an unknown field, a field with an unsupported value, a missing or
         ill-typed one, or two spellings of rope that disagree.
     """
-    model_type = _model_type(d, source, architectures)
+    model_type: Family = _model_type(d, source, architectures)
     defaults = DEFAULTS[model_type]
     _check_fields(d, model_type, source)
 
@@ -409,7 +409,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return d
 
 
-def _model_type(d: Mapping[str, Any], source: str, architectures: Mapping[str, Any]) -> Family:
+def _model_type(d: Mapping[str, Any], source: str, architectures: Mapping[str, Any]) -> Any:
+    """The Family."""
     supported, families = ", ".join(architectures), dict.fromkeys(architectures.values())
     names, model_type = d.get("architectures"), d.get("model_type")
     if names is None and model_type is None:

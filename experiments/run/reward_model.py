@@ -75,7 +75,8 @@ class RewardModel:
         ids = [self._conversations(example.prompt, reply) for example, reply in pairs.values()]
         longest = self._config.max_len
         tokens: np.ndarray = np.zeros((len(ids), longest), np.int32)
-        lengths, ends = (np.zeros(len(ids), np.int32) for _ in range(2))
+        lengths: np.ndarray = np.zeros(len(ids), np.int32)
+        ends: np.ndarray = np.zeros_like(lengths)
         for row, of_row in enumerate(ids):
             kept = of_row[:longest]
             tokens[row, : len(kept)], lengths[row], ends[row] = kept, len(kept), end_of(kept, self._pad_id)
