@@ -15,6 +15,7 @@ from dppo_jax.losses import token_kl
 from dppo_jax.models.decoder import forward
 from dppo_jax.models.hf import load_classifier
 from dppo_jax.storage.run_log import read_scalars
+from experiments import sweep
 from experiments.run import checks
 from experiments.run.learner import Learner
 from experiments.run.reward_model import RewardModel
@@ -155,6 +156,20 @@ def test_the_reward_falls_by_the_kl(folder, tmp_path, monkeypatch, estimator, ad
             of_tokens = np.where(last, before[:, None], 0) - 0.3 * kl
             returns = np.where(batch.mask, np.cumsum(of_tokens[:, ::-1], axis=1)[:, ::-1], 0)
             np.testing.assert_allclose(estimates.returns, returns, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_has_one_reward_model_for_all(folder, tmp_path):
+    """And each run its own rewards and KL, which begin with one policy and other prompts."""
+    numbers = dict(reward__terms__model=1.0, reward__model__path=str(LLAMA), reward__model__max_len=64, steps=2)
+    config = small_config(folder, reward__kl_coef=0.1, checkpoint__every=0, **numbers)
+    runs = [sweep.Run("dppo_binary_tv", seed, 1.0) for seed in (0, 1)]
+    sweep.train(config, runs, tmp_path)
+    first, second = ({tag: x for tag, (_, x) in read_scalars(tmp_path / run.folder).items()} for run in runs)
+    for scalars in (first, second):
+        assert scalars["reward/model_cut"].tolist() == [0, 0]
+        assert abs(scalars["reward/term/kl"][0]) < 1e-4 < abs(scalars["reward/term/kl"][1])
+    assert (first["reward/term/model"] != second["reward/term/model"]).all()
 
 
 def changed(changes):
