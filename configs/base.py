@@ -36,7 +36,7 @@ def data_section(**changes) -> ConfigDict:
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
     data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
     data.seed = 1  # reasoning_gym: generates the examples
-    data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify
+    data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify | none
     data.extract = "auto"  # what of a reply it reads: auto | answer_tag | boxed | hashes | last_number | whole
     data.chat = False  # wrap prompts by the tokenizer's chat template
     data.chat_kwargs = ConfigDict()  # further arguments of the template, such as Qwen3's enable_thinking
@@ -110,10 +110,20 @@ def get_config() -> ConfigDict:
     c.reward.terms.format = 0.0  # 1 where the whole reply matches reward.format, else 0
     c.reward.terms.length = 1.0  # 0 down to -1 over reward.overlong_buffer
     c.reward.terms.repetition = 0.0  # minus the share of n-grams that repeat (Open-R1)
+    c.reward.terms.model = 0.0  # the score of reward.model
     c.reward.overlong_buffer = 0  # tokens before rollout.max_new_tokens over which the reward falls by 1 (DAPO, eq. 13)
     c.reward.overlong_filter = False  # truncated responses take no part in the update (DAPO, 2503.14476, section 3.4)
     c.reward.format = FORMAT  # a regular expression, of the whole reply
     c.reward.ngram = 3  # words (Open-R1's repetition_n_grams)
+    c.reward.model = ConfigDict()  # a sequence classifier of one label, which scores the prompt with the reply
+    c.reward.model.path = ""  # Hugging Face directory, its tokenizer with a chat template; or a model on the hub
+    c.reward.model.revision = ""  # of a model on the hub: a branch, a tag or a commit; "": the main branch
+    c.reward.model.commit = ""  # what reward.model.revision was when the run began, which the run itself writes here
+    c.reward.model.dtype = "float32"  # of its weights and its pass: float32 | bfloat16 | float16
+    c.reward.model.max_len = 2048  # tokens of prompt and reply; what is longer is cut there, scored so, and counted
+    c.reward.model.rows = 16  # conversations a batch, over all devices; time and memory only
+    c.reward.kl_coef = 0.0  # the reward falls by so much times the KL from the run's first policy; 0: no pass of it
+    c.reward.kl_estimator = "k1"  # of that KL, summed over a response's tokens: k1 | k2 | k3
 
     c.advantage = ConfigDict()
     c.advantage.name = "group_mean"  # a key of ADVANTAGES, or gae; §5: no standard deviation

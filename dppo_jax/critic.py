@@ -60,12 +60,20 @@ def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str =
 
 
 def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) -> Callable[..., Any]:
-    """A pure function (critic parameters, batch, plan of all its rows, rewards [B]) -> (advantages [B, R], Estimates).
+    """A pure function (critic parameters, batch, plan of all its rows, rewards [B], penalties=None) -> (advantages
+    [B, R], Estimates).
 
-    The reward comes with a response's last token. `whiten` gives the batch's advantages mean 0 and deviation 1.
+    The reward comes with a response's last token, and of the penalties [B, R] each with its own, from which it is taken
+    away. `whiten` gives the batch's advantages mean 0 and deviation 1.
     """
 
-    def estimate(params: Params, batch: TrainBatch, plan: Plan, rewards: Float32[Array, "B"]):
+    def estimate(
+        params: Params,
+        batch: TrainBatch,
+        plan: Plan,
+        rewards: Float32[Array, "B"],
+        penalties: Float32[Array, "B R"] | None = None,
+    ):
         ones = jnp.ones(batch.tokens.shape, jnp.float32)
 
         def fill_in(number, filled):
@@ -73,7 +81,9 @@ def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) 
             return packing.unpack(batch, microbatch, values(params, packing.pack(batch, ones, microbatch)), filled)
 
         old_values = jax.lax.fori_loop(0, plan.num_microbatches, fill_in, jnp.zeros_like(ones))
-        advantages = gae(last_token(rewards, batch.mask), old_values, batch.mask, discount=discount, lam=lam)
+        token_rewards = last_token(rewards, batch.mask)
+        token_rewards = token_rewards if penalties is None else token_rewards - penalties
+        advantages = gae(token_rewards, old_values, batch.mask, discount=discount, lam=lam)
         estimates = Estimates(old_values, jnp.where(batch.mask, advantages + old_values, 0.0))
         if whiten:
             count = jnp.maximum(jnp.sum(batch.mask), 1)

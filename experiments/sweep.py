@@ -26,6 +26,7 @@ from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
 from experiments.run.pins import pinned
 from experiments.run.record import Record, run_folder
+from experiments.run.reward_model import load_reward_model
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
 from experiments.train import loop
@@ -94,6 +95,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
             seeded = dataclasses.replace(lead, config=config_of(config, Run(runs[0].loss, seed, 1.0)))
             streams[seed], scorer = load_prompts(seeded, config.data, config.rollout.prompts, stack)
         mean = streams[runs[0].seed].mean_prompt_length
+        reward_model = load_reward_model(lead, streams[runs[0].seed].examples, stack)
         setups = [dataclasses.replace(lead, config=config_of(config, run), mean_prompt=mean) for run in runs]
         # What is compiled is the lead's: each run's own rate is a factor of it.
         base = dataclasses.replace(lead, config=config_of(config, runs[0]._replace(rate=1.0)), mean_prompt=mean)
@@ -103,7 +105,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
             run_folder(workdir / run.folder, setup, streams[run.seed], evaluation)
             for run, setup in zip(runs, setups, strict=True)
         ]
-        sampler = Sampler(together, [streams[run.seed] for run in runs], scorer)
+        sampler = Sampler(together, [streams[run.seed] for run in runs], scorer, reward_model)
         learner = Learner(together, [run.rate for run in runs])
         record = stack.enter_context(Record(together, workdir, folders))
         record.resume(sampler, learner)

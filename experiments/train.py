@@ -25,6 +25,7 @@ from experiments.run.identity import same_config_everywhere
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
 from experiments.run.record import Record, run_folder
+from experiments.run.reward_model import load_reward_model
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
 from experiments.trace import trace
@@ -58,11 +59,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
         setup = load_setup(config, stack, begun=workdir)
         config = setup.config
         stream, scorer = load_prompts(setup, config.data, config.rollout.prompts, stack)
-        setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length)
+        reward_model = load_reward_model(setup, stream.examples, stack)
+        beside = reward_model.device_bytes if reward_model else 0
+        setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length, beside_bytes=beside)
         runs = Runs([setup])
         evaluation = Evaluation(runs, stack)
         folder = run_folder(workdir, setup, stream, evaluation)
-        sampler, learner = Sampler(runs, [stream], scorer), Learner(runs)
+        sampler, learner = Sampler(runs, [stream], scorer, reward_model), Learner(runs)
         record = stack.enter_context(Record(runs, workdir, [folder]))
         record.resume(sampler, learner)
         if record.unfinished:

@@ -47,10 +47,11 @@ def check_date(date: Any) -> None:
 
 
 class ChatRenderer:
-    """Conversations to text, by a tokenizer's chat template, open for the assistant's reply.
+    """Conversations to text, by a tokenizer's chat template, open for the assistant's reply unless it is in them.
 
     date: what the template takes for today, YYYY-MM-DD.
     arguments: of the template, by name, beside those that rendering gives (`GIVEN`, and special tokens); JSON values.
+    replied: the conversations end with the assistant's reply.
     cpu_seconds: the limit on one rendering, in seconds of computing. Close it, or use it in a `with`.
     Raises: UserError where the tokenizer has no template to use, or one that reads no such argument; and in a call
     where the template fails or does not end.
@@ -63,6 +64,7 @@ class ChatRenderer:
         date: str = DATE,
         arguments: Mapping[str, Any] | None = None,
         cpu_seconds: float = CPU_SECONDS,
+        replied: bool = False,
     ):
         check_date(date)
         self._cpu_seconds, arguments = cpu_seconds, dict(arguments or {})
@@ -75,6 +77,7 @@ class ChatRenderer:
             "arguments": tokenizer.special_tokens_map | arguments,
             "date": date,
             "cpu_seconds": cpu_seconds,
+            "replied": replied,
         }
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "TZ": "UTC"}
@@ -183,10 +186,12 @@ def _prepare(template: str, date: str) -> list[str]:
     return sorted(find_undeclared_variables(environment.parse(template)))
 
 
-def _render(template: str, arguments: Mapping[str, Any], messages: list[dict[str, Any]]) -> str:
+def _render(template: str, arguments: Mapping[str, Any], messages: list[dict[str, Any]], replied: bool) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **arguments)
+    (text,), _ = render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=not replied, **arguments
+    )
     if len(text) > CHARACTERS:
         raise ValueError(f"it writes {len(text)} characters, more than {CHARACTERS}")
     if _ADDRESS.search(text) and not _ADDRESS.search(json.dumps(messages)):
@@ -231,7 +236,8 @@ def main() -> None:
             if question is start:
                 answer: dict[str, Any] = {"read": _prepare(start["template"], start["date"])}
             else:
-                answer = {"text": _render(start["template"], start["arguments"], question["messages"])}
+                text = _render(start["template"], start["arguments"], question["messages"], start["replied"])
+                answer = {"text": text}
         except Exception as error:
             answer = {"error": _failure(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from dppo_jax.rewards.verifiers import VERIFIERS
 
+UNSCORED = "none"  # in a verifier's place: replies have no score but a reward's other terms, and rows need no answer
+
 # Kinds of what is left out, as the log counts them, and what they are called in a sentence.
 LEFT_OUT = {
     "blank": "blank lines",
@@ -20,7 +22,7 @@ class Example:
     """One question. The prompt is text, or a tuple of {"role", "content"} messages."""
 
     prompt: str | tuple[dict[str, str], ...]
-    answer: str  # "" where only the data set's own scorer knows what is right
+    answer: str  # "" where only the data set's own scorer knows what is right, or nothing does
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # file and row, for sentences
     also: tuple[str, ...] = ()  # further answers, each as right as `answer`
@@ -78,10 +80,17 @@ class AnswerVerifier:
         return score
 
 
+def no_score(reply: str, example: Example) -> float:
+    """0.0, whatever it says."""
+    return 0.0
+
+
 def answer_task(
     name: str, examples: Sequence[Example], verifier: str, left_out: Mapping[str, int] | None = None
 ) -> Task:
-    """Examples whose replies a row of VERIFIERS scores. `left_out` as in Task."""
+    """Examples whose replies a row of VERIFIERS scores, or UNSCORED. `left_out` as in Task."""
+    if verifier == UNSCORED:
+        return Task(name, examples, no_score, False, (), left_out or {})
     isolated = "math_verify" in {verifier, *(example.verifier for example in examples)}
     imports = ("math_verify", "dppo_jax.rewards.warm") if isolated else ()
     return Task(name, examples, AnswerVerifier(verifier), isolated, imports, left_out or {})

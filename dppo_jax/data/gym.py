@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.arithmetic import exact_value
-from dppo_jax.data.examples import Example, Task, answer_task
+from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
 from dppo_jax.data.grammar import is_answer
 from dppo_jax.data.shapes import PLAIN, Reading
 from dppo_jax.data.wrong_answers import wrong_answers
@@ -118,7 +118,8 @@ def load_reasoning_gym(
                 raise UserError(
                     f"reasoning-gym {name!r} cannot make item {i} with data.settings={settings}: {first_line(error)}"
                 ) from error
-            _check_gym_label(name, i, dataset, entry, verifier)
+            if verifier != UNSCORED:
+                _check_gym_label(name, i, dataset, entry, verifier)
             if verifier == "task":
                 _check_scorer(name, i, dataset, entry, previous_label)
             if entry["answer"] is not None:
@@ -129,7 +130,8 @@ def load_reasoning_gym(
         verify = GymVerifier(name, arguments)
         return Task(name, examples, verify, isolated=True, worker_imports=("reasoning_gym",))
     labels = [(f"reasoning-gym {name!r}, item {i}", example.answer) for i, example in enumerate(examples)]
-    check_labels(verifier, labels, cache=reading.label_cache)
+    if verifier != UNSCORED:
+        check_labels(verifier, labels, cache=reading.label_cache)
     return answer_task(name, examples, verifier)
 
 

@@ -66,12 +66,12 @@ class PromptEncoder:
     def __call__(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """The ids of one prompt."""
         if self._render:
-            text = self._render(self._messages(prompt))
-            ids = bare = _tokens(self._tokenizer, text, add_special_tokens=False)
+            text = self._render(conversation(prompt, self._template))
+            ids = bare = token_ids(self._tokenizer, text, add_special_tokens=False)
         elif isinstance(prompt, str):
             text = self._template.replace("{prompt}", prompt)
-            ids = _tokens(self._tokenizer, text)
-            bare = _tokens(self._tokenizer, text, add_special_tokens=False)
+            ids = token_ids(self._tokenizer, text)
+            bare = token_ids(self._tokenizer, text, add_special_tokens=False)
             if bare and ids[-len(bare) :] != bare and ids[-1] == self._tokenizer.eos_token_id:
                 ids = ids[:-1]  # this tokenizer ends what it encodes; a prompt stays open
         else:
@@ -81,13 +81,14 @@ class PromptEncoder:
         _check_tokens(self._tokenizer, text, bare)
         return ids
 
-    def _messages(self, prompt: str | Sequence[dict[str, str]]) -> list[dict[str, str]]:
-        """The conversation, `template` applied."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        user_messages = [message for message in messages if message["role"] == "user"]
-        if user_messages:
-            user_messages[-1]["content"] = self._template.replace("{prompt}", user_messages[-1]["content"])
-        return messages
+
+def conversation(prompt: str | Sequence[dict[str, str]], template: str = "{prompt}") -> list[dict[str, str]]:
+    """A prompt as messages, `template` applied to the last one of the user's."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    user_messages = [message for message in messages if message["role"] == "user"]
+    if user_messages:
+        user_messages[-1]["content"] = template.replace("{prompt}", user_messages[-1]["content"])
+    return messages
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, chat: bool, **settings: Any) -> list[int]:
@@ -96,13 +97,14 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, cha
         return encode(prompt)
 
 
-def _tokens(tokenizer: Any, text: str, **settings: bool) -> list[int]:
+def token_ids(tokenizer: Any, text: str, what: str = "prompt", **settings: bool) -> list[int]:
+    """The ids of a text. UserError where the tokenizer cannot encode it; `what` it is, for the sentence."""
     try:
         return list(tokenizer(text, **settings)["input_ids"])
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UserError(f"the tokenizer cannot encode the prompt: {first_line(error):.200}") from None
+        raise UserError(f"the tokenizer cannot encode the {what}: {first_line(error):.200}") from None
 
 
 def _check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:

@@ -10,9 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from dppo_jax.data.examples import Example, Task, answer_task
+from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
 from dppo_jax.data.messages import read_prompt
-from dppo_jax.data.shapes import OWN, PLAIN, Reading, Shape, cut, cut_fault, fields, find, recognise, shown
+from dppo_jax.data.shapes import (
+    OWN,
+    PLAIN,
+    Reading,
+    Shape,
+    cut,
+    cut_fault,
+    fields,
+    find,
+    prompts_alone,
+    recognise,
+    shown,
+)
 from dppo_jax.data.shards import shards
 from dppo_jax.errors import UserError, first_line, lookup
 from dppo_jax.files import parse_json
@@ -222,9 +234,10 @@ def _rows_task(
     name: str, rows: Sequence[tuple[str, Any]], count: int, blank: int, verifier: str, reading: Reading
 ) -> Task:
     """rows: place and values of those that are used. count: how many the source has, blank ones aside."""
-    shape = recognise(rows, reading)
+    unscored = verifier == UNSCORED
+    shape = prompts_alone(rows, reading) if unscored else recognise(rows, reading)
     found = [_row_example(where, row, shape, verifier, reading.verifier) for where, row in rows]
-    examples = _with_good_labels(name, found, verifier, reading)
+    examples = [e for e, _ in found] if unscored else _with_good_labels(name, found, verifier, reading)
     left_out = {"blank": blank, "beyond_size": count - len(rows), "bad_label": len(rows) - len(examples)}
     distinct = {(str(example.prompt), example.labels) for example in examples}
     several = sum(bool(example.also) for example in examples)
@@ -271,7 +284,7 @@ def _row_example(
 ) -> tuple[Example, str | None]:
     """The example, and why its row holds no label, as the end of a sentence; None where it holds one."""
     column, prompt, answer = fields(where, row, shape)
-    labels, fault = _labels(where, shape, answer)
+    labels, fault = _labels(where, shape, answer) if shape.answer else (("",), None)
     own = {column, shape.answer, *(OWN.prompt if shape.prompt == OWN.prompt else ())}
     meta = {key: value for key, value in row.items() if key not in own and value is not None}
     own_verifier = _verifier(where, row, verifier, verifier_column) if verifier_column else ""

@@ -18,7 +18,8 @@ _FRAME = re.compile(r"\\fbox(?=\s*\{)")
 
 
 class Shape(NamedTuple):
-    """Where rows have their prompt and their answer. Of `prompt` a row has one; `answer` may be dotted: a.b is b of a.
+    """Where rows have their prompt and their answer. Of `prompt` a row has one; `answer` may be dotted: a.b is b of a;
+    "": rows have none.
 
     cut: as data.answer_from. marked: only rows of which most answers hold what `cut` looks for have this shape.
     """
@@ -31,7 +32,8 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         how = {"": "", HASHES: f" after {HASHES}", BOXED: " in \\boxed"}.get(self.cut, f" by {self.cut!r}")
-        return f"{self.name} (prompt: {' or '.join(self.prompt)}; answer: {self.answer}{how})"
+        answer = f"answer: {self.answer}{how}" if self.answer else "no answer is read"
+        return f"{self.name} (prompt: {' or '.join(self.prompt)}; {answer})"
 
 
 OWN = Shape("", ("prompt", "messages"), "answer")  # ours, TRL's {prompt, answer}, and verifiers' {prompt, answer}
@@ -116,6 +118,24 @@ def recognise(rows: Sequence[tuple[str, Any]], reading: Reading) -> Shape:
     return shape._replace(name="rows") if named else shape
 
 
+def prompts_alone(rows: Sequence[tuple[str, Any]], reading: Reading) -> Shape:
+    """The shape of rows of which no answer is read: the column that data.columns.prompt names, or the first of those of
+    SHAPES that the first row has. UserError where it has neither."""
+    where, row = rows[0]
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with 'prompt' or 'messages', got {shown(row)}")
+    if reading.prompt and not has(row, reading.prompt):
+        raise UserError(_lacks(where, row, reading.prompt, "data.columns.prompt"))
+    columns = [reading.prompt] if reading.prompt else [name for shape in SHAPES for name in shape.prompt]
+    found = [name for name in dict.fromkeys(columns) if find(row, name) is not None]
+    if not found:
+        raise UserError(
+            f"{where}: has neither of 'prompt' and 'messages', of which it needs one; keys: {sorted(row)!s:.200}; "
+            "another column is named by data.columns.prompt"
+        )
+    return Shape("prompts", (found[0],), "")
+
+
 def _first(rows: Sequence[tuple[str, Any]], row: Mapping[str, Any], reading: Reading) -> Shape:
     """The first of SHAPES that the row has, but for what data.columns names."""
     if reading.prompt and reading.answer:
@@ -142,7 +162,8 @@ def _most(rows: Sequence[tuple[str, Any]], shape: Shape) -> bool:
 
 
 def fields(where: str, row: Any, shape: Shape) -> tuple[str, Any, Any]:
-    """Of a row: the column of its prompt, the prompt, and the answer, which is None where the row has null.
+    """Of a row: the column of its prompt, the prompt, and the answer, which is None where the row has null, or the
+    shape has no answers.
 
     Raises: UserError for a row that lacks a column.
     """
@@ -156,6 +177,8 @@ def fields(where: str, row: Any, shape: Shape) -> tuple[str, Any, Any]:
     read_as = "" if not shape.name else f", but the rows are read as {shape}"
     if not columns:
         raise UserError(f"{where}: has no {shown(shape.prompt[0])}{read_as}; {keys}")
+    if not shape.answer:
+        return columns[0], find(row, columns[0]), None
     if not has(row, shape.answer):
         raise UserError(f"{where}: has no {shown(shape.answer)}{read_as}; {keys}")
     return columns[0], find(row, columns[0]), find(row, shape.answer)

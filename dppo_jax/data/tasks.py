@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dppo_jax.data.examples import Example, Task
+from dppo_jax.data.examples import UNSCORED, Example, Task
 from dppo_jax.data.gym import load_reasoning_gym
 from dppo_jax.data.hub import load_hub
 from dppo_jax.data.rows import load_jsonl, load_parquet
@@ -41,7 +41,8 @@ def load_task(
     "jsonl" and "parquet" read path (a file, a folder or a pattern), size (at most so many rows, default all), columns
     ("prompt", "answer"; those that are not named are recognised; "verifier", a row's own), answer_from and bad_label;
     "hub" reads the same of name, subset, split and revision (see `storage.hub`).
-    verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
+    verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts, or "none",
+    with which rows need no answer and every reply scores 0.
     label_cache: a folder in which checks of labels are kept for later ("": nowhere).
     """
     if size is not None and size < 1:
@@ -55,7 +56,7 @@ def load_task(
                 "checked at the start"
             )
     if verifier != "task":
-        lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
+        lookup({**VERIFIERS, "task": None, UNSCORED: None}, verifier, "data.verifier")
     reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
     check_reading(reading)
     where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}

@@ -37,7 +37,7 @@ from dppo_jax.losses.core import (
     two_sided,
     zero_outside_mask,
 )
-from dppo_jax.losses.reference import ESTIMATORS, with_reference_kl
+from dppo_jax.losses.reference import ESTIMATORS, token_kl, with_reference_kl
 from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "require",
     "zero_outside_mask",
     "two_sided",
+    "token_kl",
     "with_reference_kl",
 ]
 

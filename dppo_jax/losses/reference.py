@@ -1,4 +1,5 @@
-"""A penalty on the divergence from a fixed reference policy, as the additive term e_t of any loss's coefficient."""
+"""A penalty on the divergence from a fixed reference policy: as the additive term e_t of any loss's coefficient, or as
+a part of the reward."""
 
 import dataclasses
 import functools
@@ -6,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float32
 
 from dppo_jax.errors import lookup
 from dppo_jax.losses.core import BoundLoss, bounded_exp, log_ratio, require, zero_outside_mask
@@ -19,6 +20,30 @@ ESTIMATORS = {
     "k2": lambda logs: -logs,
     "k3": lambda logs: bounded_exp(-logs) - 1,
 }
+
+
+# The estimates themselves.
+ESTIMATES = {
+    "k1": lambda logs: logs,
+    "k2": lambda logs: logs**2 / 2,
+    "k3": lambda logs: bounded_exp(-logs) - 1 + logs,
+}
+
+
+def token_kl(
+    behavior_logp: Float32[Array, "B R"],
+    reference_logp: Float32[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    *,
+    estimator: str,
+) -> Float32[Array, "B R"]:
+    """Estimates of KL(behavior policy || reference) at every response token, for the reward; 0 outside the mask.
+
+    UserError for an unknown estimator.
+    """
+    estimate = lookup(ESTIMATES, estimator, "estimator")
+    logs = log_ratio(jnp.where(mask, behavior_logp, 0.0), jnp.where(mask, reference_logp, 0.0))
+    return jnp.where(mask, estimate(logs), 0.0)
 
 
 def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> functools.partial:

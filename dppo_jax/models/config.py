@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -29,6 +30,12 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma2ForCausalLM": "gemma2",
+}
+# Of reward models, which have a score in place of the head.
+CLASSIFIERS = {
+    "LlamaForSequenceClassification": "llama",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "Gemma2ForSequenceClassification": "gemma2",
 }
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "gemma2"]
 
@@ -220,18 +227,21 @@ class ModelConfig:
         return (self.query_scalar or self.head_dim) ** -0.5
 
 
-def config_from_hf(d: Mapping[str, Any], source: str) -> ModelConfig:
+def config_from_hf(
+    d: Mapping[str, Any], source: str, architectures: Mapping[str, Any] = MappingProxyType(ARCHITECTURES)
+) -> ModelConfig:
     """The parsed config.json `d` as a `ModelConfig`.
 
     Args:
       d: the JSON object.
       source: where it came from, for messages.
+      architectures: those that may be, by family.
 
     Raises:
       UserError: an unsupported architecture, an unknown field, a field with an unsupported value, a missing or
         ill-typed one, or two spellings of rope that disagree.
     """
-    model_type = _model_type(d, source)
+    model_type: Family = _model_type(d, source, architectures)
     defaults = DEFAULTS[model_type]
     _check_fields(d, model_type, source)
 
@@ -399,20 +409,21 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return d
 
 
-def _model_type(d: Mapping[str, Any], source: str) -> Family:
-    supported = ", ".join(ARCHITECTURES)
+def _model_type(d: Mapping[str, Any], source: str, architectures: Mapping[str, Any]) -> Any:
+    """The Family."""
+    supported, families = ", ".join(architectures), dict.fromkeys(architectures.values())
     names, model_type = d.get("architectures"), d.get("model_type")
     if names is None and model_type is None:
         raise UserError(f"{source} names no architecture; supported: {supported}")
     if names is not None:
-        if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in list(architectures):
             name = names[0] if isinstance(names, list) and len(names) == 1 else names
             raise UserError(f"{source}: unsupported architecture {shown(name)}; supported: {supported}")
-        if model_type is not None and model_type != ARCHITECTURES[names[0]]:
+        if model_type is not None and model_type != architectures[names[0]]:
             raise UserError(f"{source}: architecture {names[0]!r} and model_type {shown(model_type)} disagree")
-        model_type = ARCHITECTURES[names[0]]
-    if model_type not in list(DEFAULTS):
-        raise UserError(f"{source}: unsupported model_type {shown(model_type)}; supported: {', '.join(DEFAULTS)}")
+        model_type = architectures[names[0]]
+    if model_type not in list(families):
+        raise UserError(f"{source}: unsupported model_type {shown(model_type)}; supported: {', '.join(families)}")
     return model_type
 
 

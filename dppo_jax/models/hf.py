@@ -4,6 +4,7 @@ A linear layer's weight is [out, in] there and [in, out] here, and layers are st
 nothing else differs, so that save and load are inverse to the bit in float32.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -22,11 +23,12 @@ from dppo_jax.errors import UserError, first_line, lookup, nearest
 from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
 from dppo_jax.models import companions
 from dppo_jax.models.companions import CONFIG
-from dppo_jax.models.config import DTYPES, INERT, ModelConfig, config_from_hf, config_to_hf
+from dppo_jax.models.config import CLASSIFIERS, DTYPES, INERT, LARGEST, ModelConfig, config_from_hf, config_to_hf
 from dppo_jax.models.decoder import Params, abstract_params
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SCORE = "score.weight"  # [labels, D], of a sequence classifier
 
 READABLE = {"F32", "BF16", "F16"}
 POINTER = b"version https://git-lfs"  # what stands in a file that was not fetched
@@ -69,6 +71,14 @@ HF_NAMES_GEMMA = {
 }
 
 
+class Classifier(NamedTuple):
+    """A reward model: a decoder with a score of its hidden states, [D], in place of the head."""
+
+    config: ModelConfig
+    params: Params  # {"body": as of a decoder with tied embeddings, "score": [D]}
+    pad_id: int | None  # the token that is no end of a row, as its config.json says
+
+
 def load_config(directory: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model directory; UserError where there is none or it is not supported."""
     path = folder(directory) / CONFIG
@@ -88,29 +98,72 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
     """
     config = load_config(directory)
     directory = folder(directory)
-    shapes = _shapes(config)
     tied_head = HF_NAMES["head"] if config.tie_embeddings else None
     with ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
-        _check_tensors(tensors, shapes, config, directory)
-        params: Params = {"layers": {}}
-        for path, shape in shapes.items():
-            names = list(_hf_names(path, config))
-            if path.startswith("layers/"):
-                stacked: np.ndarray = np.empty(shape, np.float32)
-                tensor_shape = shape[_stacked_axes(path, config) :]
-                for target, name in zip(stacked.reshape(len(names), *tensor_shape), names, strict=True):
-                    target[...] = read_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2)
-                params["layers"][path.removeprefix("layers/")] = stacked
-            else:
-                params[path] = read_tensor(names[0], tensors, shape, transpose=False).astype(np.float32)
+        params = _read_params(tensors, config, directory)
         if tied_head in tensors:
-            head: np.ndarray = read_tensor(tied_head, tensors, shapes["embed"], transpose=False).astype(np.float32)
+            shape = params["embed"].shape
+            head: np.ndarray = read_tensor(tied_head, tensors, shape, transpose=False).astype(np.float32)
             if not np.array_equal(head, params["embed"], equal_nan=True):
                 raise UserError(
                     f"{directory} has tie_word_embeddings true, but {tied_head!r} differs from {HF_NAMES['embed']!r}"
                 )
     return config, params
+
+
+def load_classifier_config(directory: str | Path) -> ModelConfig:
+    """Of a reward model's directory, without an output embedding. UserError where it is none, or not supported."""
+    path = folder(directory) / CONFIG
+    config = config_from_hf(_config_fields(path.parent), str(path), CLASSIFIERS)
+    return dataclasses.replace(config, tie_embeddings=True, logit_softcap=None)
+
+
+def load_classifier(directory: str | Path, dtype: str = "float32") -> Classifier:
+    """Reads a reward model's directory, as `transformers` saves a ...ForSequenceClassification of one label.
+
+    Its parameters are numpy arrays of `dtype`, a key of DTYPES. UserError as of `load_params`, and where there is no
+    score, or one of several labels.
+    """
+    config, directory = load_classifier_config(directory), folder(directory)
+    fields, source, numbers = _config_fields(directory), directory / CONFIG, np.dtype(lookup(DTYPES, dtype, "dtype"))
+    pad_id = fields.get("pad_token_id")
+    if pad_id is not None and (isinstance(pad_id, bool) or not isinstance(pad_id, int) or abs(pad_id) > LARGEST):
+        raise UserError(f"{source}: pad_token_id must be a token's id or null, not {shown(pad_id)}")
+    with ExitStack() as stack:
+        tensors = _open_tensors(directory, stack)
+        if SCORE not in tensors:
+            raise UserError(f"tensor {SCORE!r} is missing from {directory}: a reward model has it in place of a head")
+        if HF_NAMES["head"] in tensors:
+            raise UserError(f"{directory} has a head, {HF_NAMES['head']!r}, beside its {SCORE!r}: leave one out")
+        of_score = {SCORE: tensors.pop(SCORE)}
+        rows = of_score[SCORE][1].get_slice(SCORE).get_shape()[:1]
+        named = fields.get("id2label")
+        for labels in (*rows, len(named) if isinstance(named, dict) else fields.get("num_labels", 1)):
+            if labels != 1:
+                sentence = f"{directory} has {shown(labels)} labels: a reward model has one, whose score is the reward"
+                raise UserError(sentence)
+        body = _read_params(tensors, config, directory, numbers)
+        score = read_tensor(SCORE, of_score, (1, config.hidden_size), transpose=False).astype(numbers)[0]
+    return Classifier(config, {"body": body, "score": score}, pad_id)
+
+
+def _read_params(tensors: "Tensors", config: ModelConfig, directory: Path, dtype: Any = np.float32) -> Params:
+    """The parameters of a config from its tensors, which are checked before anything is allocated."""
+    shapes = _shapes(config)
+    _check_tensors(tensors, shapes, config, directory)
+    params: Params = {"layers": {}}
+    for path, shape in shapes.items():
+        names = list(_hf_names(path, config))
+        if path.startswith("layers/"):
+            stacked: np.ndarray = np.empty(shape, dtype)
+            tensor_shape = shape[_stacked_axes(path, config) :]
+            for target, name in zip(stacked.reshape(len(names), *tensor_shape), names, strict=True):
+                target[...] = read_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2)
+            params["layers"][path.removeprefix("layers/")] = stacked
+        else:
+            params[path] = read_tensor(names[0], tensors, shape, transpose=False).astype(dtype)
+    return params
 
 
 def save_hf(

@@ -19,6 +19,7 @@ class Responses(NamedTuple):
     replies: Sequence[str]
     lengths: np.ndarray  # i[b], tokens
     scores: np.ndarray  # f32[b], of the verifier or the function of one's own
+    model_scores: np.ndarray | None = None  # f32[b], of the reward model; None without one
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,19 @@ def repetition(responses: Responses, settings: Settings) -> np.ndarray:
     return np.array([-repeated_share(reply, settings.ngram) for reply in responses.replies], np.float32)
 
 
+def model(responses: Responses, settings: Settings) -> np.ndarray:
+    """The score of the reward model, which the devices computed. UserError where there is none."""
+    if responses.model_scores is None:
+        raise UserError("reward.terms.model is of training, where a reward model is; set it to 0.0 here")
+    return responses.model_scores
+
+
 TERMS: dict[str, Callable[[Responses, Settings], np.ndarray]] = {
     "correct": correct,
     "format": has_format,
     "length": length,
     "repetition": repetition,
+    "model": model,
 }
 
 

@@ -14,6 +14,7 @@ from configs import base
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.chat import check_date
+from dppo_jax.data.examples import UNSCORED
 from dppo_jax.data.prompts import TOO_LONG
 from dppo_jax.data.shapes import Reading, check_reading
 from dppo_jax.data.tasks import TASKS
@@ -32,6 +33,7 @@ from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.rollout import check_stop
 from dppo_jax.storage import hub
 from dppo_jax.weights import WEIGHTS
+from experiments.run.check_scores import check_scores
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup
 
@@ -59,6 +61,7 @@ def check(config: ConfigDict) -> None:
     check_stop(config.rollout.stop)
     _check_in_flight(config, setup.needed)
     _check_reward(config, setup)
+    check_scores(config)
     _check_learning(config, setup)
 
 
@@ -102,17 +105,18 @@ def _check_names(c: ConfigDict) -> None:
 
 def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
-    for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in data_sections(c))):
+    for key in ("policy.path", "policy.shape", "reward.model.path", *(f"{name}.path" for name in data_sections(c))):
         user_path(value(c, key), key)
     for key in ("compile_cache", "label_cache"):
         check_path(value(c, key), key)  # of other faults those who use it only warn
 
 
 def _check_data(c: ConfigDict) -> None:
-    _check_commit("policy.commit", c.policy.commit)
+    for key in ("policy.commit", "reward.model.commit"):
+        _check_commit(key, value(c, key))
     for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
-        lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
+        lookup({**VERIFIERS, "task": None, UNSCORED: None}, data.verifier, f"{name}.verifier")
         lookup(EXTRACT, data.extract, f"{name}.extract")
         lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
         try:
@@ -328,6 +332,8 @@ def _check_binary(c: ConfigDict, setup: Setup) -> None:
         raise UserError(
             f"{made}, which reward.overlong_buffer lowers: set reward.overlong_buffer=0, or another advantage.name"
         )
+    if c.reward.kl_coef:
+        raise UserError(f"{made}, which reward.kl_coef lowers: set reward.kl_coef=0.0, or another advantage.name")
     other = next((name for name in setup.terms if name != "correct"), None)
     if other:
         raise UserError(

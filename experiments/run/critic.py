@@ -66,10 +66,12 @@ class Critic:
         """From a checkpoint."""
         self.state = TrainState(saved["params"], saved["opt_state"], saved["updates"])
 
-    def advantages(self, batch: TrainBatch, plan: Plan, rewards) -> jax.Array:
-        """Of every token of the batch; keeps the returns for the updates that follow."""
+    def advantages(self, batch: TrainBatch, plan: Plan, rewards, penalties: jax.Array | None = None) -> jax.Array:
+        """Of every token of the batch, of a reward for each response and a penalty for each token; keeps the returns
+        for the updates that follow."""
         assert self.state is not None
-        advantages, self._estimates = self._estimate(self.state.params, batch, plan, jnp.asarray(rewards, jnp.float32))
+        rewards = jnp.asarray(rewards, jnp.float32)
+        advantages, self._estimates = self._estimate(self.state.params, batch, plan, rewards, penalties)
         return advantages
 
     def update(self, batch: TrainBatch, plan: Plan) -> Metrics:

@@ -15,17 +15,19 @@ from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.rewards.own import own_reward
+from dppo_jax.models.companions import CONFIG, TOKENIZER
 from dppo_jax.storage import fingerprints
 from dppo_jax.storage.run_config import MAY_CHANGE, NAME, changed, flatten, plain, read_config
+from experiments.run.model_files import model_directory
 from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
 PLACES = (
     "policy.path", "policy.revision", "policy.commit", "data.path", "data.revision", "data.commit", "eval.sets.*.path",
-    "eval.sets.*.revision", "eval.sets.*.commit",
+    "eval.sets.*.revision", "eval.sets.*.commit", "reward.model.path", "reward.model.revision", "reward.model.commit",
 )  # fmt: skip
 # What each host may have of its own.
-OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path")
+OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path", "reward.model.path")
 
 
 class Identity(NamedTuple):
@@ -37,6 +39,7 @@ class Identity(NamedTuple):
     prompts: dict[str, str]  # fingerprints
     rows: dict[str, int]  # by section: rows that the data holds, unused ones included
     reward: str = ""  # fingerprint of the file of reward.function; "": there is none
+    reward_model: str = ""  # fingerprint of its weights, config and tokenizer; "": there is none
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -54,12 +57,21 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
         {section: stream.fingerprint for section, stream in streams.items()},
         {section: stream.rows for section, stream in streams.items()},
         _reward(setup.config.reward.function),
+        _of_reward_model(setup),
     )
 
 
 def _reward(function: str) -> str:
     """Of the file of reward.function."""
     return fingerprints.of_text(Path(own_reward(function).path).read_text(errors="replace")) if function else ""
+
+
+def _of_reward_model(setup: Setup) -> str:
+    if not setup.terms.get("model"):
+        return ""
+    directory = model_directory(setup.config, "reward.model")
+    texts = [path.read_bytes().hex() for name in (CONFIG, *TOKENIZER) if (path := directory / name).is_file()]
+    return fingerprints.of_text(" ".join([fingerprints.of_weights(directory), *texts]))
 
 
 def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]:
@@ -80,11 +92,16 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
         )
     if saved["weights"] != now.weights:
         sentence = f"the weights in {now.config['policy']['path']} are not those that this run began with"
-        if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
+        if now.config["lora"]["rank"] or now.config["reference"]["coef"] or now.config["reward"]["kl_coef"]:
             raise UserError(f"cannot resume {str(workdir)!r}: {sentence}; put them back, or take another --workdir")
         changes.append(f"{sentence}: the checkpoint has its own, and goes on")
     if saved.get("reward", now.reward) != now.reward:
         changes.append("the file of reward.function was changed: rewards before and after do not compare")
+    if saved.get("reward_model", "") != now.reward_model:
+        raise UserError(
+            f"cannot resume {str(workdir)!r}: the reward model in {now.config['reward']['model']['path']} is not that "
+            "which this run began with; put it back, or take another --workdir"
+        )
     for section in sorted({*saved["prompts"], *now.prompts}):
         if saved["prompts"].get(section) == now.prompts.get(section):
             continue
@@ -166,5 +183,6 @@ def same_config_everywhere(config: ConfigDict) -> None:
 
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
-    values = {"weights": now.weights, "model and tokenizer": now.model, "reward.function": now.reward, **now.prompts}
+    values = {"weights": now.weights, "model and tokenizer": now.model, "reward.function": now.reward}
+    values |= {"reward model": now.reward_model, **now.prompts}
     hosts.agree("model or data", values, ())

@@ -37,6 +37,8 @@ class Learner:
             for name in ("proximal", "reference")
             if f"{name}_logp" in runs.needed
         }
+        kl = base.reward_kl
+        self._reward_kl = jax.jit(runs.at_once(kl), out_shardings=by_row) if kl else None
         by_group = base.advantages
         self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
         self._critic = None if by_group else Critic(base)
@@ -121,16 +123,29 @@ class Learner:
 
     def advantages(self, batch: TrainBatch, replies: list[Replies]) -> TrainBatch:
         """The batch with its advantages, and without the responses that take no part in the update."""
+        penalties = self._penalties(batch, replies) if self._reward_kl else None
         rewards = self._to_rows([run.shaped_rewards for run in replies])
         if self._advantages is not None:
             batch = dataclasses.replace(batch, advantages=self._advantages(rewards, batch.group))
         elif self._critic:
-            advantages = self._critic.advantages(batch, self._plan_all(replies), rewards)
+            advantages = self._critic.advantages(batch, self._plan_all(replies), rewards, penalties)
             batch = dataclasses.replace(batch, advantages=advantages)
         if self._leaves_out:
             kept = self._runs.together([self._kept(run) for run in replies])
             batch = dataclasses.replace(batch, mask=batch.mask & kept[..., None])
         return batch
+
+    def _penalties(self, batch: TrainBatch, replies: list[Replies]) -> jax.Array:
+        """What the KL from the reference takes from the reward of every token, f32[B, R]. The responses' sums are taken
+        from their rewards here, unless a critic is to see each token's own."""
+        assert self._reward_kl is not None
+        coef, share = self._setup.config.reward.kl_coef, self._row_share
+        of_tokens, of_responses = self._reward_kl(batch)
+        for run, kl in zip(replies, self._runs.apart(hosts.owned(of_responses, share)), strict=True):
+            run.terms["term/kl"] = hosts.gather(kl, share)
+            if self._critic is None:
+                run.shaped_rewards = run.shaped_rewards - np.float32(coef) * run.terms["term/kl"]
+        return coef * of_tokens
 
     def minibatches(self, step: int, replies: list[Replies]) -> Iterator[Plan]:
         """The plan of every optimizer minibatch of a step, made from the lengths of its replies."""
@@ -185,10 +200,14 @@ class Learner:
 
     def _to_rows(self, values: list[np.ndarray]) -> jax.Array:
         """Numbers of all rows, on the devices that hold them."""
-        c = self._setup.config.rollout
-        share = hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
+        share = self._row_share
         held = self._runs.together([of_run[share.held] for of_run in values])
         return jnp.asarray(hosts.to_global(held, self._mesh, share))
+
+    @property
+    def _row_share(self) -> hosts.Share:
+        c = self._setup.config.rollout
+        return hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
 
 
 def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:

@@ -33,8 +33,8 @@ def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt
     published = jax.eval_shape(rollout.publish, setup.state_shapes.policy)
     axes = setup.published_axes(published)
     published = laid_out(published, None if mesh is None else named_shardings(mesh, axes, ROLLOUT))
-    copies = bool(c.reference.coef) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
-    kept = local_bytes(state) + local_bytes(published) + copies * local_bytes(state.params)
+    copies = ("reference_logp" in setup.needed) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
+    kept = setup.beside_bytes + local_bytes(state) + local_bytes(published) + copies * local_bytes(state.params)
     rows = prompts * rollout.group_size // setup.batch_shards
     each = 16 + 8 * rollout.topk + (2 if rollout.stops else 0)  # tokens, logp, two uniforms; the top K; a state
     kept += rows * rollout.max_new_tokens * each

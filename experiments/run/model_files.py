@@ -1,6 +1,7 @@
 """Where a config's model is: a directory here, or a name on the hub."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,27 +12,32 @@ from dppo_jax.files import user_path
 from dppo_jax.storage import hub
 
 
-def model_directory(config: ConfigDict) -> Path:
-    """policy.path, which must be set; of a name on the hub, its files in the cache, fetched if need be. UserError."""
-    policy = config.policy
-    if not policy.path:
-        raise UserError("policy.path is empty: set it to a Hugging Face model directory, or a name on the hub")
-    if hub_name(config):
-        with no_directory(policy.path):
-            return hub.model_directory(policy.path, policy.commit or policy.revision).folder
-    for key in ("revision", "commit"):
-        if policy[key]:
+def model_directory(config: ConfigDict, key: str = "policy") -> Path:
+    """policy.path, or the path of another section, which must be set; of a name on the hub, its files in the cache,
+    fetched if need be. UserError."""
+    section = _section(config, key)
+    if not section.path:
+        raise UserError(f"{key}.path is empty: set it to a Hugging Face model directory, or a name on the hub")
+    if hub_name(config, key):
+        with no_directory(section.path):
+            return hub.model_directory(section.path, section.commit or section.revision).folder
+    for name in ("revision", "commit"):
+        if section[name]:
             raise UserError(
-                f"policy.{key} = {policy[key]!r} is of a model on the hub, and policy.path = {policy.path!r} is a "
-                f"directory: clear it: --config.policy.{key}="
+                f"{key}.{name} = {section[name]!r} is of a model on the hub, and {key}.path = {section.path!r} is a "
+                f"directory: clear it: --config.{key}.{name}="
             )
-    return user_path(policy.path, "policy.path")
+    return user_path(section.path, f"{key}.path")
 
 
-def hub_name(config: ConfigDict) -> str | None:
-    """The name on the hub in policy.path, ORG/NAME; None where it can be none, or is a directory here."""
-    path = config.policy.path
-    return path if hub.is_name(path) and not user_path(path, "policy.path").is_dir() else None
+def hub_name(config: ConfigDict, key: str = "policy") -> str | None:
+    """The name on the hub in a section's path, ORG/NAME; None where it can be none, or is a directory here."""
+    path = _section(config, key).path
+    return path if hub.is_name(path) and not user_path(path, f"{key}.path").is_dir() else None
+
+
+def _section(config: ConfigDict, key: str) -> ConfigDict:
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 @contextlib.contextmanager

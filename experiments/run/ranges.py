@@ -99,8 +99,11 @@ NUMBERS: Mapping[str, Range] = {
     "reward.workers": Range(1, 1024),
     "reward.time_limit_s": Range(0.01, MAX_TIME_LIMIT_S),  # a timer counts no 10^9 s, and no verifier ends at once
     "reward.overlong_buffer": Range(0, ROWS),
-    **{f"reward.terms.{name}": WEIGHT for name in ("correct", "format", "length", "repetition")},
+    **{f"reward.terms.{name}": WEIGHT for name in ("correct", "format", "length", "repetition", "model")},
     "reward.ngram": SIZE,
+    "reward.model.max_len": SIZE,
+    "reward.model.rows": SIZE,
+    "reward.kl_coef": Range(0, 1e6),
     "critic.learning_rate": REAL,
     "critic.discount": SHARE,
     "critic.lam": SHARE,

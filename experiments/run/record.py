@@ -72,6 +72,7 @@ class Record:
         self._compilations = self._stack.enter_context(Compilations())
         self._logs: list[RunLog] = []
         self._reports: list[Report] = []
+        self._told_cut = False
         self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
         self.start = 0
 
@@ -218,7 +219,7 @@ class Record:
             scalars = {
                 **self._runs.own_metrics(metrics_lib.summary(total), number),
                 **metrics_lib.mismatch(measured[0], equal_params=samples.drawing.equal_params),
-                **metrics_lib.group_metrics(own.verified, setup.config.rollout.group_size),
+                **metrics_lib.group_metrics(own.shown_rewards, setup.config.rollout.group_size),
                 **{f"reward/{name}": float(count) for name, count in own.counts.items()},
                 **{f"reward/{name}": float(term.mean()) for name, term in own.terms.items()},
                 "reward/overlong_filtered": float(own.truncated.sum() if setup.config.reward.overlong_filter else 0),
@@ -238,7 +239,14 @@ class Record:
             if own.fault:
                 count = own.counts["failed"]
                 self.note(f"step {step}: reward.function failed on {count} replies, first with {own.fault:.200}")
-            self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.verified)
+            if own.counts.get("model_cut") and not self._told_cut:
+                self._told_cut = True
+                count, longest = own.counts["model_cut"], setup.config.reward.model.max_len
+                self.note(
+                    f"step {step}: {count} conversations have more than reward.model.max_len = {longest} tokens, and "
+                    "are scored as far as that; reward/model_cut counts them"
+                )
+            self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.shown_rewards)
 
     def _of(self, folder: RunFolder) -> str:
         """Which of several runs a sentence is about."""

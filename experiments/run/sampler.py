@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dppo_jax.data.examples import Example
+from dppo_jax.data.examples import UNSCORED, Example
 from dppo_jax.data.prompts import PromptStream, decode_replies
 from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
@@ -26,6 +26,7 @@ from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
+from experiments.run.reward_model import RewardModel
 from experiments.run.rollouts import training_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT
@@ -50,6 +51,12 @@ class Replies:
     terms: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[B] of the reward, by the log's tag
     fault: str = ""  # why reward.function failed on a reply of this host
     redrawn: int = 0  # further batches that were drawn for this step
+    unscored: bool = False  # no verifier: what is shown of the rewards is the whole
+
+    @property
+    def shown_rewards(self) -> np.ndarray:
+        """Of the log and the transcripts, f32[B]."""
+        return self.shaped_rewards if self.unscored else self.verified
 
 
 class Drawing(NamedTuple):
@@ -93,12 +100,14 @@ class Samples:
 class Sampler:
     """Draws the rollout of every step from the parameters that the learner publishes.
 
-    `streams` of prompts, one a run; one `scorer` for all.
+    `streams` of prompts, one a run; one `scorer` for all, and one reward model, if there is one.
     """
 
-    def __init__(self, runs: Runs, streams: list[PromptStream], scorer: Scorer):
+    def __init__(
+        self, runs: Runs, streams: list[PromptStream], scorer: Scorer, reward_model: RewardModel | None = None
+    ):
         base = runs.base
-        self._runs, self._streams, self._scorer = runs, streams, scorer
+        self._runs, self._streams, self._scorer, self._reward_model = runs, streams, scorer, reward_model
         self._config, self._text, self._mesh = base.config, base.text, base.mesh
         c = base.config.rollout
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
@@ -195,7 +204,10 @@ class Sampler:
             examples = [of_group[number] for number in self.prompt_share.owned for _ in range(group_size)]
             texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
             pairs = dict(zip(self.row_share.owned.tolist(), zip(examples, texts, strict=True), strict=True))
-            replies.append(Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work))
+            unscored = self._config.data.verifier == UNSCORED and not self._config.reward.function
+            replies.append(
+                Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, unscored=unscored)
+            )
             pending.append(self._scorer.submit(texts, examples))
         if drawing.finished is not None:
             drawing = drawing._replace(equal_params=all(run.work["age_max"] == 0 for run in replies))
@@ -218,11 +230,12 @@ class Sampler:
     def rewards(self, samples: Samples) -> list[Replies]:
         """Waits until every host has scored its share of the replies, and fills in the rewards of all."""
         for replies, scores, setup in zip(samples.replies, samples.pending or (), self._runs.setups, strict=False):
+            texts, owned = [text for _, text in replies.pairs.values()], self.row_share.owned
+            model_scores, cut = self._model_scores(replies)  # while the verifier is at work
             rewards, counts = scores.result()
-            texts = [text for _, text in replies.pairs.values()]
-            responses = shaping.Responses(texts, replies.lengths[self.row_share.owned], rewards)
+            responses = shaping.Responses(texts, replies.lengths[owned], rewards, model_scores)
             terms, stopped = shaping.values(responses, setup.terms, setup.term_settings)
-            replies.counts = hosts.total(counts | stopped)
+            replies.counts = hosts.total(counts | stopped | cut)
             replies.verified, terms = hosts.gather((rewards, terms), self.row_share)
             replies.shaped_rewards = shaping.total(terms, setup.terms, len(replies.verified))
             replies.terms = {f"term/{name}": term for name, term in terms.items()}
@@ -233,6 +246,13 @@ class Sampler:
         samples.pending = None
         samples.mark("scored")
         return samples.replies
+
+    def _model_scores(self, replies: Replies) -> tuple[np.ndarray | None, dict[str, int]]:
+        """Of the rows that this host owns the reward model's scores f32[b], and counts; without one None."""
+        if self._reward_model is None:
+            return None, {}
+        scores, cut = self._reward_model(replies.pairs, self.row_share)
+        return scores[self.row_share.owned], {"model_cut": cut}
 
     def _parts(self, outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
         """By name, f32[B], the parts that a function of one's own gave of a reply's reward; 0 where it gave none."""
@@ -374,4 +394,5 @@ def _merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int)
         fault=before.fault or more.fault,
         work=before.work | {name: before.work[name] + more.work[name] for name in WORK},
         redrawn=before.redrawn + 1,
+        unscored=before.unscored,
     )

@@ -22,7 +22,7 @@ from dppo_jax.devices.chips import memory_of
 from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
-from dppo_jax.losses import bind_loss, required_fields, with_reference_kl
+from dppo_jax.losses import bind_loss, required_fields, token_kl, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import Choice, choose, length_multiple
@@ -45,7 +45,7 @@ from dppo_jax.train_step import (
     make_update,
     state_shardings,
 )
-from dppo_jax.types import PromptBatch, RolloutBatch
+from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.run.model_files import model_directory
 
@@ -72,7 +72,7 @@ class Setup:
     """A config, the model of its directory, the mesh it runs on (None: one device), and all that follows from them.
 
     What does not ask for the model works without one. `mean_prompt` is the data's, in tokens; None: every prompt is as
-    long as it may be.
+    long as it may be. `beside_bytes` is what each device holds beside the run's own: its reward model.
     """
 
     config: ConfigDict
@@ -80,6 +80,7 @@ class Setup:
     mesh: Mesh | None = None
     text: Text = NO_TEXT
     mean_prompt: float | None = None
+    beside_bytes: int = 0
 
     @property
     def directory(self) -> Path:
@@ -115,8 +116,11 @@ class Setup:
 
     @cached_property
     def needed(self) -> frozenset[str]:
-        """The optional fields of LossInputs that the loss and the shadow losses ask for."""
-        return required_fields(self.loss).union(*(required_fields(loss) for loss in self.shadow_losses.values()))
+        """The optional fields of LossInputs that the loss, the shadow losses and the reward ask for."""
+        of_reward = {"reference_logp"} if self.config.reward.kl_coef else set()
+        return required_fields(self.loss).union(
+            of_reward, *(required_fields(loss) for loss in self.shadow_losses.values())
+        )
 
     @property
     def needs_exact(self) -> bool:
@@ -128,6 +132,20 @@ class Setup:
         """(rewards [B], group [B]) -> advantages [B]; None where a critic gives them."""
         function = lookup({**ADVANTAGES, "gae": None}, self.config.advantage.name, "advantage.name")
         return None if function is None else functools.partial(function, num_groups=self.config.rollout.prompts)
+
+    @property
+    def reward_kl(self) -> Callable[[TrainBatch], tuple[jax.Array, jax.Array]] | None:
+        """Of a batch, the KL from the reference that the reward falls by, of every token [B, R] and response [B]."""
+        c = self.config.reward
+        if not c.kl_coef:
+            return None
+
+        def kl(batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+            assert batch.reference_logp is not None
+            tokens = token_kl(batch.behavior_logp, batch.reference_logp, batch.mask, estimator=c.kl_estimator)
+            return tokens, tokens.sum(axis=1)
+
+        return kl
 
     @cached_property
     def terms(self) -> dict[str, float]:

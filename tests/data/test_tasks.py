@@ -379,3 +379,42 @@ def test_bad_file_settings(kind, tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="binary(, row 1 is not UTF-8 text| cannot be read)"):
         load_task(kind, path=str(tmp_path / "binary"), verifier="last_number")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "prompts", "shape"),
+    [
+        ([{"prompt": "a", "answer": None}, {"prompt": "b"}], {}, ["a", "b"], "prompt"),
+        ([{"prompt": "a", "messages": [{"role": "user", "content": "c"}], "chosen": "x"}], {}, ["a"], "prompt"),
+        ([{"question": "a", "answer": "#### 7"}], {}, ["a"], "question"),
+        ([{"info": {"ask": "a"}, "prompt": "b"}], {"prompt": "info.ask"}, ["a"], "info.ask"),
+        ([{"prompt": [{"role": "user", "content": "a"}]}], {}, [({"role": "user", "content": "a"},)], "prompt"),
+    ],
+)
+def test_rows_without_answers(tmp_path, rows, columns, prompts, shape):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task("jsonl", path=str(path), verifier="none", columns=columns)
+    assert [example.prompt for example in task.examples] == prompts
+    assert {example.labels for example in task.examples} == {("",)} and task.score("7", task.examples[0]) == 0.0
+    assert task.remarks == (f"read as prompts (prompt: {shape}; no answer is read)",)
+
+
+@pytest.mark.parametrize(
+    ("line", "columns", "words"),
+    [
+        ('{"text": "a"}', {}, "row 1: has neither of 'prompt' and 'messages', of which it needs one; keys: ['text']"),
+        ('{"prompt": "a"}', {"prompt": "promt"}, "has no column 'promt', which data.columns.prompt names; the nearest"),
+        ('{"prompt": "a"}\n{"text": "b"}', {}, "row 2: has no 'prompt', but the rows are read as prompts (prompt: pro"),
+    ],
+)
+def test_rows_without_prompts(tmp_path, line, columns, words):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError) as error:
+        load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="none", columns=columns)
+    assert words in str(error.value)
+
+
+def test_a_generated_set_without_a_verifier():
+    task = load_task("reasoning_gym", name="products", size=3, verifier="none")
+    assert len(task.examples) == 3 and task.score(task.examples[0].answer, task.examples[0]) == 0.0

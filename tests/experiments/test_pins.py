@@ -32,6 +32,20 @@ def test_a_run_goes_on_with_the_commits_that_it_wrote(tmp_path):
     assert pinned(again, tmp_path, unread=("policy",)).policy.commit == ""
 
 
+def test_a_reward_model_has_a_commit_of_its_own(tmp_path):
+    config = quickstart.get_config()
+    config.reward.model.path, config.reward.model.commit = "acme/reward", COMMIT
+    write_config(tmp_path, config.to_dict())
+    config.reward.model.commit = ""
+    assert pinned(config, tmp_path).reward.model.commit == COMMIT
+    assert pinned(config, tmp_path, unread=("reward.model",)).reward.model.commit == ""
+    with pytest.raises(UserError, match="there is no directory 'acme/reward', and not all of the model 'acme/reward'"):
+        pinned(config)
+    config.reward.model.path, config.reward.model.revision = str(tmp_path), "v1"
+    with pytest.raises(UserError, match="reward.model.revision = 'v1' is of a model on the hub, and reward.model.path"):
+        model_directory(config, "reward.model")
+
+
 @pytest.mark.parametrize(
     "written",
     [

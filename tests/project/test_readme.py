@@ -7,7 +7,7 @@ import pytest
 
 import dppo_jax.types
 from configs.methods import METHODS
-from dppo_jax.data.examples import Example
+from dppo_jax.data.examples import UNSCORED, Example
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
@@ -131,7 +131,7 @@ def test_methods_are_counted_right():
 
 
 @pytest.mark.parametrize(
-    ("section", "table"), [("Verifiers", {*VERIFIERS, "task", *EXTRACT}), ("Rewards", set(TERMS))], ids=str
+    ("section", "table"), [("Verifiers", {*VERIFIERS, "task", UNSCORED, *EXTRACT}), ("Rewards", set(TERMS))], ids=str
 )
 def test_every_verifier_and_every_term_is_on_the_page_of_data(section, table):
     text = PAGES["data"].split(f"## {section}\n")[1].split("\n## ")[0]
