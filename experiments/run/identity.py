@@ -14,8 +14,8 @@ from configs import base
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
-from dppo_jax.rewards.own import own_reward
 from dppo_jax.models.companions import CONFIG, TOKENIZER
+from dppo_jax.rewards.own import own_reward
 from dppo_jax.storage import fingerprints
 from dppo_jax.storage.run_config import MAY_CHANGE, NAME, changed, flatten, plain, read_config
 from experiments.run.model_files import model_directory
