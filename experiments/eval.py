@@ -32,7 +32,7 @@ def evaluate(config, checkpoint: Path) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         same_config_everywhere(config)
         run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-        unread = ("data", "policy") if is_hf else ("data",)
+        unread = ("data", "teacher", "policy") if is_hf else ("data", "teacher")
         setup = load_setup(config, stack, begun=run, directory=checkpoint if is_hf else None, unread=unread)
         config = setup.config
         shardings = named_shardings(setup.mesh, param_axes(setup.model))

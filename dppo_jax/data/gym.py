@@ -137,7 +137,7 @@ def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier
     """Raises: UserError where the label is wrong, or the verifier cannot accept it."""
     item, label = f"reasoning-gym {name!r}, item {i}", entry["answer"]
     if verifier != "task":
-        fault = "is missing" if label is None else text_fault(verifier, str(label))
+        fault = "is missing" if label is None and verifier != "none" else text_fault(verifier, str(label))
         if fault:
             raise UserError(f"{item}: the answer {label!r:.60} {fault}; set data.verifier='task'")
     if label is not None and full_score(dataset, name, extract_answer(str(label)), copy.deepcopy(entry)) != 1.0:

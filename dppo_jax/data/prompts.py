@@ -87,6 +87,19 @@ def encode_prompt(
         return encode(prompt)
 
 
+def encode_completion(tokenizer: Any, text: str, end: int) -> list[int]:
+    """Token ids of what is to follow a prompt, `end` behind them once. UserError where there are none, or where they do
+    not give the text back."""
+    try:
+        ids = _tokens(tokenizer, text, add_special_tokens=False)
+        _check_tokens(tokenizer, text, ids)
+    except UserError as error:
+        raise UserError(str(error).replace("prompt", "completion")) from None
+    if not ids:
+        raise UserError("the completion has no tokens")
+    return ids if ids[-1] == end else [*ids, end]
+
+
 def _tokens(tokenizer: Any, text: str, **settings: bool) -> list[int]:
     try:
         return list(tokenizer(text, **settings)["input_ids"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.examples import Example, Task, answer_task
-from dppo_jax.data.messages import read_prompt
+from dppo_jax.data.messages import read_prompt, split_last_turn
 from dppo_jax.data.shapes import OWN, PLAIN, Reading, Shape, cut, cut_fault, fields, recognise, shown
 from dppo_jax.data.shards import shards
 from dppo_jax.errors import UserError, first_line
@@ -216,6 +216,11 @@ def _rows_task(
     name: str, rows: Sequence[tuple[str, Any]], count: int, blank: int, verifier: str, reading: Reading
 ) -> Task:
     """rows: place and values of those that are used. count: how many the source has, blank ones aside."""
+    if reading.last_turn:
+        rows = [(where, split_last_turn(where, row, reading.answer, reading.prompt)) for where, row in rows]
+    elif verifier == "none":  # no answer is needed, and one that is there is not looked at
+        rows = [(where, {**row, "answer": ""} if isinstance(row, dict) else row) for where, row in rows]
+        reading = reading._replace(answer="", answer_from="")
     shape = recognise(rows, reading)
     found = [_row_example(where, row, shape) for where, row in rows]
     examples = _with_good_labels(name, found, verifier, reading)

@@ -34,6 +34,7 @@ def load_task(
     answer_from: str = "",
     bad_label: str = "error",
     label_cache: str = "",
+    last_turn: bool = False,
 ) -> Task:
     """Loads a task and checks every label.
 
@@ -43,6 +44,7 @@ def load_task(
     name, subset, split and revision (see `storage.hub`).
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts.
     label_cache: a folder in which checks of labels are kept for later ("": nowhere).
+    last_turn: of rows of messages that end with the assistant's turn, that turn is the answer; see `split_last_turn`.
     """
     if size is not None and size < 1:
         raise UserError(f"data.size must be at least 1, not {size}")
@@ -57,6 +59,7 @@ def load_task(
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
     reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
+    reading = reading._replace(last_turn=last_turn)
     check_reading(reading)
     where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
     return load(

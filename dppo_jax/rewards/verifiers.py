@@ -82,10 +82,17 @@ def by_library(text: str, answer: str) -> float:
 _remembered = functools.lru_cache(maxsize=1024)(by_library)  # replies of a group often say the same
 _read_label = functools.lru_cache(maxsize=256)(maths.read)  # the replies of a group share their label
 
+
+def no_score(reply: str, answer: str) -> float:
+    """0.0, whatever the reply: of prompts without answers."""
+    return 0.0
+
+
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "last_number": last_number,
     "math_verify": math_verify,
+    "none": no_score,
 }
 
 
@@ -101,6 +108,8 @@ def answer_fault(verifier: str, answer: str) -> str | None:
 
 def text_fault(verifier: str, answer: str) -> str | None:
     """The same, as far as it can be told without reading mathematics."""
+    if verifier == "none":
+        return None
     if not answer.strip():
         return "is empty"
     if verifier == "last_number" and as_number(answer) is None:

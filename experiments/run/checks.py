@@ -20,7 +20,7 @@ from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
-from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters
+from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters, required_fields
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.config import MATRICES
@@ -67,6 +67,8 @@ def remarks(config: ConfigDict) -> list[str]:
         notes.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
     if config.optimizer.warmup >= updates:
         notes.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
+    if config.teacher.path and "teacher_logp" not in Setup(config).needed:
+        notes.append(f"teacher.path = {shown(config.teacher.path)}: loss {config.loss.name!r} asks for no teacher")
     return notes
 
 
@@ -85,7 +87,7 @@ def _check_sampling(c: ConfigDict) -> None:
 
 
 def _check_names(c: ConfigDict) -> None:
-    for key in ("policy.dtype", "rollout.dtype"):
+    for key in ("policy.dtype", "rollout.dtype", "teacher.dtype"):
         lookup(DTYPES, value(c, key), key)
     if c.policy.dtype == "float16":
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
@@ -100,14 +102,16 @@ def _check_names(c: ConfigDict) -> None:
 
 def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
-    for key in ("policy.path", "policy.shape", *(f"{name}.path" for name in data_sections(c))):
+    of_data = (f"{name}.path" for name in data_sections(c))
+    for key in ("policy.path", "policy.shape", "teacher.path", "sft.held_out", *of_data):
         user_path(value(c, key), key)
     for key in ("compile_cache", "label_cache"):
         check_path(value(c, key), key)  # of other faults those who use it only warn
 
 
 def _check_data(c: ConfigDict) -> None:
-    _check_commit("policy.commit", c.policy.commit)
+    for key in ("policy.commit", "teacher.commit"):
+        _check_commit(key, value(c, key))
     for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
         lookup({**VERIFIERS, "task": None}, data.verifier, f"{name}.verifier")
@@ -212,6 +216,11 @@ def _check_precision(c: ConfigDict) -> None:
 
 def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
     """What the loss and the shadow losses need, and which other settings would take it away."""
+    if "teacher_logp" in needed and not c.teacher.path:
+        raise UserError(
+            f"loss {_with_teacher(c)!r} needs a teacher: set teacher.path to a Hugging Face model directory, or a name "
+            "on the hub, with the policy's own tokenizer"
+        )
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(
             f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
@@ -238,6 +247,13 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
             f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
             "perturbation: set alp.sigma=0, or loss.name=ppo_clip"
         )
+
+
+def _with_teacher(c: ConfigDict) -> str:
+    """Of the loss and the shadow losses the first that asks for a teacher."""
+    setup = Setup(c)
+    losses = {c.loss.name: setup.loss, **setup.shadow_losses}
+    return next(name for name, loss in losses.items() if required_fields(loss, ("teacher_logp",)))
 
 
 def _check_pages(c: ConfigDict) -> None:
@@ -348,6 +364,16 @@ def _check_reward(c: ConfigDict, setup: Setup) -> None:
         if r[key] != defaults[key] and not r.terms.get(term):
             raise UserError(
                 f"reward.{key} = {shown(r[key])} is of reward.terms.{term}, whose weight is 0: set reward.terms.{term}"
+            )
+    if c.data.verifier == "none" and not r.function and set(setup.terms) <= {"correct"}:
+        needs_rewards = bool(required_fields(setup.loss, ("advantages",)))
+        for key in ("advantage.drop_equal", "rollout.resample"):
+            if value(c, key):
+                raise UserError(f"{key} leaves out groups of equal rewards, which all are with data.verifier = 'none'")
+        if needs_rewards and setup.terms:
+            raise UserError(
+                f"data.verifier = 'none' scores every reply 0, from which loss {c.loss.name!r} learns nothing: set "
+                "another verifier, reward.function or reward.terms"
             )
     if not setup.terms:
         raise UserError("reward.terms: every weight is 0, so every reward would be; set reward.terms.correct=1.0")

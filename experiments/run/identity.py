@@ -20,11 +20,13 @@ from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
 PLACES = (
-    "policy.path", "policy.revision", "policy.commit", "data.path", "data.revision", "data.commit", "eval.sets.*.path",
-    "eval.sets.*.revision", "eval.sets.*.commit",
+    "policy.path", "policy.revision", "policy.commit", "teacher.path", "teacher.revision", "teacher.commit",
+    "data.path", "data.revision", "data.commit", "eval.sets.*.path", "eval.sets.*.revision", "eval.sets.*.commit",
 )  # fmt: skip
 # What each host may have of its own.
-OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path")
+OF_A_HOST = (
+    "compile_cache", "label_cache", "policy.path", "teacher.path", "data.path", "sft.held_out", "eval.sets.*.path",
+)  # fmt: skip
 
 
 class Identity(NamedTuple):
@@ -35,6 +37,7 @@ class Identity(NamedTuple):
     model: str  # fingerprint of what computes with them: shapes and constants, tokenizer, ends of a response
     prompts: dict[str, str]  # fingerprints
     rows: dict[str, int]  # by section: rows that the data holds, unused ones included
+    teacher: str = ""  # fingerprint of its weights and shapes; "": the loss asks for none
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -45,12 +48,14 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
     """Of the run that a config describes here; its prompts by data section."""
     tokenizer, *ends = setup.text
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    teacher = setup.teacher if "teacher_logp" in setup.needed else None
     return Identity(
         plain(setup.config.to_dict()),
         fingerprints.of_weights(setup.directory),
         fingerprints.of_text(repr((setup.model, ends, vocabulary))),
         {section: stream.fingerprint for section, stream in streams.items()},
         {section: stream.rows for section, stream in streams.items()},
+        fingerprints.of_text(fingerprints.of_weights(teacher.directory) + repr(teacher.model)) if teacher else "",
     )
 
 
@@ -75,6 +80,11 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
         if now.config["lora"]["rank"] or now.config["reference"]["coef"]:
             raise UserError(f"cannot resume {str(workdir)!r}: {sentence}; put them back, or take another --workdir")
         changes.append(f"{sentence}: the checkpoint has its own, and goes on")
+    if saved.get("teacher", "") != now.teacher:
+        raise UserError(
+            f"cannot resume {str(workdir)!r}: the teacher in {now.config['teacher']['path']!r} is not the one that "
+            "this run began with; put it back, or take another --workdir"
+        )
     for section in sorted({*saved["prompts"], *now.prompts}):
         if saved["prompts"].get(section) == now.prompts.get(section):
             continue
@@ -156,5 +166,5 @@ def same_config_everywhere(config: ConfigDict) -> None:
 
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
-    values = {"weights": now.weights, "model and tokenizer": now.model, **now.prompts}
+    values = {"weights": now.weights, "model and tokenizer": now.model, "teacher": now.teacher, **now.prompts}
     hosts.agree("model or data", values, ())

@@ -1,4 +1,4 @@
-"""Where a config's model is: a directory here, or a name on the hub."""
+"""Where a config's models are: directories here, or names on the hub."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,27 +11,28 @@ from dppo_jax.files import user_path
 from dppo_jax.storage import hub
 
 
-def model_directory(config: ConfigDict) -> Path:
-    """policy.path, which must be set; of a name on the hub, its files in the cache, fetched if need be. UserError."""
-    policy = config.policy
-    if not policy.path:
-        raise UserError("policy.path is empty: set it to a Hugging Face model directory, or a name on the hub")
-    if hub_name(config):
-        with no_directory(policy.path):
-            return hub.model_directory(policy.path, policy.commit or policy.revision).folder
+def model_directory(config: ConfigDict, name: str = "policy") -> Path:
+    """policy.path, which must be set; of a name on the hub, its files in the cache, fetched if need be. `name`: of the
+    section, "policy" or "teacher". UserError."""
+    section = config[name]
+    if not section.path:
+        raise UserError(f"{name}.path is empty: set it to a Hugging Face model directory, or a name on the hub")
+    if hub_name(config, name):
+        with no_directory(section.path):
+            return hub.model_directory(section.path, section.commit or section.revision).folder
     for key in ("revision", "commit"):
-        if policy[key]:
+        if section[key]:
             raise UserError(
-                f"policy.{key} = {policy[key]!r} is of a model on the hub, and policy.path = {policy.path!r} is a "
-                f"directory: clear it: --config.policy.{key}="
+                f"{name}.{key} = {section[key]!r} is of a model on the hub, and {name}.path = {section.path!r} is a "
+                f"directory: clear it: --config.{name}.{key}="
             )
-    return user_path(policy.path, "policy.path")
+    return user_path(section.path, f"{name}.path")
 
 
-def hub_name(config: ConfigDict) -> str | None:
+def hub_name(config: ConfigDict, name: str = "policy") -> str | None:
     """The name on the hub in policy.path, ORG/NAME; None where it can be none, or is a directory here."""
-    path = config.policy.path
-    return path if hub.is_name(path) and not user_path(path, "policy.path").is_dir() else None
+    path = config[name].path
+    return path if hub.is_name(path) and not user_path(path, f"{name}.path").is_dir() else None
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from experiments.run.model_files import hub_name, no_directory
 class Pin(NamedTuple):
     """A section that names a repository of the hub, and which."""
 
-    key: str  # of the section: "policy", "data", "eval.sets.NAME"
+    key: str  # of the section: "policy", "teacher", "data", "eval.sets.NAME"
     section: ConfigDict
     kind: str  # model | dataset
     name: str
@@ -48,8 +48,9 @@ def pinned(config: ConfigDict, begun: Path | None = None, unread: Sequence[str] 
 
 
 def _pins(config: ConfigDict) -> Iterator[Pin]:
-    if name := hub_name(config):
-        yield Pin("policy", config.policy, "model", name)
+    for key in ("policy", "teacher"):
+        if name := hub_name(config, key):
+            yield Pin(key, config[key], "model", name)
     for key, data in data_sections(config).items():
         if data.kind == "hub":
             yield Pin(key, data, "dataset", data.name)

@@ -71,7 +71,7 @@ class Setup:
     """A config, the model of its directory, the mesh it runs on (None: one device), and all that follows from them.
 
     What does not ask for the model works without one. `mean_prompt` is the data's, in tokens; None: every prompt is as
-    long as it may be.
+    long as it may be. `teacher` is the model of teacher.path on the same devices; see `teacher.load_teacher`.
     """
 
     config: ConfigDict
@@ -79,6 +79,7 @@ class Setup:
     mesh: Mesh | None = None
     text: Text = NO_TEXT
     mean_prompt: float | None = None
+    teacher: "Setup | None" = None
 
     @property
     def directory(self) -> Path:

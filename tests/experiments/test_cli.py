@@ -28,6 +28,7 @@ QUICK = ["--config", "configs/quickstart.py"]
 PATHS: dict[str, dict[str, list[str]]] = {
     "train": {"--workdir": QUICK, "--config": ["--workdir", "x"]},
     "eval": {"--checkpoint": QUICK},
+    "sft": {"--workdir": QUICK},
     "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
     "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
     "questions.survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},
