@@ -19,7 +19,7 @@ ROWS = [
     {"prompt": "1+1=", "completion": "2"},
     {"prompt": "0+1=", "completion": "1 abc"},
     {"prompt": "?", "completion": "f"},
-    {"prompt": "ab 2+2=", "completion": "4<eos>"},  # an end that stands there counts once
+    {"prompt": "ab 1+0=", "completion": "1<eos>"},  # an end that stands there counts once
     {"prompt": [{"role": "user", "content": "2+0="}], "completion": [{"role": "assistant", "content": "2"}]},
     {"prompt": "a", "completion": 12},
 ]
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     shutil.copytree(tiny(tmp_path_factory) / "model", folder / "model")
     write(folder / "rows.jsonl", [row for row in ROWS if isinstance(row["prompt"], str)])
-    write(folder / "held_out.jsonl", [{"prompt": "1+0=", "completion": "1"}, {"prompt": "2+1=", "completion": "3?"}])
+    write(folder / "held_out.jsonl", [{"prompt": "1+0=", "completion": "1"}, {"prompt": "2+0=", "completion": "2?"}])
     return folder
 
 
