@@ -38,7 +38,7 @@ def split_last_turn(where: str, row: Any, column: str, prompt: str = "") -> Any:
     name, value = prompt or "messages", row.get(column)
     if value is None and _ends_with_assistant(row.get(name)):
         return {**row, name: row[name][:-1], column: _with_text(where, row[name][-1]).get("content")}
-    if _ends_with_assistant(value) and len(value) == 1:
+    if isinstance(value, list) and len(value) == 1 and _ends_with_assistant(value):
         return {**row, column: _with_text(where, value[0]).get("content")}
     return row
 

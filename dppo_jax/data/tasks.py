@@ -58,8 +58,8 @@ def load_task(
             )
     if verifier != "task":
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
-    reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
-    reading = reading._replace(last_turn=last_turn)
+    named = dict(answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
+    reading = Reading(**(columns or {}), **named, last_turn=last_turn)
     check_reading(reading)
     where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
     return load(

@@ -1,5 +1,7 @@
 """Distillation on the policy's own responses: what a teacher says of a token takes the advantage's place."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from dppo_jax.divergences import prob_diff
@@ -17,4 +19,4 @@ def distill(inputs: LossInputs, *, delta_low: float, ratio_cap: float) -> LossOu
     gap = log_ratio(require(inputs, "teacher_logp"), inputs.logp)
     masked = (gap < 0) & (-prob_diff(inputs.logp, inputs.behavior_logp) > delta_low)
     metrics = {"distill/kl": (-gap, inputs.mask), "distill/masked": (masked.astype(jnp.float32), inputs.mask)}
-    return from_keep(inputs.replace(advantages=gap), ~masked, ratio_cap=ratio_cap, metrics=metrics)
+    return from_keep(dataclasses.replace(inputs, advantages=gap), ~masked, ratio_cap=ratio_cap, metrics=metrics)
