@@ -383,7 +383,7 @@ def test_the_assistants_last_turn_is_an_answer_where_it_is_asked_for(tmp_path):
     settings = dict(path=str(tmp_path / "rows.jsonl"), verifier="none", columns={"answer": "said"})
     task = load_task("jsonl", **settings, last_turn=True)
     assert [(len(e.prompt), e.answer) for e in task.examples] == [(1, "2"), (3, "2"), (1, "3")]
-    with pytest.raises(UserError, match="row 1: has no column 'said'"):
+    with pytest.raises(UserError, match="row 1: 'messages' end with the assistant's turn"):
         load_task("jsonl", **settings)
 
 
