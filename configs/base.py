@@ -36,7 +36,7 @@ def data_section(**changes) -> ConfigDict:
     data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
     data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
     data.seed = 1  # reasoning_gym: generates the examples
-    data.verifier = "task"  # task: the data set's own scorer | exact_match | last_number | math_verify | none
+    data.verifier = "task"  # task: the data set's own | exact_match | last_number | math_verify | none: every reply 0
     data.extract = "auto"  # what of a reply it reads: auto | answer_tag | boxed | hashes | last_number | whole
     data.chat = False  # wrap prompts by the tokenizer's chat template
     data.chat_kwargs = ConfigDict()  # further arguments of the template, such as Qwen3's enable_thinking
@@ -140,6 +140,12 @@ def get_config() -> ConfigDict:
     c.reference.coef = 0.0  # beta; 0: none, and no pass of it
     c.reference.estimator = "k3"  # k1 | k2 | k3
 
+    c.teacher = ConfigDict()  # another model of the same tokens, which scores what the policy drew (loss distill)
+    c.teacher.path = ""  # as policy.path; "": none
+    c.teacher.revision = ""  # as policy.revision
+    c.teacher.commit = ""  # as policy.commit
+    c.teacher.dtype = "float32"  # of its parameters and its pass: float32 | bfloat16 | float16
+
     c.alp = ConfigDict()  # adaptive layerwise perturbation (2603.19470): noise on every layer's input, in training
     c.alp.sigma = 0.0  # its deviation at first, learned per layer; 0: none
     c.alp.learning_rate = 1e-3  # of log sigma, on optimizer.schedule
@@ -181,6 +187,7 @@ def get_config() -> ConfigDict:
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3
             **{f"relax_{side}": dict(**higher, ratio_cap=5.0) for side in ("low", "high", "both")},
+            "distill": dict(delta_low=0.2, ratio_cap=INF),  # ours; delta as DPPO's
             **{name: dict(**tv, ratio_cap=5.0) for name in DPPO_TV},
             **{name: dict(**kl, ratio_cap=5.0) for name in DPPO_KL},
         }
@@ -206,6 +213,12 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0  # global gradient norm; inf: never
+
+    c.sft = ConfigDict()  # experiments.sft alone: supervised fine-tuning, on rows of data with completions
+    c.sft.column = "completion"  # holds the completion; rows of messages may end with the assistant's turn instead
+    c.sft.epochs = 1  # passes over the rows
+    c.sft.batch = 32  # rows of an optimizer step
+    c.sft.held_out = ""  # further rows, as data.path, whose loss is measured after every epoch; "": none
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps; 0: never

@@ -254,6 +254,13 @@ METHODS = {
         "δ: section 4 of the paper; at that size it is nearly PG-IS on single probabilities.",
     ),
     "minimal_mask": Method("Minimal mask", REGION, "A<0: μ−π ≥ δ", f"{QI}, section 5.3", "The paper's 0.8 fails."),
+    # Another model in the place of rewards
+    "distill": Method(
+        "On-policy distillation", "M min(r, C) log(π_T/π)", "π_T < π and μ−π > δ", "Agarwal et al., 2306.13649",
+        "π_T is the teacher, on the policy's own responses: the reverse KL. No reward is looked at. r, the mask and δ "
+        "are ours. The teacher named here is what the first command of experiments/recipes/distillation makes.",
+        {"advantage.name": "reward", "teacher.path": "runs/teacher/policy"},
+    ),
 }  # fmt: skip
 ARGUMENTS = tuple(METHODS)  # what get_config takes, for the command line's refusals
 

@@ -88,7 +88,8 @@ def trust_region_metrics(
         "trust_region/masked_negative": fraction(masked & (advantage < 0)),
         "trust_region/bad_updates": fraction((advantage < 0) & (-diff >= 0.5)),
     }
-    sums |= {f"loss/{name}": mean(value, where & mask) for name, (value, where) in output.metrics.items()}
+    for name, (value, where) in output.metrics.items():
+        sums[name if "/" in name else f"loss/{name}"] = mean(value, where & mask)
     return Metrics(
         sums=sums,
         maxima={

@@ -190,6 +190,7 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         proximal_logp=take(batch.proximal_logp),
         topk_proximal_logp=take(batch.topk_proximal_logp),
         reference_logp=take(batch.reference_logp),
+        teacher_logp=take(batch.teacher_logp),
         experts=experts,
     )
 

@@ -191,8 +191,13 @@ def make_recompute(policy_logprobs: PolicyLogprobs, policy: str) -> Callable[[Pa
     """A pure function (params, batch, plan of all its rows) -> the batch with another policy's logp.
 
     `policy` "proximal": at the rollout's parameters, top-K tokens too. "reference": at the run's first parameters.
+    "teacher": another model, which has experts of its own where it is a mixture.
     """
-    fields = {"proximal": ("proximal_logp", "topk_proximal_logp"), "reference": ("reference_logp",)}[policy]
+    fields = {
+        "proximal": ("proximal_logp", "topk_proximal_logp"),
+        "reference": ("reference_logp",),
+        "teacher": ("teacher_logp",),
+    }[policy]
 
     def recompute(params: Params, batch: TrainBatch, plan: Plan) -> TrainBatch:
         ones = jnp.ones((len(plan.batch_rows), batch.tokens.shape[1]), jnp.float32)
@@ -201,7 +206,10 @@ def make_recompute(policy_logprobs: PolicyLogprobs, policy: str) -> Callable[[Pa
 
         def fill_in(number, filled):
             microbatch = packing.microbatch(plan, number)
-            head = policy_logprobs(params, packing.pack(batch, ones, microbatch))
+            packed = packing.pack(batch, ones, microbatch)
+            if policy == "teacher":
+                packed = dataclasses.replace(packed, experts=None, topk_ids=None)
+            head = policy_logprobs(params, packed)
             values = (head.logp, head.ids_logp)[: len(filled)]
             return tuple(packing.unpack(batch, microbatch, x, into) for x, into in zip(values, filled, strict=True))
 
@@ -248,6 +256,7 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
         segments=jnp.take_along_axis(packed.segments, packed.columns, axis=1),
         proximal_logp=packed.proximal_logp,
         reference_logp=packed.reference_logp,
+        teacher_logp=packed.teacher_logp,
         topk=topk,
         exact=head.exact,
     )

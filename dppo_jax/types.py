@@ -59,6 +59,7 @@ class TrainBatch:
     proximal_logp: Float32[Array, "B R"] | None = None
     topk_proximal_logp: Float32[Array, "B R K"] | None = None
     reference_logp: Float32[Array, "B R"] | None = None
+    teacher_logp: Float32[Array, "B R"] | None = None
     prompt_experts: Integer[Array, "B P Lk"] | None = None
     experts: Integer[Array, "B R Lk"] | None = None
 
@@ -81,6 +82,7 @@ class PackedBatch:
     proximal_logp: Float32[Array, "M Q"] | None = None
     topk_proximal_logp: Float32[Array, "M Q K"] | None = None
     reference_logp: Float32[Array, "M Q"] | None = None
+    teacher_logp: Float32[Array, "M Q"] | None = None
     experts: Integer[Array, "M T Lk"] | None = None  # the rollout's experts of each token, which this pass takes again
 
 
@@ -117,6 +119,7 @@ class LossInputs:
     segments: Int32[Array, "M Q"] | None = None  # the token's response, of those in its row; None: one a row
     proximal_logp: Float32[Array, "M Q"] | None = None
     reference_logp: Float32[Array, "M Q"] | None = None
+    teacher_logp: Float32[Array, "M Q"] | None = None
     topk: TopKPair | None = None
     exact: ExactDivergence | None = None
 

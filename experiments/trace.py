@@ -68,7 +68,7 @@ def trace(config: ConfigDict) -> str:
     prompt, response = (np.full(len(rollout.truncated), size) for size in (length, config.rollout.max_new_tokens))
     index = next(setup.minibatches(0))
     plan = packing.plan(index, prompt, response, shape)
-    for policy in ("proximal", "reference"):
+    for policy in ("proximal", "reference", "teacher"):
         if f"{policy}_logp" in setup.needed:
             batch = jax.eval_shape(make_recompute(setup.policy_logprobs, policy), params, batch, plan)
     behavior = [state.params] if setup.needs_exact else []

@@ -27,6 +27,27 @@ def read_prompt(where: str, column: str, value: Any) -> str | tuple[dict[str, st
     raise UserError(f"{where}: {shown(column)} must be text, or a list of messages, not {shown(value)}")
 
 
+def split_last_turn(where: str, row: Any, column: str, prompt: str = "") -> Any:
+    """The row with the text of the assistant's last turn as its `column`: of messages that end with one, which lose it,
+    unless the row has the column; or of a column that holds one message. Any other row as it is.
+
+    prompt: the column of the messages, if it is another than 'messages'. UserError for a content that is no text.
+    """
+    if not isinstance(row, dict):
+        return row
+    name, value = prompt or "messages", row.get(column)
+    if value is None and _ends_with_assistant(row.get(name)):
+        return {**row, name: row[name][:-1], column: _with_text(where, row[name][-1]).get("content")}
+    if isinstance(value, list) and len(value) == 1 and _ends_with_assistant(value):
+        return {**row, column: _with_text(where, value[0]).get("content")}
+    return row
+
+
+def _ends_with_assistant(messages: Any) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
 def _is_conversation(value: Any) -> bool:
     value = value if isinstance(value, list | tuple) else [value]
     return bool(value) and all(isinstance(m, dict) and ({"role", "content"} <= {*m} or "from" in m) for m in value)

@@ -97,6 +97,19 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, cha
         return encode(prompt)
 
 
+def encode_completion(tokenizer: Any, text: str, end: int) -> list[int]:
+    """Token ids of what is to follow a prompt, `end` behind them once. UserError where there are none, or where they do
+    not give the text back."""
+    try:
+        ids = token_ids(tokenizer, text, "completion", add_special_tokens=False)
+        _check_tokens(tokenizer, text, ids)
+    except UserError as error:
+        raise UserError(str(error).replace("prompt", "completion")) from None
+    if not ids:
+        raise UserError("the completion has no tokens")
+    return ids if ids[-1] == end else [*ids, end]
+
+
 def token_ids(tokenizer: Any, text: str, what: str = "prompt", **settings: bool) -> list[int]:
     """The ids of a text. UserError where the tokenizer cannot encode it; `what` it is, for the sentence."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
-from dppo_jax.data.messages import read_prompt
+from dppo_jax.data.messages import read_prompt, split_last_turn
 from dppo_jax.data.shapes import (
     OWN,
     PLAIN,
@@ -234,7 +234,9 @@ def _rows_task(
     name: str, rows: Sequence[tuple[str, Any]], count: int, blank: int, verifier: str, reading: Reading
 ) -> Task:
     """rows: place and values of those that are used. count: how many the source has, blank ones aside."""
-    unscored = verifier == UNSCORED
+    unscored = verifier == UNSCORED and not reading.last_turn
+    if reading.last_turn:
+        rows = [(where, split_last_turn(where, row, reading.answer, reading.prompt)) for where, row in rows]
     shape = prompts_alone(rows, reading) if unscored else recognise(rows, reading)
     found = [_row_example(where, row, shape, verifier, reading.verifier) for where, row in rows]
     examples = [e for e, _ in found] if unscored else _with_good_labels(name, found, verifier, reading)

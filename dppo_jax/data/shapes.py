@@ -56,8 +56,9 @@ COLUMNS = frozenset(path.split(".")[0] for shape in SHAPES for path in (*shape.p
 
 
 class Reading(NamedTuple):
-    """How rows become examples: the keys of data.columns, data.answer_from, data.bad_label, and the folder in which
-    checks of labels are kept ("": nowhere)."""
+    """How rows become examples: the keys of data.columns, data.answer_from, data.bad_label, the folder in which checks
+    of labels are kept ("": nowhere), and whether the assistant's last turn is the answer of messages that end with
+    one."""
 
     prompt: str = ""
     answer: str = ""
@@ -65,6 +66,7 @@ class Reading(NamedTuple):
     answer_from: str = ""
     bad_label: str = "error"
     label_cache: str = ""
+    last_turn: bool = False
 
     @property
     def columns(self) -> frozenset[str]:

@@ -34,6 +34,7 @@ def load_task(
     answer_from: str = "",
     bad_label: str = "error",
     label_cache: str = "",
+    last_turn: bool = False,
 ) -> Task:
     """Loads a task and checks every label.
 
@@ -44,6 +45,7 @@ def load_task(
     verifier: a key of VERIFIERS, or "task" for the data set's own scorer, of which only a full score counts, or "none",
     with which rows need no answer and every reply scores 0.
     label_cache: a folder in which checks of labels are kept for later ("": nowhere).
+    last_turn: of rows of messages that end with the assistant's turn, that turn is the answer; see `split_last_turn`.
     """
     if size is not None and size < 1:
         raise UserError(f"data.size must be at least 1, not {size}")
@@ -57,7 +59,8 @@ def load_task(
             )
     if verifier != "task":
         lookup({**VERIFIERS, "task": None, UNSCORED: None}, verifier, "data.verifier")
-    reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
+    named = dict(answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
+    reading = Reading(**(columns or {}), **named, last_turn=last_turn)
     check_reading(reading)
     where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
     return load(

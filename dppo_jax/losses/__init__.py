@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dppo_jax.divergences import prob_diff
 from dppo_jax.errors import UserError, lookup, nearest
-from dppo_jax.losses import corrections, divergence, ratio, sequence
+from dppo_jax.losses import corrections, distillation, divergence, ratio, sequence
 from dppo_jax.losses.core import (
     BoundLoss,
     Loss,
@@ -102,6 +102,7 @@ LOSSES: dict[str, Loss] = {
     "relax_low": functools.partial(ratio.relaxed_clip, low=True, high=False),
     "relax_high": functools.partial(ratio.relaxed_clip, low=False, high=True),
     "relax_both": functools.partial(ratio.relaxed_clip, low=True, high=True),
+    "distill": distillation.distill,
 }
 
 
@@ -135,7 +136,7 @@ def corrects_mismatch(loss: Loss) -> bool:
     return any(name.startswith("correction_") for name in hyperparameters(loss))
 
 
-OPTIONAL = ("proximal_logp", "reference_logp", "topk", "exact")  # fields that cost something to have
+OPTIONAL = ("proximal_logp", "reference_logp", "teacher_logp", "topk", "exact")  # fields that cost something to have
 
 
 def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
@@ -150,6 +151,7 @@ def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozens
         segments=jax.ShapeDtypeStruct((1, 1), jnp.int32),
         proximal_logp=value,
         reference_logp=value,
+        teacher_logp=value,
         topk=TopKPair(logp=topk, behavior_logp=topk, has_sampled=flag, proximal_logp=topk),
         exact=ExactDivergence(tv=value, kl=value),
     )

@@ -17,7 +17,7 @@ from dppo_jax.files import make_folder, read_json_object, write_text
 NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
 MAY_CHANGE = (
-    "steps", "train.staleness", "train.micro_rows", "rollout.slots", "rollout.cache", "rollout.pages",
+    "steps", "sft.epochs", "train.staleness", "train.micro_rows", "rollout.slots", "rollout.cache", "rollout.pages",
     "compile_cache", "label_cache", "checkpoint.*", "log.*",
 )  # fmt: skip
 

@@ -155,7 +155,7 @@ class RunLog:
         self._add(step, summary.text(tag, markdown.encode("utf-8", "replace").decode()))
 
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows step, reward, masked fraction and seconds per step on stderr: a bar, or now and then a plain line."""
+        """Shows step, reward, masked fraction, loss, seconds a step on stderr: a bar, or a plain line now and then."""
         last_step, last_time = self._reported
         is_last = step + 1 >= self._total
         if not self.is_writer or not (self._bar is not None or is_last or (step + 1) % self._plain_every == 0):
@@ -164,7 +164,7 @@ class RunLog:
         self._reported = (step, now)
         fields = [
             f"{name} {float(metrics[tag]):.3f}"
-            for name, tag in (("reward", "reward/mean"), ("masked", "trust_region/masked"))
+            for name, tag in (("reward", "reward/mean"), ("masked", "trust_region/masked"), ("loss", "sft/loss"))
             if tag in metrics
         ]
         fields.append(f"{(now - last_time) / max(1, step - last_step):.2f} s/step")

@@ -89,7 +89,7 @@ def train(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     index = next(setup.minibatches(0))
     prompt, response = (np.full(len(batch.tokens), n) for n in (c.data.max_prompt_len, c.rollout.max_new_tokens))
     plan = packing.plan(index, prompt, response, shape)
-    for policy in ("proximal", "reference"):
+    for policy in ("proximal", "reference", "teacher"):
         if f"{policy}_logp" in setup.needed:
             recompute = make_recompute(setup.policy_logprobs, policy)
             batch = jax.eval_shape(recompute, state.policy, batch, plan)

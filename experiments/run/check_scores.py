@@ -5,16 +5,17 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax.data.examples import UNSCORED
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.losses import ESTIMATORS
+from dppo_jax.losses import ESTIMATORS, required_fields
 from dppo_jax.models import DTYPES
 from experiments.run.ranges import shown
+from experiments.run.setup import Setup
 
 
-def check_scores(c: ConfigDict) -> None:
+def check_scores(c: ConfigDict, setup: Setup) -> None:
     """UserError, one sentence."""
     _check_model(c)
     _check_kl(c)
-    _check_unscored(c)
+    _check_unscored(c, setup)
 
 
 def _check_model(c: ConfigDict) -> None:
@@ -49,18 +50,21 @@ def _check_kl(c: ConfigDict) -> None:
             )
 
 
-def _check_unscored(c: ConfigDict) -> None:
+def _check_unscored(c: ConfigDict, setup: Setup) -> None:
     """Rows without answers."""
     for name, data in (("data", c.data), *((f"eval.sets.{name}", data) for name, data in c.eval.sets.items())):
         if data.verifier != UNSCORED:
             continue
         if name != "data":
             raise UserError(f"{name}.verifier = {UNSCORED!r} scores nothing, and its scores are all an evaluation has")
-        if c.reward.terms.get("correct") and not c.reward.function:
+        if c.reward.terms.get("correct") and not c.reward.function and required_fields(setup.loss, ("advantages",)):
             raise UserError(
                 f"data.verifier = {UNSCORED!r} scores nothing, but reward.terms.correct = {c.reward.terms.correct:g} "
-                "weighs its score: set reward.terms.correct=0.0"
+                f"weighs its score, and loss {c.loss.name!r} learns from it: set reward.terms.correct=0.0"
             )
+        for key, on in (("advantage.drop_equal", c.advantage.drop_equal), ("rollout.resample", c.rollout.resample)):
+            if on and not c.reward.function and set(setup.terms) <= {"correct"}:
+                raise UserError(f"{key} leaves out groups of equal rewards, which all are with data.verifier = 'none'")
         read = {"columns.answer": data.columns.answer, "answer_from": data.answer_from}
         read |= {"bad_label": "" if data.bad_label == "error" else data.bad_label}
         read |= {"extract": "" if data.extract == "auto" else data.extract}

@@ -21,7 +21,7 @@ from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
-from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters
+from dppo_jax.losses import ESTIMATORS, LOSSES, corrects_mismatch, hyperparameters, required_fields
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import KERNELS
 from dppo_jax.models.config import MATRICES
@@ -61,7 +61,7 @@ def check(config: ConfigDict) -> None:
     check_stop(config.rollout.stop)
     _check_in_flight(config, setup.needed)
     _check_reward(config, setup)
-    check_scores(config)
+    check_scores(config, setup)
     _check_learning(config, setup)
 
 
@@ -72,6 +72,8 @@ def remarks(config: ConfigDict) -> list[str]:
         notes.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
     if config.optimizer.warmup >= updates:
         notes.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
+    if config.teacher.path and "teacher_logp" not in Setup(config).needed:
+        notes.append(f"teacher.path = {shown(config.teacher.path)}: loss {config.loss.name!r} asks for no teacher")
     return notes
 
 
@@ -90,7 +92,7 @@ def _check_sampling(c: ConfigDict) -> None:
 
 
 def _check_names(c: ConfigDict) -> None:
-    for key in ("policy.dtype", "rollout.dtype"):
+    for key in ("policy.dtype", "rollout.dtype", "teacher.dtype"):
         lookup(DTYPES, value(c, key), key)
     if c.policy.dtype == "float16":
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
@@ -105,14 +107,15 @@ def _check_names(c: ConfigDict) -> None:
 
 def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
-    for key in ("policy.path", "policy.shape", "reward.model.path", *(f"{name}.path" for name in data_sections(c))):
+    of_data = (f"{name}.path" for name in data_sections(c))
+    for key in ("policy.path", "policy.shape", "reward.model.path", "teacher.path", "sft.held_out", *of_data):
         user_path(value(c, key), key)
     for key in ("compile_cache", "label_cache"):
         check_path(value(c, key), key)  # of other faults those who use it only warn
 
 
 def _check_data(c: ConfigDict) -> None:
-    for key in ("policy.commit", "reward.model.commit"):
+    for key in ("policy.commit", "reward.model.commit", "teacher.commit"):
         _check_commit(key, value(c, key))
     for name, data in data_sections(c).items():
         lookup(TASKS, data.kind, f"{name}.kind")
@@ -223,6 +226,11 @@ def _check_precision(c: ConfigDict) -> None:
 
 def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
     """What the loss and the shadow losses need, and which other settings would take it away."""
+    if "teacher_logp" in needed and not c.teacher.path:
+        raise UserError(
+            f"loss {_with_teacher(c)!r} needs a teacher: set teacher.path to a Hugging Face model directory, or a name "
+            "on the hub, with the policy's own tokenizer"
+        )
     if c.train.staleness and "proximal_logp" in needed:
         raise UserError(
             f"loss {c.loss.name!r} needs the policy at the rollout's parameters, which train.staleness = 1 no longer "
@@ -249,6 +257,13 @@ def _check_needed(c: ConfigDict, needed: frozenset[str]) -> None:
             f"loss {c.loss.name!r} corrects the mismatch by the proximal policy, and alp.sigma = {c.alp.sigma} by its "
             "perturbation: set alp.sigma=0, or loss.name=ppo_clip"
         )
+
+
+def _with_teacher(c: ConfigDict) -> str:
+    """Of the loss and the shadow losses the first that asks for a teacher."""
+    setup = Setup(c)
+    losses = {c.loss.name: setup.loss, **setup.shadow_losses}
+    return next(name for name, loss in losses.items() if required_fields(loss, ("teacher_logp",)))
 
 
 def _check_pages(c: ConfigDict) -> None:

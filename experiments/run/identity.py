@@ -23,11 +23,15 @@ from experiments.run.setup import Setup
 
 # May change where fingerprints say that the same is there.
 PLACES = (
-    "policy.path", "policy.revision", "policy.commit", "data.path", "data.revision", "data.commit", "eval.sets.*.path",
-    "eval.sets.*.revision", "eval.sets.*.commit", "reward.model.path", "reward.model.revision", "reward.model.commit",
+    "policy.path", "policy.revision", "policy.commit", "teacher.path", "teacher.revision", "teacher.commit",
+    "data.path", "data.revision", "data.commit", "eval.sets.*.path", "eval.sets.*.revision", "eval.sets.*.commit",
+    "reward.model.path", "reward.model.revision", "reward.model.commit",
 )  # fmt: skip
 # What each host may have of its own.
-OF_A_HOST = ("compile_cache", "label_cache", "policy.path", "data.path", "eval.sets.*.path", "reward.model.path")
+OF_A_HOST = (
+    "compile_cache", "label_cache", "policy.path", "teacher.path", "data.path", "sft.held_out", "eval.sets.*.path",
+    "reward.model.path",
+)  # fmt: skip
 
 
 class Identity(NamedTuple):
@@ -40,6 +44,7 @@ class Identity(NamedTuple):
     rows: dict[str, int]  # by section: rows that the data holds, unused ones included
     reward: str = ""  # fingerprint of the file of reward.function; "": there is none
     reward_model: str = ""  # fingerprint of its weights, config and tokenizer; "": there is none
+    teacher: str = ""  # fingerprint of its weights and shapes; "": the loss asks for none
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -50,6 +55,7 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
     """Of the run that a config describes here; its prompts by data section."""
     tokenizer, *ends = setup.text
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    teacher = setup.teacher if "teacher_logp" in setup.needed else None
     return Identity(
         plain(setup.config.to_dict()),
         fingerprints.of_weights(setup.directory),
@@ -58,6 +64,7 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
         {section: stream.rows for section, stream in streams.items()},
         _reward(setup.config.reward.function),
         _of_reward_model(setup),
+        fingerprints.of_text(fingerprints.of_weights(teacher.directory) + repr(teacher.model)) if teacher else "",
     )
 
 
@@ -101,6 +108,11 @@ def compare(saved: Mapping[str, Any], now: Identity, workdir: Path) -> list[str]
         raise UserError(
             f"cannot resume {str(workdir)!r}: the reward model in {now.config['reward']['model']['path']} is not that "
             "which this run began with; put it back, or take another --workdir"
+        )
+    if saved.get("teacher", "") != now.teacher:
+        raise UserError(
+            f"cannot resume {str(workdir)!r}: the teacher in {now.config['teacher']['path']!r} is not the one that "
+            "this run began with; put it back, or take another --workdir"
         )
     for section in sorted({*saved["prompts"], *now.prompts}):
         if saved["prompts"].get(section) == now.prompts.get(section):
@@ -184,5 +196,5 @@ def same_config_everywhere(config: ConfigDict) -> None:
 def same_everywhere(now: Identity) -> None:
     """UserError where another host has other weights or data. All hosts must call this."""
     values = {"weights": now.weights, "model and tokenizer": now.model, "reward.function": now.reward}
-    values |= {"reward model": now.reward_model, **now.prompts}
+    values |= {"reward model": now.reward_model, "teacher": now.teacher, **now.prompts}
     hosts.agree("model or data", values, ())

@@ -22,6 +22,7 @@ from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
 from experiments.run.runs import Runs, with_all_metrics
 from experiments.run.sampler import Replies, Samples
+from experiments.run.teacher import Teacher
 
 
 class Learner:
@@ -39,6 +40,7 @@ class Learner:
         }
         kl = base.reward_kl
         self._reward_kl = jax.jit(runs.at_once(kl), out_shardings=by_row) if kl else None
+        self._teacher = Teacher(runs) if "teacher_logp" in runs.needed else None
         by_group = base.advantages
         self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
         self._critic = None if by_group else Critic(base)
@@ -79,7 +81,9 @@ class Learner:
             self._critic.begin(params)
 
     def keep_reference(self, load: Callable[[], Params]) -> None:
-        """Keeps what the run began with, where the loss has a penalty on leaving it."""
+        """Keeps what the run began with, where the loss has a penalty on leaving it, and the teacher, if it has one."""
+        if self._teacher:
+            self._teacher.load()
         if "reference" in self._recompute:
             initial = self._setup.trainable_part(self._setup.initial_params(load()))
             shardings = None if self._mesh is None else self._setup.shardings.params
@@ -119,7 +123,7 @@ class Learner:
         for name, recompute in self._recompute.items():
             params = samples.drawing.params if name == "proximal" else self._reference
             batch = recompute(joined(self.state.frozen, params), batch, self._plan_all(samples.replies))
-        return batch
+        return self._teacher.score(batch, self._plan_all(samples.replies)) if self._teacher else batch
 
     def advantages(self, batch: TrainBatch, replies: list[Replies]) -> TrainBatch:
         """The batch with its advantages, and without the responses that take no part in the update."""

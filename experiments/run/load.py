@@ -14,10 +14,11 @@ from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
 from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
 from dppo_jax.devices.compilations import keep_compiled
-from dppo_jax.devices.sharding import make_mesh
+from dppo_jax.devices.sharding import check_divisible, make_mesh
 from dppo_jax.errors import UserError
 from dppo_jax.files import user_path
 from dppo_jax.models import ModelConfig
+from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config
 from dppo_jax.rewards.extract import Extracting, part_fault
 from dppo_jax.rewards.own import own_reward
@@ -55,7 +56,58 @@ def load_setup(
         stack.enter_context(jax.default_matmul_precision(config.policy.matmul))
     else:
         checks.check_mesh(config, mesh, model)
-    return Setup(config, model, mesh, load_text(directory, model))
+    setup = Setup(config, model, mesh, load_text(directory, model))
+    return setup if "teacher" in unread else dataclasses.replace(setup, teacher=load_teacher(setup))
+
+
+def load_teacher(setup: Setup) -> Setup | None:
+    """The model of teacher.path as a setup of its own, on the policy's devices; None where teacher.path is empty.
+
+    UserError where it is not there, is too short or does not divide over the mesh, and where a token of the policy's is
+    another one of the teacher's.
+    """
+    config = setup.config.copy_and_resolve_references()
+    teacher = config.teacher
+    if not teacher.path:
+        return None
+    directory = model_directory(config, "teacher")
+    model = load_config(directory)
+    _same_tokens(teacher.path, setup.text, load_text(directory, model))
+    if model.vocab_size < setup.model.vocab_size:
+        raise UserError(
+            f"the teacher in {teacher.path} has a vocab_size of {model.vocab_size}, less than the policy's "
+            f"{setup.model.vocab_size}: it could not score every token that the policy may draw"
+        )
+    longest = config.data.max_prompt_len + config.rollout.max_new_tokens
+    if longest > model.max_position:
+        raise UserError(
+            f"data.max_prompt_len + rollout.max_new_tokens = {longest} tokens, more than the {model.max_position} "
+            f"positions of the teacher in {teacher.path}"
+        )
+    if setup.mesh is not None:
+        try:
+            check_divisible(setup.mesh, {}, abstract_params(model), param_axes(model))
+        except UserError as error:
+            raise UserError(f"the teacher in {teacher.path}: {error}") from None
+    for key in ("path", "revision", "commit", "dtype"):
+        config.policy[key] = teacher[key]
+    config.lora.rank, config.alp.sigma = 0, 0.0
+    return Setup(config, model, setup.mesh, setup.text)
+
+
+def _same_tokens(path: str, policy: Text, teacher: Text) -> None:
+    """UserError where the two tokenizers do not mean the same by every token id."""
+    ours, theirs = (
+        {number: token for token, number in text.tokenizer.get_vocab().items()} for text in (policy, teacher)
+    )
+    if ours == theirs:
+        return
+    number = min(number for number in {*ours, *theirs} if ours.get(number) != theirs.get(number))
+    words = [repr(tokens[number])[:60] if number in tokens else "no token" for tokens in (ours, theirs)]
+    raise UserError(
+        f"the teacher in {path} has another vocabulary: token {number} is {words[0]} of the policy and {words[1]} of "
+        "the teacher; name a teacher with the policy's own tokenizer"
+    )
 
 
 def enter_mesh(config: ConfigDict, stack: ExitStack) -> Mesh:

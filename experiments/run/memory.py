@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax.devices.sharding import ROLLOUT, laid_out, local_bytes, named_shardings, num_shards
+from dppo_jax.models import DTYPES
+from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rollout import Rollout
 
@@ -25,6 +27,16 @@ def page_bytes(setup: Setup, rollout: Rollout) -> int:
     return 2 * model.num_layers * heads * PAGE * model.head_dim * jnp.dtype(rollout.dtype).itemsize
 
 
+def _teacher_bytes(setup: Setup) -> int:
+    """Of the teacher's parameters on one device; 0 where the loss asks for none."""
+    if setup.teacher is None or "teacher_logp" not in setup.needed:
+        return 0
+    model, mesh = setup.teacher.model, setup.mesh
+    dtype = DTYPES[setup.teacher.config.policy.dtype]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model))
+    return local_bytes(laid_out(shapes, None if mesh is None else named_shardings(mesh, param_axes(model))))
+
+
 def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt_length: int) -> int:
     """Pages that a device of so many bytes has room for, beside the training state, what the rollout keeps, and the
     pages of so many prompts."""
@@ -35,6 +47,7 @@ def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt
     published = laid_out(published, None if mesh is None else named_shardings(mesh, axes, ROLLOUT))
     copies = ("reference_logp" in setup.needed) + setup.needs_exact + (c.rollout.lag + 1 if c.rollout.lag else 0)
     kept = setup.beside_bytes + local_bytes(state) + local_bytes(published) + copies * local_bytes(state.params)
+    kept += _teacher_bytes(setup)
     rows = prompts * rollout.group_size // setup.batch_shards
     each = 16 + 8 * rollout.topk + (2 if rollout.stops else 0)  # tokens, logp, two uniforms; the top K; a state
     kept += rows * rollout.max_new_tokens * each

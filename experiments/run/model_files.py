@@ -1,4 +1,4 @@
-"""Where a config's model is: a directory here, or a name on the hub."""
+"""Where a config's models are: directories here, or names on the hub."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from dppo_jax.storage import hub
 def model_directory(config: ConfigDict, key: str = "policy") -> Path:
     """policy.path, or the path of another section, which must be set; of a name on the hub, its files in the cache,
     fetched if need be. UserError."""
-    section = _section(config, key)
+    section = section_of(config, key)
     if not section.path:
         raise UserError(f"{key}.path is empty: set it to a Hugging Face model directory, or a name on the hub")
     if hub_name(config, key):
@@ -32,11 +32,11 @@ def model_directory(config: ConfigDict, key: str = "policy") -> Path:
 
 def hub_name(config: ConfigDict, key: str = "policy") -> str | None:
     """The name on the hub in a section's path, ORG/NAME; None where it can be none, or is a directory here."""
-    path = _section(config, key).path
+    path = section_of(config, key).path
     return path if hub.is_name(path) and not user_path(path, f"{key}.path").is_dir() else None
 
 
-def _section(config: ConfigDict, key: str) -> ConfigDict:
+def section_of(config: ConfigDict, key: str) -> ConfigDict:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 

@@ -11,13 +11,15 @@ from dppo_jax.errors import UserError
 from dppo_jax.storage import hub
 from dppo_jax.storage.run_config import NAME, flatten, read_config
 from experiments.run.checks import data_sections
-from experiments.run.model_files import hub_name, no_directory
+from experiments.run.model_files import hub_name, no_directory, section_of
+
+MODELS = ("policy", "reward.model", "teacher")  # sections that name a model
 
 
 class Pin(NamedTuple):
     """A section that names a repository of the hub, and which."""
 
-    key: str  # of the section: "policy", "reward.model", "data", "eval.sets.NAME"
+    key: str  # of the section: "policy", "reward.model", "teacher", "data", "eval.sets.NAME"
     section: ConfigDict
     kind: str  # model | dataset
     name: str
@@ -48,10 +50,9 @@ def pinned(config: ConfigDict, begun: Path | None = None, unread: Sequence[str] 
 
 
 def _pins(config: ConfigDict) -> Iterator[Pin]:
-    if name := hub_name(config):
-        yield Pin("policy", config.policy, "model", name)
-    if name := hub_name(config, "reward.model"):
-        yield Pin("reward.model", config.reward.model, "model", name)
+    for key in MODELS:
+        if name := hub_name(config, key):
+            yield Pin(key, section_of(config, key), "model", name)
     for key, data in data_sections(config).items():
         if data.kind == "hub":
             yield Pin(key, data, "dataset", data.name)

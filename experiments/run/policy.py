@@ -62,7 +62,7 @@ def load_evaluated(
         config = with_policy(config, policy)
     elif begun is None and checkpoint is not None:
         begun = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    setup = load_setup(config, stack, begun=begun, unread=("data", "reward.model"))
+    setup = load_setup(config, stack, begun=begun, unread=("data", "reward.model", "teacher"))
     assert setup.mesh is not None
     check_divisible(setup.mesh, {"eval.prompts": config.eval.prompts}, {}, {})
     if checkpoint is None:

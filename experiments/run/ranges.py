@@ -123,6 +123,8 @@ NUMBERS: Mapping[str, Range] = {
     "optimizer.eps": Range(0, 1, open_least=True),
     "optimizer.weight_decay": Range(0, 1000),
     "optimizer.clip_norm": THRESHOLD,
+    "sft.epochs": NATURAL,
+    "sft.batch": SIZE,
     "eval.every": COUNT,
     "eval.samples": SIZE,
     "eval.prompts": SIZE,

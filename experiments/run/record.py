@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -32,12 +32,22 @@ from experiments.run.identity import Identity, compare, edits, identity, rate_ch
 from experiments.run.learner import Learner
 from experiments.run.report import Report
 from experiments.run.runs import Runs
-from experiments.run.sampler import Sampler, Samples
+from experiments.run.sampler import Samples
 from experiments.run.setup import Setup
 
 Scalars = dict[str, float]
 
 SHOWN = ("reward/mean", "trust_region/masked")  # in the line of progress, the mean over the runs
+
+
+class Drawn(Protocol):
+    """What a checkpoint holds beside the learner's state: see `Sampler`."""
+
+    def saved(self) -> dict[str, Any]: ...
+
+    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]: ...
+
+    def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None: ...
 
 
 class RunFolder(NamedTuple):
@@ -84,7 +94,7 @@ class Record:
 
     # --- going on ---
 
-    def resume(self, sampler: Sampler, learner: Learner) -> int:
+    def resume(self, sampler: Drawn, learner: Learner) -> int:
         """Begins, or goes on from the newest whole checkpoint: the step to do next.
 
         UserError where that is another run's, or its parameters are not finite.
@@ -248,6 +258,12 @@ class Record:
                 )
             self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.shown_rewards)
 
+    def tuned(self, step: int, scalars: Scalars, metrics: Metrics) -> None:
+        """Writes a step of experiments.sft, which draws nothing. UserError where its gradient is not finite."""
+        self._refuse_unless_finite(step, self._folders[0], scalars["grad_norm"], metrics)
+        self._logs[0].scalars(step, scalars | {"time/compile": self._compile_seconds(step)})
+        self._logs[0].progress(step, scalars)
+
     def _of(self, folder: RunFolder) -> str:
         """Which of several runs a sentence is about."""
         return f", {self._name(folder)}" if self._runs.stacked else ""
@@ -273,7 +289,7 @@ class Record:
 
     # --- checkpoints ---
 
-    def save_if_due(self, done: int, sampler: Sampler, learner: Learner) -> None:
+    def save_if_due(self, done: int, sampler: Drawn, learner: Learner) -> None:
         """A checkpoint of the state after `done` steps, where one is due, or the run was asked to stop.
 
         UserError where it was, and where the log or the checkpoint could not be written.
@@ -293,7 +309,7 @@ class Record:
         if stopping and done < c.steps:
             raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
 
-    def _save(self, done: int, sampler: Sampler, learner: Learner) -> None:
+    def _save(self, done: int, sampler: Drawn, learner: Learner) -> None:
         if not learner.is_finite():
             raise UserError(
                 f"step {done - 1}: the parameters are not finite after it, or too large, so training stops and they "

@@ -128,6 +128,7 @@ EVERY_FIELD = LossInputs(
     segments=_shape(1, 1, dtype=jnp.int32),
     proximal_logp=_shape(1, 1),
     reference_logp=_shape(1, 1),
+    teacher_logp=_shape(1, 1),
     topk=TopKPair(_shape(1, 1, 1), _shape(1, 1, 1), _shape(1, 1, dtype=bool), _shape(1, 1, 1)),
     exact=ExactDivergence(_shape(1, 1), _shape(1, 1)),
 )

@@ -72,7 +72,8 @@ class Setup:
     """A config, the model of its directory, the mesh it runs on (None: one device), and all that follows from them.
 
     What does not ask for the model works without one. `mean_prompt` is the data's, in tokens; None: every prompt is as
-    long as it may be. `beside_bytes` is what each device holds beside the run's own: its reward model.
+    long as it may be. `beside_bytes` is what each device holds beside the run's own: its reward model. `teacher` is the
+    model of teacher.path on the same devices; see `teacher.load_teacher`.
     """
 
     config: ConfigDict
@@ -81,6 +82,7 @@ class Setup:
     text: Text = NO_TEXT
     mean_prompt: float | None = None
     beside_bytes: int = 0
+    teacher: "Setup | None" = None
 
     @property
     def directory(self) -> Path:

@@ -116,12 +116,16 @@ def test_the_embedded_config_traces_from_its_directory():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_can_be_swapped_in_by_name(name):
-    """Defaults are found by the loss's name; only relax_*'s alpha, which the paper sweeps, has none."""
+    """Defaults are found by the loss's name; only relax_*'s alpha, which is swept, and the teacher have none."""
     swap = [f"--config.loss.name={name}"]
     if name.startswith("relax_"):
         with pytest.raises(UserError, match="needs loss.alpha"):
             checks.check(load_config("configs/quickstart.py", swap))
         swap.append("--config.loss.alpha=0.1")
+    if name == "distill":
+        with pytest.raises(UserError, match="loss 'distill' needs a teacher: set teacher.path to a Hugging Face"):
+            checks.check(load_config("configs/quickstart.py", swap))
+        swap.append("--config.teacher.path=assets/tiny")
     checks.check(load_config("configs/quickstart.py", swap))
 
 

@@ -88,7 +88,7 @@ def test_the_page_reads_numbers_off_the_loss(name):
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 43 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 44 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",

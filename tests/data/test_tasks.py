@@ -364,6 +364,29 @@ def test_bad_parquet(tmp_path):
         load_task("parquet", path=str(file), verifier="last_number")
 
 
+@pytest.mark.parametrize("row", [{"prompt": "1+1="}, {"question": "1+1=", "answer": [" "]}])
+def test_prompts_without_answers(tmp_path, row):
+    """Every reply scores 0, and an answer that no verifier could accept is not looked at."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    task = load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="none")
+    assert [example.prompt for example in task.examples] == ["1+1="] and not task.isolated
+    assert task.score("2", task.examples[0]) == 0.0
+    with pytest.raises(UserError, match="row 1: "):
+        load_task("jsonl", path=str(tmp_path / "rows.jsonl"), verifier="exact_match")
+    assert gym("products", ONE_DIGIT, verifier="none").score("0", gym("products", ONE_DIGIT).examples[0]) == 0.0
+
+
+def test_the_assistants_last_turn_is_an_answer_where_it_is_asked_for(tmp_path):
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": [{"type": "text", "text": "2"}]}]
+    rows = [{"messages": turns}, {"messages": [*turns, turns[0]], "said": turns[1:]}, {"prompt": "?", "said": "3"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dict(path=str(tmp_path / "rows.jsonl"), verifier="none", columns={"answer": "said"})
+    task = load_task("jsonl", **settings, last_turn=True)
+    assert [(len(e.prompt), e.answer) for e in task.examples] == [(1, "2"), (3, "2"), (1, "3")]
+    with pytest.raises(UserError, match="row 1: 'messages' end with the assistant's turn"):
+        load_task("jsonl", **settings)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_bad_file_settings(kind, tmp_path):
     for arguments, words in (

@@ -33,6 +33,7 @@ PATHS: dict[str, dict[str, list[str]]] = {
         "--out": QUICK,
         "--results": QUICK,
     },
+    "sft": {"--workdir": QUICK},
     "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
     "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
     "questions.survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},

@@ -50,6 +50,7 @@ def drawn():
         plan = probe.plan(np.arange(len(lengths)), lengths, prompts)
         for policy in ("proximal", "reference"):
             batch = jax.jit(make_recompute(probe.setup.policy_logprobs, policy))(params, batch, plan)
+        batch = batch.replace(teacher_logp=batch.reference_logp - 0.1)
         yield probe, batch, plan, params
 
 
@@ -60,7 +61,8 @@ def test_a_method_takes_a_step_on_the_embedded_default(name, drawn):
     checks.check(c)
     setup = Setup(c, probe.setup.model, mean_prompt=probe.setup.mean_prompt)
     needed = setup.needed
-    absent = [field for field in ("proximal_logp", "reference_logp") if field not in needed]
+    fields = ("proximal_logp", "reference_logp", "teacher_logp")
+    absent = [field for field in fields if field not in needed]
     absent += [] if "topk" in needed else ["topk_ids", "topk_behavior_logp", "topk_proximal_logp"]
     batch = batch.replace(**dict.fromkeys(absent))
     state = init_state(setup.initial_params(params), setup.optimizer)

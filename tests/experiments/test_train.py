@@ -319,12 +319,14 @@ def test_an_end_cut_short_is_made_up_for(finished, copied):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_loss_passes_the_check_with_its_defaults(folder, name):
     alpha = dict(loss__alpha=0.3) if name.startswith("relax_") else {}
-    config = small_config(folder, loss__name=name, **alpha)
+    teacher = dict(teacher__path=str(folder / "model")) if name == "distill" else {}
+    config = small_config(folder, loss__name=name, **alpha, **teacher)
     checks.check(config)
     corrected = ("token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop")
     recomputed = (*corrected, "ppo_clip_recomputed", "minirl", "minirl_tis")
     needed = {"proximal_logp"} if name.endswith("_proximal") or name in recomputed else set()
     needed |= {field for field in ("topk", "exact") if f"_{field}_" in name}
+    needed |= {"teacher_logp"} if name == "distill" else set()
     assert required_fields(Setup(config).loss) == needed
     assert corrects_mismatch(LOSSES[name]) == (name in corrected)
 

@@ -20,7 +20,8 @@ from tests.helpers.places import GOLDEN
 FOLDER = GOLDEN / "losses"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 CASES = ("packed", "rows", "tokens", "ties")
-FIELDS = ("logp", "behavior_logp", "advantages", "proximal_logp", "reference_logp", "exact.tv", "exact.kl")
+OTHERS = ("proximal_logp", "reference_logp", "teacher_logp", "exact.tv", "exact.kl")
+FIELDS = ("logp", "behavior_logp", "advantages", *OTHERS)
 
 
 @functools.cache
@@ -42,6 +43,8 @@ NEVER_MASKED = {"reinforce", "sapo", "drpo"}
 def needs(name: str) -> frozenset[str]:
     if name.startswith("dppo_exact"):
         return frozenset({"exact"})
+    if name == "distill":
+        return frozenset({"teacher_logp"})
     return frozenset({"proximal_logp"} if name in FROM_PROXIMAL else ())
 
 
@@ -52,12 +55,13 @@ def arrays(case: str) -> dict[str, np.ndarray]:
 def inputs_of(z: dict[str, np.ndarray]) -> LossInputs:
     names = ("logp", "behavior_logp", "advantages", "mask", "segments", "proximal_logp", "reference_logp")
     exact = ExactDivergence(tv=jnp.asarray(z["tv"]), kl=jnp.asarray(z["kl"]))
-    return LossInputs(**{name: jnp.asarray(z[name]) for name in names if name in z}, exact=exact)
+    teacher = jnp.asarray(z["reference_logp"])  # as in the golden script
+    return LossInputs(**{name: jnp.asarray(z[name]) for name in names if name in z}, teacher_logp=teacher, exact=exact)
 
 
 def only(inputs: LossInputs, fields: frozenset[str]) -> LossInputs:
     """The inputs without the optional fields that are not needed."""
-    every = {"proximal_logp", "reference_logp", "exact"}
+    every = {"proximal_logp", "reference_logp", "teacher_logp", "exact"}
     return inputs.replace(**{field: None for field in every - fields})
 
 

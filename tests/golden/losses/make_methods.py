@@ -62,6 +62,7 @@ SETTINGS: dict[str, list[dict]] = {
         dict(delta=0.02, delta_budget=0.03, w_min=0.1, ratio_cap=INF),
         dict(delta=0.04, delta_budget=0.025, w_min=0.1, ratio_cap=1.05),
     ],
+    "distill": [dict(delta_low=0.2, ratio_cap=INF), dict(delta_low=0.02, ratio_cap=1.05)],
     "dppo_exact_tv": SIDES,
     "dppo_exact_kl": [
         dict(delta_low=0.05, delta_high=0.05, ratio_cap=5.0),
@@ -208,6 +209,11 @@ def kpop(t: Token, seq: Sequence, h: dict) -> list[Clause]:
     return [above(kl(mu, pi), h["delta"]), above(kl(pi, mu), h["delta"])]
 
 
+def distill(t: Token, seq: Sequence, h: dict) -> list[Clause]:
+    """The reference policy's numbers are the teacher's here."""
+    return [both(above(t.pi, t.ref), above(t.mu - t.pi, h["delta_low"]))]
+
+
 def exact(t: Token, divergence: float, h: dict) -> list[Clause]:
     return [both(away(t), above(divergence, h["delta_high"] if t.adv > 0 else h["delta_low"]))]
 
@@ -233,6 +239,7 @@ MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "kimi_k25": lambda t, seq, h: [above(t.r, 1 + h["eps_high"]), above(1 - h["eps_low"], t.r)],
     "drpo": lambda t, seq, h: [],
     "cppo": cppo,
+    "distill": distill,
     "dppo_exact_tv": lambda t, seq, h: exact(t, t.tv, h),
     "dppo_exact_kl": lambda t, seq, h: exact(t, t.kl, h),
     "ppo_clip": clip_r,
@@ -263,6 +270,7 @@ COEFFICIENTS: dict[str, Callable[[Token, Sequence, dict], float]] = {
     "icepop": lambda t, seq, h: t.q * t.rho * t.adv,
     "kimi_k25": lambda t, seq, h: t.r * t.adv,
     "drpo": lambda t, seq, h: drpo(t, h),
+    "distill": lambda t, seq, h: min(t.r, h["ratio_cap"]) * (math.log(t.ref) - math.log(t.pi)),
 }
 
 
