@@ -265,6 +265,8 @@ def _with_good_labels(
         raise UserError(next(iter(faults.values())))
     examples = [example for example, fault in found if not fault]
     for scorer in sorted({example.verifier or verifier for example in examples}):
+        if scorer == UNSCORED:
+            continue
         of_scorer = [example for example in examples if (example.verifier or verifier) == scorer]
         labels = [(example.where, label) for example in of_scorer for label in example.labels]
         if reading.bad_label == "error":

@@ -68,7 +68,7 @@ def load_csv(
     """A table with the columns prompt and answer."""
     import csv
 
-    (file,) = _files("csv", path, settings, verifier)
+    (file,) = _files("csv", path, settings, verifier, reading)
     full = list(enumerate(csv.DictReader(file.read_text(encoding="utf-8").splitlines()), start=1))
     rows = [(f"{file}, row {n}", {key: value or None for key, value in row.items()}) for n, row in full[:size]]
     return _rows_task(file.name, rows, len(full), 0, verifier, reading)

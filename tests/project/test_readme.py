@@ -131,7 +131,9 @@ def test_methods_are_counted_right():
 
 
 @pytest.mark.parametrize(
-    ("section", "table"), [("Verifiers", {*VERIFIERS, "task", UNSCORED, *EXTRACT}), ("Rewards", set(TERMS))], ids=str
+    ("section", "table"),
+    [("Verifiers", {*VERIFIERS, "task", UNSCORED, *EXTRACT}), ("Rewards", set(TERMS))],
+    ids=["Verifiers", "Rewards"],
 )
 def test_every_verifier_and_every_term_is_on_the_page_of_data(section, table):
     text = PAGES["data"].split(f"## {section}\n")[1].split("\n## ")[0]
