@@ -77,6 +77,7 @@ class Waiting:
     uniforms: Float32[Array, "B R 2"]  # the random numbers of every token
     due: Bool[Array, "D n"] | None = None  # groups that are drawn to their end; None: all
     wanted: int = struct.field(pytree_node=False, default=0)  # groups of a shard that are, those among them
+    left_over: Int32[Array, ""] | None = None  # rows that may be left when drawing ends; None: see `due`
 
 
 @dataclasses.dataclass(frozen=True)
