@@ -67,8 +67,9 @@ def load_task(
         lookup({**VERIFIERS, "task": None}, verifier, "data.verifier")
     reading = Reading(**(columns or {}), answer_from=answer_from, bad_label=bad_label, label_cache=label_cache)
     check_reading(reading)
-    where = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
-    where |= {"max_turns": max_turns} if kind == "environment" else {}
+    where: dict[str, Any] = {"subset": subset, "split": split, "revision": revision} if kind == "hub" else {}
+    if kind == "environment":
+        where = {"max_turns": max_turns}
     return load(
         name=name,
         path=path,

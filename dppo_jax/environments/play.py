@@ -69,15 +69,15 @@ class Player:
         own = {"max_turns": self.max_turns} if self.name in ENVIRONMENTS else {}
         return _maker(self.name)(**own, **json.loads(self.settings))
 
-    def __call__(self, actions: str | Sequence[str], example: Example) -> float:
+    def __call__(self, reply: str | Sequence[str], example: Example) -> float:
         seed = example.meta["seed"]
         random.seed(seed)  # for environments that draw from what all share
         np.random.seed(seed % 2**32)
         environment = self._make(example)
         said, total = _begun(environment.reset(seed=seed)), 0.0
-        if actions and said.text != example.prompt:
+        if reply and said.text != example.prompt:
             raise ValueError("reset(seed) gives another observation than before: it must be a function of its seed")
-        for action in [actions] if isinstance(actions, str) else actions:
+        for action in [reply] if isinstance(reply, str) else reply:
             if said.terminated or said.truncated:
                 raise ValueError("the same turns end it earlier than before: it must be a function of seed and actions")
             said, reward = _answered(environment.step(action))

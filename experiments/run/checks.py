@@ -161,14 +161,15 @@ def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
     kind = f"{name}.kind = 'environment'"
     if name != "data":
         raise UserError(f"{kind}: conversations are for training; set {name}.kind to another one of {', '.join(TASKS)}")
-    others = {"data.verifier": "task", "data.extract": "auto", "reward.function": ""}
+    others: dict[str, Any] = {"data.verifier": "task", "data.extract": "auto", "reward.function": ""}
     for key, wanted in others.items():
         if value(c, key) != wanted:
             raise UserError(f"{kind} gives the reward, but {key} = {shown(value(c, key))}; set {key}={wanted}")
-    needs = {"train.staleness": 0, "rollout.lag": 0, "rollout.resample": 0, "rollout.router_replay": False}
-    for key, wanted in needs.items():
-        if value(c, key) != wanted:
-            raise UserError(f"{kind}: {key} = {value(c, key)} is not made for conversations; set {key}={wanted}")
+    needs: dict[str, Any] = {"train.staleness": 0, "rollout.lag": 0, "rollout.resample": 0}
+    needs["rollout.router_replay"] = False
+    for key, needed in needs.items():
+        if value(c, key) != needed:
+            raise UserError(f"{kind}: {key} = {value(c, key)} is not made for conversations; set {key}={needed}")
     if c.advantage.name == "gae":
         raise UserError(f"{kind}: advantage.name = gae is not made for conversations; set advantage.name=group_mean")
 

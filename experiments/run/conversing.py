@@ -4,6 +4,7 @@ The order of all that is a function of what is drawn: the answers to the turns o
 after the next, however long each took. So a run is the same every time, and environments work beside the devices.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -113,7 +114,7 @@ class Conversing:
         self._flight, finished = self._part(flight, np.int32(step))
         self.counts = {"calls": float(len(works)), "refilled": float(refilled)}
         total: Work = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(works))
-        return finished.replace(work=total)
+        return dataclasses.replace(finished, work=total)
 
     def _with_prompts(self, step: int) -> Dialogs:
         """What is in flight, and the groups that join it at a step."""
@@ -127,8 +128,9 @@ class Conversing:
 
     def _view(self, flight: Dialogs) -> View:
         """Waits until the devices have drawn it."""
-        tokens = flight.out.replace(logp=None, topk_ids=None, topk_logp=None)
-        host = jax.device_get(flight.replace(step=None, out=tokens))
+        nothing: Any = None
+        tokens = dataclasses.replace(flight.out, logp=nothing, topk_ids=None, topk_logp=None)
+        host = jax.device_get(dataclasses.replace(flight, step=nothing, out=tokens))
         shards = self._talks.rollout.shards
         there = (np.arange(len(host.batch) // shards) < host.count[:, None]).reshape(-1, 1)
         return View(there, there & ~host.ended, there & host.ended & ~host.over, host)
@@ -144,7 +146,8 @@ class Conversing:
     def _ask(self, view: View, but: list[tuple[int, int]]) -> Asked | None:
         """Has the workers answer the rows that wait; those of `but` are answered already."""
         answered = set(but)
-        rows = [at for at in map(tuple, np.argwhere(view.waits).tolist()) if at not in answered]
+        waiting = [(place, member) for place, member in np.argwhere(view.waits).tolist()]
+        rows = [at for at in waiting if at not in answered]
         if not rows:
             return None
         flight = view.flight
