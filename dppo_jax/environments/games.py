@@ -35,7 +35,8 @@ class GuessTheNumber:
 
 
 class TwoSums:
-    """Two sums of `min_terms` to `max_terms` one-digit numbers, one after the other; each right answer is worth 1/2."""
+    """A sum of `min_terms` to `max_terms` one-digit numbers, in words, and then one of two, in figures; each right
+    answer is worth 1/2."""
 
     def __init__(self, *, max_turns: int, min_terms: int = 2, max_terms: int = 2):
         if max_turns < 2:
@@ -47,16 +48,8 @@ class TwoSums:
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
         """Other sums with another seed."""
         rng = random.Random(seed)
-        self._sums = [self._sum(rng) for _ in range(2)]
+        self._sums = [_sum(rng, rng.randint(*self._terms)), _sum(rng, 2)]
         return ASK.format(self._sums[0][0]), {}
-
-    def _sum(self, rng: random.Random) -> tuple[str, int]:
-        terms = [rng.randint(0, 9) for _ in range(rng.randint(*self._terms))]
-        text, value = str(terms[0]), terms[0]
-        for term in terms[1:]:
-            sign = rng.choice((1, -1))
-            text, value = f"{text} {'+' if sign > 0 else '-'} {term}", value + sign * term
-        return text, value
 
     def step(self, action: str) -> Step:
         """The last number of the text is the answer."""
@@ -65,4 +58,14 @@ class TwoSums:
         right = last_number(action, str(value)) == 1.0
         if not rest:
             return "", right / 2, True, False, {}
-        return f"{'ok' if right else 'no'}. {ASK.format(rest[0][0])}", right / 2, False, False, {}
+        return f"{'ok' if right else 'no'}, {rest[0][0].replace(' ', '')}=", right / 2, False, False, {}
+
+
+def _sum(rng: random.Random, terms: int) -> tuple[str, int]:
+    """Its text, such as 3 + 4 - 1, and its value."""
+    text, value = "", 0
+    for number in range(terms):
+        term, sign = rng.randint(0, 9), rng.choice((1, -1)) if number else 1
+        text += f" {'+' if sign > 0 else '-'} {term}" if number else str(term)
+        value += sign * term
+    return text, value

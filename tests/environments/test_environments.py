@@ -1,5 +1,6 @@
 """Environments: what they say and give, in real workers; and those that are no environments."""
 
+import re
 import sys
 from typing import cast
 
@@ -57,8 +58,8 @@ def test_two_sums_are_worth_a_half_each():
         value = eval(first.split(":")[1].rstrip("= "))
         text, reward, terminated, truncated, _ = game.step(f"so {value}" if seed % 2 else f"{value + 1}")
         assert (reward, terminated, truncated) == (seed % 2 / 2, False, False)
-        assert text.startswith("ok. State" if seed % 2 else "no. State")
-        assert game.step(str(eval(text.split(":")[1].rstrip("= ")))) == ("", 0.5, True, False, {})
+        assert text.startswith("ok, " if seed % 2 else "no, ")
+        assert game.step(str(eval(text.split(", ")[1].rstrip("=")))) == ("", 0.5, True, False, {})
 
 
 # What is worked out, and what it comes to.
@@ -111,6 +112,16 @@ def test_an_environment_in_a_file_and_what_it_may_not_do():
     assert again[:2] == again[2:]  # what it draws is a function of the seed
     other = [Example("another", "", {"seed": 3})]
     assert "another observation than before" in played(task, [("1",)], other)[0].message
+
+
+def test_the_environment_of_the_page_is_one(tmp_path):
+    page = (ROOT / "docs/conversation.md").read_text()
+    (tmp_path / "my_game.py").write_text(re.search(r"```python\n(.*?)```", page, re.S).group(1))
+    task = environment(f"{tmp_path / 'my_game.py'}:Game", low=2)
+    assert task.examples[0].prompt == "Guess a number."
+    one, two, three = played(task, [("6",), ("6", "5"), ("5",)])
+    assert one.said == Said("No. Guess again.") and one.score == 0
+    assert two == three and two.score == 1 and two.said.terminated
 
 
 GEM = """
