@@ -10,7 +10,7 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.steps = 100
+    c.steps = 60
     c.policy.path = "assets/tiny"
     c.data.kind = "environment"
     c.data.name = "two_sums"  # a sum; "ok, " or "no, " and another sum; 1/2 for each right answer

@@ -35,8 +35,8 @@ class GuessTheNumber:
 
 
 class TwoSums:
-    """A sum of `min_terms` to `max_terms` one-digit numbers, in words, and then one of two, in figures; each right
-    answer is worth 1/2."""
+    """A sum of `min_terms` to `max_terms` one-digit numbers, in words, and then one of two, in figures, that is
+    not negative; each right answer is worth 1/2."""
 
     def __init__(self, *, max_turns: int, min_terms: int = 2, max_terms: int = 2):
         if max_turns < 2:
@@ -49,6 +49,8 @@ class TwoSums:
         """Other sums with another seed."""
         rng = random.Random(seed)
         self._sums = [_sum(rng, rng.randint(*self._terms)), _sum(rng, 2)]
+        while self._sums[1][1] < 0:  # tokenizers join "=" and "-", and here "=" stands at the end
+            self._sums[1] = _sum(rng, 2)
         return ASK.format(self._sums[0][0]), {}
 
     def step(self, action: str) -> Step:
