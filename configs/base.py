@@ -20,8 +20,9 @@ DPPO_KL = ("dppo_binary_kl", "dppo_topk_kl", "dppo_exact_kl", "dppo_binary_kl_pr
 def data_section(**changes) -> ConfigDict:
     """Where prompts and answers come from; the training data and every evaluation set have these keys."""
     data = ConfigDict()
-    data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet | hub
-    data.name = ""  # reasoning_gym: the data set's name; hub: ORG/NAME, a data set of the Hugging Face hub
+    data.kind = "reasoning_gym"  # reasoning_gym | jsonl | parquet | hub | environment (docs/conversation.md)
+    data.name = ""  # reasoning_gym, environment: its name, or a FILE.py:CLASS; hub: ORG/NAME, a data set of the hub
+    data.max_turns = 8  # environment: turns of the policy in a conversation, at most
     data.subset = ""  # hub: which of the data set's subsets; "": its only one, or its default
     data.split = "train"  # hub: which of the subset's splits
     data.revision = ""  # hub: a branch, a tag or a commit; "": the main branch
@@ -33,9 +34,9 @@ def data_section(**changes) -> ConfigDict:
     data.columns.verifier = ""  # the column that names a row's verifier; "": data.verifier scores all rows
     data.answer_from = ""  # what of it is the answer: "" recognised | #### (what follows) | boxed | regular expression
     data.bad_label = "error"  # a row whose label the verifier could never accept: error | drop
-    data.settings = ConfigDict()  # reasoning_gym: the data set's own settings
-    data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 of reasoning_gym
-    data.seed = 1  # reasoning_gym: generates the examples
+    data.settings = ConfigDict()  # reasoning_gym, environment: the data set's or the environment's own
+    data.size = config_dict.placeholder(int)  # examples, at most; unset: all of a file, 2000 or 500 generated
+    data.seed = 1  # reasoning_gym: generates the examples; environment: the first one's seed
     data.verifier = "task"  # task: the data set's own | exact_match | last_number | math_verify | none: every reply 0
     data.extract = "auto"  # what of a reply it reads: auto | answer_tag | boxed | hashes | last_number | whole
     data.chat = False  # wrap prompts by the tokenizer's chat template
@@ -84,6 +85,7 @@ def get_config() -> ConfigDict:
     c.rollout.group_size = 8  # responses per prompt, G (8 in §5, 16 or 8 in appendix E)
     c.rollout.max_new_tokens = 64  # response length, R
     c.rollout.stop = ()  # texts; a response ends where its text holds one of them, in training and evaluation
+    c.rollout.turn_tokens = config_dict.placeholder(int)  # of one turn with an environment; unset: no limit of its own
     c.rollout.temperature = 1.0  # divides the logits, of training too unless policy.temperature is set (appendix E)
     c.rollout.top_p = 1.0  # truncation changes the behavior policy: training refuses anything but 1
     c.rollout.dtype = "float32"  # of the behavior policy: float32 | bfloat16 | float16; unlike policy.dtype: mismatch

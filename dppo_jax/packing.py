@@ -165,6 +165,8 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         experts = jnp.concatenate([batch.prompt_experts, batch.experts], axis=1)[row, column]
 
     source, column, mask = _sources(batch, plan)
+    if batch.own is not None:  # what an environment said is context
+        mask &= batch.own[source, column]
 
     def take(x):
         if x is None:

@@ -227,7 +227,7 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
         prompt_tokens=jnp.repeat(prompts.tokens, repeat, axis=0),
         prompt_mask=jnp.repeat(prompts.mask, repeat, axis=0),
         tokens=rollout.tokens,
-        mask=rollout.response_mask,
+        mask=rollout.response_mask if rollout.own is None else rollout.response_mask & rollout.own,
         behavior_logp=rollout.behavior_logp,
         advantages=jnp.zeros(rows_count, jnp.float32),
         group=rollout.group,
@@ -235,6 +235,7 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
         topk_behavior_logp=rollout.topk_logp,
         prompt_experts=None if rollout.experts is None else jnp.repeat(rollout.prompt_experts, repeat, axis=0),
         experts=rollout.experts,
+        own=rollout.own,
     )
 
 

@@ -41,6 +41,7 @@ class RolloutBatch:
     topk_logp: Float32[Array, "B R K"] | None = None  # their behavior log-probabilities
     prompt_experts: Integer[Array, "N P Lk"] | None = None  # experts of each prompt token
     experts: Integer[Array, "B R Lk"] | None = None  # of each response token; 0 at the last, which is not decoded from
+    own: Bool[Array, "B R"] | None = None  # which tokens of a conversation the policy drew; None: all of them
 
 
 @struct.dataclass
@@ -62,6 +63,7 @@ class TrainBatch:
     teacher_logp: Float32[Array, "B R"] | None = None
     prompt_experts: Integer[Array, "B P Lk"] | None = None
     experts: Integer[Array, "B R Lk"] | None = None
+    own: Bool[Array, "B R"] | None = None  # as of RolloutBatch; `mask` is within it
 
 
 @struct.dataclass
@@ -73,7 +75,7 @@ class PackedBatch:
     positions: Int32[Array, "M T"]  # from 0 in each sample
     columns: Int32[Array, "M Q"]  # where the response tokens stand
     targets: Int32[Array, "M Q"]  # the response tokens
-    mask: Bool[Array, "M Q"]  # False where a row has fewer response tokens than Q; all fields below are 0 there
+    mask: Bool[Array, "M Q"]  # False beyond a row's response tokens, and at context; all fields below are 0 there
     weights: Float32[Array, "M Q"]  # aggregation weights
     behavior_logp: Float32[Array, "M Q"]
     advantages: Float32[Array, "M Q"]

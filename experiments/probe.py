@@ -43,6 +43,8 @@ class Probe:
         self._stack = contextlib.ExitStack()
         setup = load_setup(config, self._stack)
         self.config = config = setup.config
+        if config.data.kind == "environment":
+            raise UserError("data.kind = 'environment': a probe draws one turn, and scores it; take another data.kind")
         self.stream, self._scorer = load_prompts(setup, config.data, config.rollout.prompts, self._stack)
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)

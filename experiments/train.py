@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         evaluation = Evaluation(runs, stack)
         folder = run_folder(workdir, setup, stream, evaluation)
         sampler, learner = Sampler(runs, [stream], scorer, reward_model), Learner(runs)
+        stack.callback(sampler.close)
         record = stack.enter_context(Record(runs, workdir, [folder]))
         record.resume(sampler, learner)
         if record.unfinished:

@@ -35,12 +35,13 @@ FULL = {
     "RolloutBatch": dict(
         tokens=i32(B, R), response_mask=yes(B, R), behavior_logp=f32(B, R), truncated=yes(B), group=i32(B),
         topk_ids=i32(B, R, K), topk_logp=f32(B, R, K), prompt_experts=i32(N, P, L * k), experts=i32(B, R, L * k),
+        own=yes(B, R),
     ),
     "TrainBatch": dict(
         prompt_tokens=i32(B, P), prompt_mask=yes(B, P), tokens=i32(B, R), mask=yes(B, R), behavior_logp=f32(B, R),
         advantages=f32(B), group=i32(B), topk_ids=i32(B, R, K), topk_behavior_logp=f32(B, R, K),
         proximal_logp=f32(B, R), topk_proximal_logp=f32(B, R, K), reference_logp=f32(B, R),
-        teacher_logp=f32(B, R), prompt_experts=i32(B, P, L * k), experts=i32(B, R, L * k),
+        teacher_logp=f32(B, R), prompt_experts=i32(B, P, L * k), experts=i32(B, R, L * k), own=yes(B, R),
     ),
     "PackedBatch": dict(
         tokens=i32(M, T), segments=i32(M, T), positions=i32(M, T), columns=i32(M, Q), targets=i32(M, Q), mask=yes(M, Q),

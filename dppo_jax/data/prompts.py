@@ -78,7 +78,7 @@ class PromptEncoder:
             raise UserError("the data holds chat messages; set data.chat=True")
         if not ids:
             raise UserError("the prompt has no tokens")
-        _check_tokens(self._tokenizer, text, bare)
+        check_tokens(self._tokenizer, text, bare)
         return ids
 
 
@@ -102,7 +102,7 @@ def encode_completion(tokenizer: Any, text: str, end: int) -> list[int]:
     not give the text back."""
     try:
         ids = token_ids(tokenizer, text, "completion", add_special_tokens=False)
-        _check_tokens(tokenizer, text, ids)
+        check_tokens(tokenizer, text, ids)
     except UserError as error:
         raise UserError(str(error).replace("prompt", "completion")) from None
     if not ids:
@@ -120,7 +120,7 @@ def token_ids(tokenizer: Any, text: str, what: str = "prompt", **settings: bool)
         raise UserError(f"the tokenizer cannot encode the {what}: {first_line(error):.200}") from None
 
 
-def _check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:
+def check_tokens(tokenizer: Any, text: str, ids: list[int]) -> None:
     """UserError where the tokens lack something of the text, which the policy would never see.
 
     What the tokenizer's own normalizer changes may differ, case and compatible forms of characters too; white space

@@ -43,14 +43,19 @@ class OwnReward:
 def own_reward(text: str) -> OwnReward:
     """Of FILE.py:FUNCTION; UserError where it has another form, or there is no such file. Nothing is run."""
     path, name = split(text)
-    file = user_path(path, KEY)
+    return OwnReward(own_file(path, KEY), name)
+
+
+def own_file(path: str, key: str) -> str:
+    """The file's whole path; UserError where there is none. `key` is the config's."""
+    file = user_path(path, key)
     try:
         exists = file.is_file()
     except OSError:  # a name that is too long
         exists = False
     if not exists:
-        raise UserError(f"{KEY}: there is no file {path!r:.200}")
-    return OwnReward(str(file.resolve()), name)
+        raise UserError(f"{key}: there is no file {path!r:.200}")
+    return str(file.resolve())
 
 
 def split(text: str) -> tuple[str, str]:
@@ -88,7 +93,7 @@ def _named(name: Any) -> str:
 
 @functools.lru_cache
 def _function(path: str, name: str) -> Callable[[str, Example], Any]:
-    module = _module(path)
+    module = load_file(path, KEY)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
@@ -105,12 +110,12 @@ def _function(path: str, name: str) -> Callable[[str, Example], Any]:
     return function
 
 
-def _module(path: str) -> Any:
-    """The file as a module, which may import what lies beside it."""
+def load_file(path: str, key: str) -> Any:
+    """The file as a module, which may import what lies beside it. UserError that begins with the config's `key`."""
     folder = str(Path(path).parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    loader = SourceFileLoader(f"reward_function_{Path(path).stem}", path)
+    loader = SourceFileLoader(f"{key.replace('.', '_')}_{Path(path).stem}", path)
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -123,5 +128,5 @@ def _module(path: str) -> Any:
             raise
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = f"{type(error).__name__}: {first_line(error):.200}"
-        raise UserError(f"{KEY}: {path}{line} does not load: {reason}") from None
+        raise UserError(f"{key}: {path}{line} does not load: {reason}") from None
     return module

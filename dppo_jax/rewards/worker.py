@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dppo_jax.data.examples import Example, Verify
 from dppo_jax.errors import UserError, first_line
@@ -28,6 +28,7 @@ class Outcome(NamedTuple):
     score: float = 0.0
     message: str = ""  # why, of "failed" and "broken"
     parts: tuple[tuple[str, float], ...] = ()  # of "scored" by a function that names them
+    said: Any = None  # of "scored" by an environment: its answer (environments.play)
 
 
 _trouble = ""  # why this worker could not start
@@ -102,7 +103,7 @@ def attempt(verify: Verify, reply: str, example: Example) -> Outcome:
         return Outcome("failed", message=_described(error))
     if not math.isfinite(number):
         return Outcome("failed", message=f"returned {number}")
-    return Outcome("scored", number, parts=getattr(score, "parts", ()))
+    return Outcome("scored", number, parts=getattr(score, "parts", ()), said=getattr(score, "said", None))
 
 
 def attempt_here(verify: Verify, reply: str, example: Example) -> Outcome:

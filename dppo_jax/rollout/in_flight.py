@@ -7,6 +7,7 @@ prefilled with its tokens so far, and goes on. Every token's log-probability is 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ class Finished:
     origin: Int32[Array, "N 2"]  # the batch of prompts that a group came with, and its number there
     rows_left: Int32[Array, ""]  # begun, and not ended
     work: Work
+    told: Any = None  # of conversations: what their environments said of every row, [B]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +185,7 @@ class InFlight:
         self, flight: Flight, waiting: Waiting, state: Slots, step: Int32[Array, ""]
     ) -> tuple[Flight, Finished]:
         """What stays, and what is finished, of what was drawn."""
-        r, places, per_step = self.rollout, self._places, self._per_step
+        r, places = self.rollout, self._places
         batch = places * r.group_size
         whole = r.result(flight.prompts, waiting, state, None)
         row, live = self._shards.within(state.row, batch), self._shards.local(state.row < batch)
@@ -206,7 +208,14 @@ class InFlight:
             step=jnp.where(is_new, step, flight.step),
         )
         assert state.missing is not None
-        complete = state.missing == 0
+        return self._without_finished(now, whole, state.missing == 0, step, state.work.total())
+
+    def _without_finished(
+        self, now: Flight, whole: RolloutBatch, complete: Bool[Array, "D c"], step: Int32[Array, ""], work: Work
+    ) -> tuple[Flight, Finished]:
+        """What stays of a flight, and the first groups that are complete; `whole` are the rows of all places."""
+        r, places, per_step = self.rollout, self._places, self._per_step
+        batch = places * r.group_size
         leaves = complete & (jnp.cumsum(complete, axis=1) <= per_step)
         order = jnp.argsort(leaves, axis=1, stable=True)  # those that stay, then those that leave
 
@@ -216,23 +225,29 @@ class InFlight:
         groups = jnp.argsort(~leaves, axis=1, stable=True)[:, :per_step]
         rows = (groups[..., None] * r.group_size + jnp.arange(r.group_size)).reshape(r.shards, -1)
         by_place = dataclasses.replace(now, count=jnp.zeros(places))
-        staying = dataclasses.replace(taken(order, by_place), count=flight.count - per_step)
+        staying = dataclasses.replace(taken(order, by_place), count=now.count - per_step)
         prompts, origin = taken(groups, (now.prompts, jnp.stack([now.batch, now.prompts.group], axis=1)))
         own = jnp.arange(self.prompts, dtype=jnp.int32)
         rollout = dataclasses.replace(taken(rows, whole), group=jnp.repeat(own, r.group_size))
         drawn_in = taken(rows, now.step.reshape(batch, -1))
-        age = jnp.where(rollout.response_mask, step - drawn_in, 0)
+        drawn = rollout.response_mask if rollout.own is None else rollout.response_mask & rollout.own
+        age = jnp.where(drawn, step - drawn_in, 0)
         is_left = self._is_there(staying).reshape(-1, 1) & (staying.tokens_drawn > 0) & ~staying.ended
         return staying, Finished(
             prompts=dataclasses.replace(prompts, group=own),
             rollout=rollout,
             age=age,
-            age_mean=jnp.sum(age) / jnp.maximum(jnp.sum(rollout.response_mask), 1),
+            age_mean=jnp.sum(age) / jnp.maximum(jnp.sum(drawn), 1),
             age_max=jnp.max(age),
             origin=origin,
             rows_left=jnp.sum(is_left, dtype=jnp.int32),
-            work=state.work.total(),
+            work=work,
+            told=jax.tree.map(lambda x: self._shards.look_up(x.reshape(batch), rows), self._told(now)),
         )
+
+    def _told(self, flight: Flight) -> Any:
+        """What is known of every row of a flight beside its tokens, [C, G]."""
+        return None
 
 
 def _without_topk(drawn: Drawn) -> Drawn:

@@ -325,7 +325,8 @@ class Rollout:
             stop = choose(shards.look_up(state.stops, index, progress - 1), state.stop)
             state = dataclasses.replace(state, stop=stop)
         state = self._cache.admit(waiting, state, fresh, index // group)
-        if state.missing is None and not self._cache.may_run_out(len(state.row), waiting):
+        all_fresh = state.missing is None and waiting.left_over is None
+        if all_fresh and not self._cache.may_run_out(len(state.row), waiting):
             return state  # every row that waits has its first token alone
         return jax.lax.while_loop(
             lambda carry: jnp.any(carry[1]),
@@ -410,6 +411,8 @@ class Rollout:
 
     def _unfinished(self, waiting: Waiting, state: Slots) -> Array:
         """Whether there is more to draw."""
+        if waiting.left_over is not None:
+            return jnp.sum(state.row < len(waiting.limit)) + jnp.sum(state.waits) > waiting.left_over
         if state.missing is None:
             return jnp.any(state.row < len(waiting.limit)) | jnp.any(state.waits)
         complete = state.missing == 0
@@ -422,7 +425,9 @@ class Rollout:
         enough = jnp.clip(jnp.sum(state.waits), 1, max(1, len(state.row) // 16))
         fillable = jnp.sum(jnp.minimum(idle, remaining))
         going_on = jnp.any(state.row < batch) & (fillable < enough) & ~self._cache.short(state)
-        return going_on if state.missing is None else going_on & self._unfinished(waiting, state)
+        if state.missing is None and waiting.left_over is None:
+            return going_on
+        return going_on & self._unfinished(waiting, state)
 
     def result(
         self, prompts: PromptBatch, waiting: Waiting, state: Slots, prompt_experts: Array | None

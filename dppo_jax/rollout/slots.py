@@ -80,6 +80,7 @@ class Waiting:
     due: Bool[Array, "D n"] | None = None  # groups that are drawn to their end; None: all
     stop: Integer[Array, "B"] | None = None  # state of the stop strings' automaton after every row's first token
     wanted: int = struct.field(pytree_node=False, default=0)  # groups of a shard that are, those among them
+    left_over: Int32[Array, ""] | None = None  # rows that may be left when drawing ends; None: see `due`
 
 
 @dataclasses.dataclass(frozen=True)

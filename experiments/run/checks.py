@@ -129,7 +129,8 @@ def _check_data(c: ConfigDict) -> None:
             raise UserError(re.sub(r"\bdata\.(?=date|answer_from|bad_label)", f"{name}.", str(error))) from None
         if "{prompt}" not in data.template:
             raise UserError(f"{name}.template must hold '{{prompt}}', but is {shown(data.template)}")
-        if data.kind != "reasoning_gym" and data.settings:
+        _check_environment(c, name, data)
+        if data.kind not in ("reasoning_gym", "environment") and data.settings:
             raise UserError(
                 f"{name}.kind = {data.kind!r} takes no {name}.settings, but has {', '.join(map(str, data.settings))}; "
                 f"clear them: --config.{name}.settings={{}}"
@@ -137,9 +138,9 @@ def _check_data(c: ConfigDict) -> None:
         of_rows = {**{f"columns.{key}": named for key, named in data.columns.items()}, "answer_from": data.answer_from}
         of_rows["bad_label"] = "" if data.bad_label == "error" else data.bad_label
         for key, named in of_rows.items():
-            if data.kind == "reasoning_gym" and named:
+            if data.kind in ("reasoning_gym", "environment") and named:
                 raise UserError(
-                    f"{name}.kind = 'reasoning_gym' has no rows for {name}.{key} = {shown(named)}; clear it: "
+                    f"{name}.kind = {data.kind!r} has no rows for {name}.{key} = {shown(named)}; clear it: "
                     f"--config.{name}.{key}={'error' if key == 'bad_label' else ''}"
                 )
         if data.chat_kwargs and not data.chat:
@@ -148,13 +149,44 @@ def _check_data(c: ConfigDict) -> None:
                 f"{', '.join(map(str, data.chat_kwargs))}; set {name}.chat=True"
             )
         _check_hub(name, data)
-        if data.kind == "reasoning_gym" and data.path:
+        if data.kind in ("reasoning_gym", "environment") and data.path:
             raise UserError(
-                f"{name}.kind = 'reasoning_gym' generates its examples, but {name}.path = {shown(data.path)}; clear "
+                f"{name}.kind = {data.kind!r} generates its examples, but {name}.path = {shown(data.path)}; clear "
                 f"it: --config.{name}.path=, or set {name}.kind to jsonl or parquet"
             )
     if c.eval.every and not c.eval.sets:
         raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
+
+
+def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
+    """What is said of conversations, and only of them; and what is not made for them."""
+    if data.kind != "environment":
+        if data.max_turns != base.data_section().max_turns:
+            raise UserError(
+                f"{name}.kind = {data.kind!r} has one turn, but {name}.max_turns = {data.max_turns}; set "
+                f"{name}.kind to environment"
+            )
+        if name == "data" and c.rollout.turn_tokens is not None:
+            raise UserError(
+                f"data.kind = {data.kind!r} has one turn, but rollout.turn_tokens = {c.rollout.turn_tokens}; set "
+                "data.kind to environment, or rollout.max_new_tokens"
+            )
+        return
+    kind = f"{name}.kind = 'environment'"
+    if name != "data":
+        raise UserError(f"{kind}: conversations are for training; set {name}.kind to another one of {', '.join(TASKS)}")
+    others: dict[str, Any] = {"data.verifier": "task", "data.extract": "auto", "reward.function": ""}
+    for key, wanted in others.items():
+        if value(c, key) != wanted:
+            raise UserError(f"{kind} gives the reward, but {key} = {shown(value(c, key))}; set {key}={wanted}")
+    needs: dict[str, Any] = {"train.staleness": 0, "rollout.lag": 0, "rollout.resample": 0}
+    needs["rollout.router_replay"] = False
+    needs |= {"rollout.stop": (), "reward.terms.model": 0.0}
+    for key, needed in needs.items():
+        if value(c, key) != needed:
+            raise UserError(f"{kind}: {key} = {value(c, key)} is not made for conversations; set {key}={needed}")
+    if c.advantage.name == "gae":
+        raise UserError(f"{kind}: advantage.name = gae is not made for conversations; set advantage.name=group_mean")
 
 
 def _check_hub(name: str, data: ConfigDict) -> None:

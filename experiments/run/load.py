@@ -28,6 +28,8 @@ from experiments.run.model_files import model_directory
 from experiments.run.pins import pinned
 from experiments.run.setup import Setup, Text
 
+ANSWERS_PER_WORKER = 20_000  # of environments, which several turns of a conversation ask for each
+
 
 def load_setup(
     config: ConfigDict,
@@ -152,6 +154,7 @@ def load_prompts(
         answer_from=data.answer_from,
         bad_label=data.bad_label,
         label_cache=c.label_cache,
+        max_turns=data.max_turns,
     )
     if own:
         task = dataclasses.replace(task, verify=own, isolated=True, worker_imports=())
@@ -169,7 +172,8 @@ def load_prompts(
         date=data.date,
         too_long=data.too_long,
     )
-    scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s)
+    lives = ANSWERS_PER_WORKER if data.kind == "environment" else None
+    scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s, replies_per_worker=lives)
     stack.enter_context(scorer)
     if own:
         scorer.ready()

@@ -83,10 +83,12 @@ NUMBERS: Mapping[str, Range] = {
     "lora.alpha": Range(open_least=True),
     "data.size": NATURAL,
     "data.seed": SEED,
+    "data.max_turns": SIZE,
     "data.max_prompt_len": SIZE,
     "rollout.prompts": SIZE,
     "rollout.group_size": SIZE,
     "rollout.max_new_tokens": SIZE,
+    "rollout.turn_tokens": SIZE,
     "rollout.temperature": TEMPERATURE,
     "rollout.top_p": Range(0, 1, open_least=True),  # 1, as `checks` says
     "rollout.lag": Range(0, 10_000),  # as many copies of the parameters

@@ -236,19 +236,19 @@ class Record:
                 **evaluated,
                 "rollout/resampled": float(own.redrawn),
                 **{f"rollout/{name}": value for name, value in own.work.items()},
-                "response/length_mean": float(own.lengths.mean()),
+                "response/length_mean": float(own.drawn.mean()),
                 "response/truncated": float(own.truncated.mean()),
                 "train/occupancy": packing.occupancy(*planned),
                 "learning_rate": rates[number],
                 **common,
-                "throughput/tokens_per_s": float((1 + own.redrawn) * own.lengths.sum()) / samples.whole_seconds(),
+                "throughput/tokens_per_s": float((1 + own.redrawn) * own.drawn.sum()) / samples.whole_seconds(),
             }
             self._refuse_unless_finite(step, self._folders[number], scalars["grad_norm"], measured[0])
             if fault := all_failed(own.counts, (1 + own.redrawn) * len(own.lengths)):
                 self.note(f"step {step}{self._of(self._folders[number])}: {fault}")
             if own.fault:
-                count = own.counts["failed"]
-                self.note(f"step {step}: reward.function failed on {count} replies, first with {own.fault:.200}")
+                who, count = setup.config.reward.function and "reward.function", own.counts["failed"]
+                self.note(f"step {step}: {who or 'data.name'} failed on {count} replies, first with {own.fault:.200}")
             if own.counts.get("model_cut") and not self._told_cut:
                 self._told_cut = True
                 count, longest = own.counts["model_cut"], setup.config.reward.model.max_len

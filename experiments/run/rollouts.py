@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from dppo_jax import precision
 from dppo_jax.errors import UserError
 from dppo_jax.models import DTYPES
-from dppo_jax.rollout import CacheChoice, InFlight, Rollout, choose_cache, resumed_tokens
+from dppo_jax.rollout import CacheChoice, Conversation, InFlight, Rollout, choose_cache, resumed_tokens
 from experiments.run import memory
 from experiments.run.setup import Setup
 
@@ -39,6 +39,13 @@ def rollout_in_flight(setup: Setup, rollout: Rollout) -> InFlight:
     c = setup.config.rollout
     max_age = c.in_flight if c.max_age is None else c.max_age
     return InFlight(rollout, prompts=c.prompts, ahead=c.in_flight, max_age=max_age)
+
+
+def conversation(setup: Setup, rollout: Rollout) -> Conversation:
+    """The rollout in turns with environments, over as many steps as it may take."""
+    c = setup.config.rollout
+    flight = rollout_in_flight(setup, rollout)
+    return Conversation(rollout, flight.prompts, flight.ahead, flight.max_age, turn_tokens=c.turn_tokens)
 
 
 def eval_rollout(setup: Setup) -> Rollout:

@@ -26,6 +26,7 @@ from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
+from experiments.run.conversing import Conversing, Scored
 from experiments.run.reward_model import RewardModel
 from experiments.run.rollouts import training_rollout
 from experiments.run.runs import Runs
@@ -52,11 +53,18 @@ class Replies:
     fault: str = ""  # why reward.function failed on a reply of this host
     redrawn: int = 0  # further batches that were drawn for this step
     unscored: bool = False  # no verifier: what is shown of the rewards is the whole
+    own_lengths: np.ndarray | None = None  # i[B], tokens that the policy drew, of conversations; None: all
+    own_texts: list[str] | None = None  # of what it drew, of the rows that this host scores
 
     @property
     def shown_rewards(self) -> np.ndarray:
         """Of the log and the transcripts, f32[B]."""
         return self.shaped_rewards if self.unscored else self.verified
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """i[B], tokens of the responses that the policy drew."""
+        return self.lengths if self.own_lengths is None else self.own_lengths
 
 
 class Drawing(NamedTuple):
@@ -78,7 +86,7 @@ class Samples:
 
     drawing: Drawing
     replies: list[Replies]
-    pending: list[Pending] | None  # the scores, by run; None once they are filled in
+    pending: Sequence[Pending | Scored] | None  # the scores, by run; None once they are filled in
 
     def mark(self, event: str) -> None:
         """Notes the time."""
@@ -113,7 +121,12 @@ class Sampler:
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
         self._generate = base.on_mesh_measured(runs.each(training_rollout(base, topk=runs.topk).measured))
-        self._carried = Carried(runs, self._prompts_of) if c.in_flight else None
+        self._talks: Conversing | None = None
+        if base.config.data.kind == "environment":
+            if runs.stacked:
+                raise UserError("data.kind = 'environment' is for one run at a time: start experiments.train")
+            self._talks = Conversing(base, runs.topk, self._prompts_of, streams[0], scorer)
+        self._carried = Carried(runs, self._prompts_of) if c.in_flight and not self._talks else None
         shardings = None if base.mesh is None else base.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
         self._params: Params = {}  # what the learner trains
@@ -121,6 +134,11 @@ class Sampler:
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
         self._next_rollout: tuple[RolloutBatch, Work | None] | None = None  # drawn a step early
         self._drawing: Drawing | None = None
+
+    def close(self) -> None:
+        """Ends what it started."""
+        if self._talks:
+            self._talks.close()
 
     # --- parameters ---
 
@@ -140,8 +158,11 @@ class Sampler:
         """Has the devices draw the rollout of a step, unless they did so early."""
         clock = {"began": time.perf_counter()}
         params = self._behavior  # not those that drew an early rollout: checks refuses what would need them
-        if self._carried:
-            finished = self._carried.draw(joined(self._frozen, params), step)
+        draws = self._carried or self._talks
+        if draws:
+            finished = draws.draw(joined(self._frozen, params), step)
+            if self._runs.needs_exact:
+                params = self._copy(params)  # the updates donate the learner's
             drawn = finished.prompts, finished.rollout, finished.work
             self._drawing = Drawing(*drawn, params, 0, False, finished, clock)
             return
@@ -176,6 +197,22 @@ class Sampler:
     def _keys(self, step: int) -> jax.Array:
         return self._runs.together([step_key(run.config.seed, step, ROLLOUT) for run in self._runs.setups])
 
+    def _conversed(self, samples: Samples) -> Samples:
+        """With what environments said of the conversations: their scores, and what of them is the policy's own."""
+        assert self._talks is not None and samples.drawing.finished is not None
+        (replies,), rollout = samples.replies, samples.drawing.rollout
+        told, tokens, mask, own = jax.device_get(
+            (samples.drawing.finished.told, rollout.tokens, rollout.response_mask, rollout.own)
+        )
+        replies.own_lengths = own.sum(axis=1, dtype=np.int32)
+        replies.own_texts = decode_replies(self._text.tokenizer, tokens, own, self._text.eos_ids)
+        replies.fault = self._talks.fault
+        replies.work |= self._talks.counts | {
+            "turns_mean": float(told.turns.mean()),
+            "context_mean": float((mask & ~own).sum(axis=1).mean()),
+        }
+        return dataclasses.replace(samples, pending=[Scored(told)])
+
     def _to_host(self, rollout: RolloutBatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """By run: tokens and mask of this host's responses; lengths i[B] and truncated bool[B] of all of them."""
         fields = hosts.owned((rollout.tokens, rollout.response_mask, rollout.truncated), self.row_share)
@@ -208,10 +245,12 @@ class Sampler:
             replies.append(
                 Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, unscored=unscored)
             )
-            pending.append(self._scorer.submit(texts, examples))
+            if not self._talks:
+                pending.append(self._scorer.submit(texts, examples))
         if drawing.finished is not None:
             drawing = drawing._replace(equal_params=all(run.work["age_max"] == 0 for run in replies))
-        return Samples(drawing, replies, pending)
+        samples = Samples(drawing, replies, pending)
+        return self._conversed(samples) if self._talks else samples
 
     def _work(self, drawing: Drawing) -> list[dict[str, float]]:
         """By run, what a rollout cost and how old it is, by the log's names."""
@@ -233,6 +272,7 @@ class Sampler:
             texts, owned = [text for _, text in replies.pairs.values()], self.row_share.owned
             model_scores, cut = self._model_scores(replies)  # while the verifier is at work
             rewards, counts = scores.result()
+            texts = replies.own_texts or texts
             responses = shaping.Responses(texts, replies.lengths[owned], rewards, model_scores)
             terms, stopped = shaping.values(responses, setup.terms, setup.term_settings)
             replies.counts = hosts.total(counts | stopped | cut)
@@ -310,7 +350,8 @@ class Sampler:
         history = list(self._param_history)
         ahead, work = self._next_rollout or (None, None)
         state = {"ahead": ahead, "ahead_work": work, "past": history or None}
-        state |= self._carried.saved() if self._carried else {}
+        for draws in (self._carried, self._talks):
+            state |= draws.saved() if draws else {}
         return {name: value for name, value in state.items() if value is not None}
 
     def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]:
@@ -323,8 +364,8 @@ class Sampler:
             result["ahead"] = laid_out(ahead, base.by_row)
             if held("ahead_work"):
                 result["ahead_work"] = laid_out(work, base.everywhere)
-        if self._carried and held(NAME):
-            result |= self._carried.shapes()
+        if draws := held(NAME) and (self._carried or self._talks):
+            result |= draws.shapes()
         if c.rollout.lag:
             updates = step * self._runs.base.updates_per_step
             result["past"] = [params] * min(updates + 1, c.rollout.lag + 1)
@@ -336,6 +377,8 @@ class Sampler:
         self._next_rollout = (saved["ahead"], saved.get("ahead_work")) if "ahead" in saved else None
         if self._carried and NAME in saved:
             self._carried.restore(saved, step)
+        if self._talks:
+            self._talks.restore(saved, step)
         self._param_history.extend(saved.get("past", []))
         self._params = params
         if self._config.rollout.lag and not self._param_history:

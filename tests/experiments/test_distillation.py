@@ -142,7 +142,9 @@ REFUSED = {
     "teacher.path = 'gs://bucket/x': gs:// addresses are neither": dict(teacher__path="gs://bucket/x"),
     "teacher.revision = 'v1' is of a model on the hub, and teacher.path = ": dict(teacher__revision="v1"),
     "unknown teacher.dtype 'float8'; the nearest is 'float": dict(teacher__dtype="float8"),
-    "data.verifier = 'none' scores nothing, but reward.terms.correct = 1 weighs its score, and loss 'cispo' learns": dict(loss__name="cispo"),
+    "data.verifier = 'none' scores nothing, but reward.terms.correct = 1 weighs its score, and loss 'cispo'": dict(
+        loss__name="cispo"
+    ),
     "advantage.drop_equal leaves out groups of equal rewards, which all are with": dict(advantage__drop_equal=True),
 }
 
