@@ -118,10 +118,19 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(value, f"{prefix}{name}.")
 
 
+# How Python says that a text is no number.
+PYTHONS = (
+    (r"invalid literal for int\(\) with base 10: ('.*')", "a whole number"),
+    (r"could not convert string to float: ('.*')", "a number"),
+)
+
+
 def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
     text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
+    for said, kind in PYTHONS:
+        text = re.sub(said, rf"must be {kind}, not \1", text)
     hint = re.search(r"Did you mean .*\?$", text)
     first = text.split(". Other fields present")[0]
     first = first if isinstance(error, flags.Error) else first.split("\n")[0]  # whose values may have several lines

@@ -94,9 +94,10 @@ OVERRIDES = {
     "--config.loss.name=relax_low": "loss 'relax_low' needs loss.alpha, which nothing sets",
     "--config.loss.alpha=0.3": "loss 'dppo_binary_tv' has no hyperparameter 'alpha'",
     # values
-    "--config.steps=many": "--config.steps=many: invalid literal for int()",
-    "--config.steps=1.5": "--config.steps=1.5: invalid literal for int()",
-    "--config.loss.delta_low=small": "could not convert string to float: 'small'",
+    "--config.steps=many": "--config.steps=many: must be a whole number, not 'many'",
+    "--config.steps=1.5": "--config.steps=1.5: must be a whole number, not '1.5'",
+    "--config.rollout.in_flight=True": "must be a whole number, not 'True'",
+    "--config.loss.delta_low=small": "must be a number, not 'small'",
     "--config.data.chat=maybe": "--config.data.chat=maybe",
     "--config.steps": "override '--config.steps' has no value; write --config.steps=VALUE",
     "--config.loss=cispo": "config key 'loss' is a section; override one of its keys: alpha, ",
