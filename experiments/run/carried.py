@@ -1,5 +1,6 @@
 """Groups in flight over the steps of a run (rollout.in_flight): which prompts join them, what a checkpoint holds."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
 from dppo_jax.models.decoder import Params
 from dppo_jax.rollout import Finished, Flight
@@ -78,3 +80,6 @@ class Carried:
         self._flight = saved[NAME]
         count = jnp.sum(self._runs.apart(self._flight)[0].count)  # the same of every run
         self._joined = step + int(count) // self._config.rollout.prompts
+        beyond = (self._joined - self._config.steps) * self._config.rollout.prompts
+        if beyond > 0 and hosts.is_writer():
+            print(f"steps was lowered: {beyond} groups that are in flight will not be trained", file=sys.stderr)

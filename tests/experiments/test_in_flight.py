@@ -129,6 +129,17 @@ def test_a_finished_run_may_have_more_steps(finished, tmp_path):
     assert len(ages) == 9 and ages[6] == 0 and ages[7:].max() > 0
 
 
+def test_a_run_that_ends_early_says_what_it_leaves_in_flight(finished, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(finished.folder, again)
+    for later in (5, 6):
+        shutil.rmtree(again / "checkpoints" / str(later))
+    config = finished.config.copy_and_resolve_references()
+    config.steps = 5
+    groups = config.rollout.prompts  # those of the batch that joined for step 6
+    assert f"steps was lowered: {groups} groups that are in flight will not be trained" in run(config, again).said
+
+
 def test_a_sweep_has_rows_in_flight_as_its_runs_have(folder, tmp_path):
     changes = dict(steps=3, checkpoint__every=0, loss__name="pg_is", optimizer__eps=1e-4, **IN_FLIGHT)
     config = small_config(folder, **changes)
