@@ -1,6 +1,6 @@
-"""The same question with replies of 64 states, so that most of them are drawn by several policies.
+"""The same question with replies of 71 tokens: six pauses after a state, so that most are drawn by several policies.
 
-python -m experiments.questions.reuse.make_model --out models/reuse_long --steps 64
+python -m experiments.questions.reuse.make_model --out models/reuse_pauses --pauses 6
 python -m experiments.questions.age --config configs/studies/age_long.py --workdir DIR --seeds 6 --out DIR/F
 """
 
@@ -9,9 +9,13 @@ from configs.studies import age
 
 def get_config():
     c = age.get_config()
-    c.steps = 40
-    c.policy.path = "models/reuse_long"
-    c.data.path = "models/reuse_long/train.jsonl"
-    c.data.max_prompt_len = 65
-    c.rollout.max_new_tokens = 66
+    c.steps = 50
+    c.policy.path = "models/reuse_pauses"
+    c.data.path = "models/reuse_pauses/train.jsonl"
+    c.rollout.max_new_tokens = 72
+    c.rollout.activations = ""  # 71 tokens right in a row bear no rounding: with it no loss learns
+    c.optimizer.learning_rate = 1e-4  # at 2e-4 no loss learns, and at 3e-4 all fall
+    c.rollout.prompts = 8
+    c.rollout.slots = 32  # of 64 rows
+    c.train.micro_rows = 16  # a whole minibatch at a time
     return c

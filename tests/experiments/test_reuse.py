@@ -133,6 +133,17 @@ def test_longer_chains_are_as_long_as_asked_and_as_often_right():
     assert (1 - slip_of(task)) ** 64 == pytest.approx(unslipped)
 
 
+def test_pauses_stand_after_every_state_and_say_nothing():
+    task = TASK._replace(pauses=6)
+    chains, plain = (draw(np.random.default_rng(5), 100, 0.0, of) for of in (task, TASK))
+    assert chains.replies.shape == (100, task.reply_tokens) == (100, 71)
+    by_state = chains.replies[:, :-1].reshape(100, STEPS, 7)
+    assert (by_state[:, :, 0] == plain.replies[:, :-1]).all() and (by_state[:, :, 1:] == len(task.vocabulary) - 1).all()
+    assert (chains.prompts == plain.prompts).all() and (chains.replies[:, -1] == 0).all()
+    reply = make_tokenizer(task).decode(chains.replies[0, :-1])
+    assert reply.count(".") == 60 and last_number(reply, str(chains.final[0])) == 1.0
+
+
 def test_replies_are_the_states_step_by_step_and_slip_as_often_as_asked():
     for slip in (0.0, 0.07):
         chains = draw(np.random.default_rng(0), 4000, slip)

@@ -1,6 +1,7 @@
-"""Makes the model of the reuse regime: 2 layers, 32 wide, which does the chains of `task` and slips in half of them.
+r"""Makes the model of the reuse regime: 2 layers, 32 wide, which does the chains of `task` and slips in half of them.
 
-    python -m experiments.questions.reuse.make_model [--out assets/reuse] [--spellings 8] [--tail 0] [--steps 10]
+    python -m experiments.questions.reuse.make_model [--out assets/reuse] [--spellings 8] [--tail 0] [--steps 10] \
+        [--pauses 0]
 
 Imitation of a teacher who slips in 7% of the steps, on fresh chains. The model learns the sums and the slips: at
 temperature 1 about 53% of its replies are right. Everything is drawn from fixed seeds. Writes the model directory and
@@ -23,7 +24,7 @@ from dppo_jax.data.prompts import decode_replies
 from dppo_jax.errors import run_main
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import Params, forward, head_weight, init_params
-from dppo_jax.models.hf import save_hf
+from dppo_jax.models.hf import load_params, save_hf
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.rewards.verifiers import last_number
 from dppo_jax.rollout import Rollout
@@ -60,7 +61,8 @@ CONFIG = ModelConfig(
 )
 SLIP = 0.07  # per step, of STEPS
 UPDATES, BATCH, CHUNK = 4000, 128, 500  # CHUNK: updates in one compiled call
-MORE_UPDATES = 2000  # for other spellings, from the default spellings' model on
+MORE_UPDATES = 2000  # for other spellings and for pauses, from the default task's model on
+ASSET = Path(__file__).resolve().parents[3] / "assets" / "reuse"  # that model
 LEARNING_RATE, WARMUP = 3e-3, 100
 CORPUS_SEED, FRESH_SEED = 10, 12
 
@@ -112,13 +114,14 @@ def accuracy(answer, params: Params, *, seed: int, count: int, task: Task = TASK
 
 
 def widened(params: Params, task: Task) -> Params:
-    """The default task's model, every spelling of a state at the mean of its eight."""
+    """The default task's model, every spelling of a state at the mean of its eight, and a token to pause with."""
     embed = params["embed"]
     end = TASK.first_operation
     means = embed[1:end].reshape(MODULUS, TASK.spellings, -1).mean(axis=1)
     noise = 0.02 * jax.random.normal(jax.random.key(1), (MODULUS * task.spellings, embed.shape[1]))
     states = jnp.repeat(means, task.spellings, axis=0) + noise
-    return {**params, "embed": jnp.concatenate([embed[:1], states, embed[end:]])}
+    pause = 0.02 * jax.random.normal(jax.random.key(2), (1 if task.pauses else 0, embed.shape[1]))
+    return {**params, "embed": jnp.concatenate([embed[:1], states, embed[end:], pause])}
 
 
 def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None) -> Params:
@@ -138,7 +141,7 @@ def pretrain(updates: int, task: Task, *, seed: int, start: Params | None = None
         (params, opt_state), values = jax.lax.scan(update, (params, opt_state), batches)
         return params, opt_state, values.mean()
 
-    rows = -(-BATCH * TASK.reply_tokens // task.reply_tokens)  # of an update: as many tokens, however long they are
+    rows = -(-BATCH * (STEPS + 1) // (task.steps + 1))  # of an update: as many states, however many a chain has
     rng, began = np.random.default_rng(CORPUS_SEED), time.time()
     params = init_params(config_of(task), jax.random.key(seed)) if start is None else start
     opt_state = optimizer.init(params)
@@ -156,11 +159,15 @@ def main() -> None:
     parser.add_argument("--spellings", type=whole(1, 1000), default=TASK.spellings, help="of every state")
     parser.add_argument("--tail", type=not_negative, default=TASK.tail, help="the k-th has a frequency of k^-TAIL")
     parser.add_argument("--steps", type=whole(1, 1000), default=TASK.steps, help="of a chain")
+    parser.add_argument("--pauses", type=whole(0, 100), default=TASK.pauses, help="tokens after every state of a reply")
     arguments = parser.parse_args()
-    task = Task(arguments.spellings, arguments.tail, arguments.steps)
+    task = Task(arguments.spellings, arguments.tail, arguments.steps, arguments.pauses)
 
     eight_spellings = TASK._replace(steps=task.steps)
-    params = pretrain(UPDATES, eight_spellings, seed=0)
+    if task == TASK or task.steps != STEPS:
+        params = pretrain(UPDATES, eight_spellings, seed=0)
+    else:
+        params = load_params(ASSET)[1]
     if task != eight_spellings:
         params = pretrain(MORE_UPDATES, task, seed=0, start=widened(params, task))
     for name, temperature in (("temperature 1", 1.0), ("greedy", 0.0)):

@@ -9,8 +9,8 @@ is 1 where the last state of the reply is the final one (the verifier `last_numb
 count. Operations are spelled without digits, so that no verifier takes one for a state.
 
 Tokens: 0 ends a reply and pads, 1 + 8 r + s is state r in spelling s (of 8), then +zero to +twelve and *zero to
-*twelve. With more spellings and a `tail`, most tokens are rare, as in a language. With
-more `steps` replies are longer.
+*twelve. With more spellings and a `tail`, most tokens are rare, as in a language. Replies are longer with more `steps`,
+or with `pauses`: tokens that say nothing after every state (pause tokens, 2310.02226).
 """
 
 import json
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 MODULUS, STEPS = 13, 10
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-EOS = "<|endoftext|>"
+EOS, PAUSE = "<|endoftext|>", "."
 OPERATIONS = [sign + number for sign in "+*" for number in NUMBERS]
 
 
@@ -35,11 +35,12 @@ def _letters(number: int) -> str:
 
 class Task(NamedTuple):
     """How states are spelled: by one of so many names, the k-th with a frequency of k^-tail (0: uniform). A chain has
-    so many steps."""
+    so many steps, and its reply so many pauses after every state."""
 
     spellings: int = 8
     tail: float = 0.0
     steps: int = STEPS
+    pauses: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -51,7 +52,7 @@ class Task(NamedTuple):
 
     @property
     def vocabulary(self) -> list[str]:
-        return [EOS, *self.states, *OPERATIONS]
+        return [EOS, *self.states, *OPERATIONS, *([PAUSE] if self.pauses else [])]
 
     @property
     def first_operation(self) -> int:
@@ -64,7 +65,7 @@ class Task(NamedTuple):
     @property
     def reply_tokens(self) -> int:
         """The end-of-sequence token counts."""
-        return self.steps + 1
+        return self.steps * (1 + self.pauses) + 1
 
     def spell(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         """Numbers of spellings."""
@@ -85,7 +86,7 @@ class Chains(NamedTuple):
     """Examples as tokens. A reply ends in EOS."""
 
     prompts: np.ndarray  # i32[N, 1 + steps]
-    replies: np.ndarray  # i32[N, steps + 1]
+    replies: np.ndarray  # i32[N, reply_tokens]
     final: np.ndarray  # i64[N], the last state of the reply: the answer, where nothing slipped
 
 
@@ -106,7 +107,9 @@ def draw(rng: np.random.Generator, count: int, slip: float = 0.0, task: Task = T
         states.append(state)
     spelled = 1 + task.spellings * np.stack(states, axis=1) + spellings
     prompts = np.concatenate([spelled[:, :1], task.first_operation + operations], axis=1)
-    replies = np.concatenate([spelled[:, 1:], np.zeros((count, 1), int)], axis=1)
+    pauses = np.full((count, task.steps, task.pauses), len(task.vocabulary) - 1)
+    said = np.concatenate([spelled[:, 1:, None], pauses], axis=2).reshape(count, -1)
+    replies = np.concatenate([said, np.zeros((count, 1), int)], axis=1)
     return Chains(prompts.astype(np.int32), replies.astype(np.int32), state)
 
 
