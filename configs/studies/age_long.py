@@ -13,8 +13,8 @@ def get_config():
     c.policy.path = "models/reuse_pauses"
     c.data.path = "models/reuse_pauses/train.jsonl"
     c.rollout.max_new_tokens = 72
-    c.rollout.activations = ""  # 71 tokens right in a row bear no rounding: with it no loss learns
-    c.optimizer.learning_rate = 1e-4  # at 2e-4 no loss learns, and at 3e-4 all fall
+    c.rollout.activations = ""  # with the mismatch the two losses tried fell
+    c.optimizer.learning_rate = 1e-4  # what was tried beside it is in experiments/questions/age/README.md
     c.rollout.prompts = 8
     c.rollout.slots = 32  # of 64 rows
     c.train.micro_rows = 16  # a whole minibatch at a time

@@ -120,7 +120,7 @@ def keys(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # How Python says that a text is no number.
-PYTHONS = (
+NO_NUMBER = (
     (r"invalid literal for int\(\) with base 10: ('.*')", "a whole number"),
     (r"could not convert string to float: ('.*')", "a number"),
 )
@@ -130,7 +130,7 @@ def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
     text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
-    for said, kind in PYTHONS:
+    for said, kind in NO_NUMBER:
         text = re.sub(said, rf"must be {kind}, not \1", text)
     hint = re.search(r"Did you mean .*\?$", text)
     first = text.split(". Other fields present")[0]
