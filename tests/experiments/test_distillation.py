@@ -115,8 +115,8 @@ def test_a_run_goes_on_bit_for_bit_with_its_teacher_and_no_other(distilled, fold
 
 @pytest.mark.slow
 def test_a_sweep_distils_beside_a_loss_of_rewards(distilled, folder, tmp_path):
-    numbers = dict(reward__terms__length=1.0, reward__overlong_buffer=4)  # what the other loss learns from
-    c = config(folder, steps=2, **numbers)
+    length = dict(reward__terms__correct=0.0, reward__terms__length=1.0, reward__overlong_buffer=4)
+    c = config(folder, steps=2, **length)  # what the other loss learns from
     runs = [sweep.Run("distill", 0, 1.0), sweep.Run("cispo", 0, 1.0)]
     sweep.train(c, runs, tmp_path / "sweep")
     found, other = (read_scalars(tmp_path / "sweep" / one.folder) for one in runs)

@@ -263,7 +263,7 @@ STRUCTURES = {
     "data.columns.prompt must be text, not 3": ("data.columns", {"prompt": 3, "answer": ""}),
     "data.kind = 'reasoning_gym' has no rows for data.columns.prompt = 'q'; clear it: --config.data.columns.prompt=": (
         "data.columns",
-        {"prompt": "q", "answer": ""},
+        {"prompt": "q", "answer": "", "verifier": ""},
     ),
     "data.kind = 'reasoning_gym' has no rows for data.answer_from = '####'": ("data.answer_from", "####"),
     "data.kind = 'reasoning_gym' has no rows for data.bad_label = 'drop'": ("data.bad_label", "drop"),
