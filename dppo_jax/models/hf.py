@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,13 +198,46 @@ def save_hf(
     Raises:
       UserError: an unknown dtype, a config that its architecture cannot say, or params that do not fit the config.
     """
+    _save(directory, config_to_hf(config), _unstack(config, params), tokenizer, dtype, eos_ids=eos_ids, source=source)
+
+
+def save_classifier(
+    directory: str | Path, classifier: Classifier, tokenizer: Any = None, dtype: str = "float32"
+) -> None:
+    """Writes a reward model's directory, which `load_classifier` and `transformers` read; as `save_hf` does.
+
+    UserError as there, and for a family of which there are no reward models.
+    """
+    fields = config_to_hf(classifier.config)
+    family = fields["model_type"]
+    architectures = {of: architecture for architecture, of in CLASSIFIERS.items()}
+    if family not in architectures:
+        raise UserError(f"there are no reward models of {family}, only of {', '.join(architectures)}")
+    fields |= {"architectures": [architectures[family]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    score = (SCORE, np.asarray(classifier.params["score"])[None])
+    body = _unstack(classifier.config, classifier.params["body"])
+    _save(directory, fields, [*body, score], tokenizer, dtype, tokens={"pad_token_id": classifier.pad_id})
+
+
+def _save(
+    directory: str | Path,
+    fields: dict[str, Any],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Any,
+    dtype: str,
+    *,
+    eos_ids: Sequence[int] = (),
+    source: str | Path | None = None,
+    tokens: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes config.json's fields, tensors by name, and the files beside them; `tokens` are config.json's alone."""
     weight_dtype = np.dtype(lookup(DTYPES, dtype, "dtype"))
     origin = None if source is None else folder(source)
     source_fields = {} if origin is None else _config_fields(origin)
-    tokens = companions.token_fields(tokenizer, source_fields, [int(token) for token in eos_ids])
+    ids = companions.token_fields(tokenizer, source_fields, [int(token) for token in eos_ids])
     kept_fields = {name: value for name, value in source_fields.items() if name in INERT - companions.OF_THE_FILE}
-    fields = kept_fields | config_to_hf(config) | {"torch_dtype": dtype, "use_cache": True} | tokens
-    tensors = {name: np.ascontiguousarray(array, weight_dtype) for name, array in _unstack(config, params)}
+    fields = kept_fields | fields | {"torch_dtype": dtype, "use_cache": True} | ids | dict(tokens)
+    tensors = {name: np.ascontiguousarray(array, weight_dtype) for name, array in arrays}
 
     directory = user_path(directory, "model directory")
     if directory.exists() and not directory.is_dir():
@@ -213,7 +247,7 @@ def save_hf(
     try:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         companions.write_tokenizer(staging, origin, tokenizer)
-        companions.write_generation_config(staging, origin, tokens)
+        companions.write_generation_config(staging, origin, ids)
         (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         new_tokenizer = tokenizer is not None or origin is not None
         replaces = (companions.TEMPLATES, *companions.TOKENIZER) if new_tokenizer else ()

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from dppo_jax.devices.sharding import ROLLOUT, using
 from dppo_jax.models.decoder import Params
-from dppo_jax.rollout.in_flight import Finished, Flight, InFlight, _without_topk
+from dppo_jax.rollout.in_flight import Finished, Flight, InFlight, without_topk
 from dppo_jax.rollout.slots import Slots, Waiting, Work
 from dppo_jax.types import PromptBatch, RolloutBatch
 
@@ -140,14 +140,14 @@ class Conversation(InFlight):
         # A first token that nothing followed is drawn again.
         under_way = jnp.where(in_slot | (progress > 1), progress, 0).reshape(rows)
         token, column = state.out.token.reshape(*rows, -1), jnp.arange(r.max_new_tokens)
-        is_end = r._is_end(token) & (column >= flight.tokens_drawn[..., None])
+        is_end = r.is_end_token(token) & (column >= flight.tokens_drawn[..., None])
         end = jnp.min(jnp.where(is_end, column, r.max_new_tokens), axis=-1) + 1
         there = self._is_there(flight).reshape(-1, 1)
         ends_now = there & ~(state.waits | in_slot).reshape(rows) & ~flight.ended
         drawn = jnp.where(ends_now, jnp.minimum(end, self._stop(flight)), under_way)
         drawn = jnp.where(there & ~flight.ended, drawn, flight.tokens_drawn)
         is_new = (column >= flight.tokens_drawn[..., None]) & (column < drawn[..., None])
-        out = state.out if r.topk else _without_topk(state.out)
+        out = state.out if r.topk else without_topk(state.out)
         return dataclasses.replace(
             flight,
             tokens_drawn=drawn,

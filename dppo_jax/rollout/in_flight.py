@@ -90,7 +90,7 @@ class InFlight:
 
         tokens = zeros(places, prompt_length)
         drawn = Drawn(zeros(*each), jnp.zeros(each), zeros(*each, r.topk), jnp.zeros((*each, r.topk)))
-        out = drawn if r.topk else _without_topk(drawn)
+        out = drawn if r.topk else without_topk(drawn)
         return Flight(
             count=zeros(r.shards),
             prompts=PromptBatch(tokens, tokens > 0, zeros(places), zeros(*rows)),
@@ -199,7 +199,7 @@ class InFlight:
         drawn = jnp.where(ended, self._shards.local(length), unfinished).reshape(places, r.group_size)
         column = jnp.arange(r.max_new_tokens)
         is_new = (column >= flight.tokens_drawn[..., None]) & (column < drawn[..., None])
-        out = state.out if r.topk else _without_topk(state.out)
+        out = state.out if r.topk else without_topk(state.out)
         now = dataclasses.replace(
             flight,
             tokens_drawn=drawn,
@@ -250,6 +250,6 @@ class InFlight:
         return None
 
 
-def _without_topk(drawn: Drawn) -> Drawn:
+def without_topk(drawn: Drawn) -> Drawn:
     """Without the arrays of K = 0 columns."""
     return dataclasses.replace(drawn, topk_ids=None, topk_logp=None)

@@ -185,7 +185,7 @@ class Rollout:
         top, ids = jax.lax.top_k(z, self.topk)
         return ids.astype(jnp.int32), top - lse[:, None]
 
-    def _is_end(self, token: Array) -> Array:
+    def is_end_token(self, token: Array) -> Array:
         return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
     def _stop_after(self, stop: Array | None, token: Array) -> Array | None:
@@ -194,7 +194,7 @@ class Rollout:
 
     def _ends(self, token: Array, stop: Array | None) -> Array:
         """Whether tokens end their responses; `stop` is the state after them."""
-        is_end = self._is_end(token)
+        is_end = self.is_end_token(token)
         return is_end if self.stops is None or stop is None else is_end | self.stops.found(stop)
 
     def _recorded(self, routed: Routed | None) -> Array:

@@ -139,7 +139,7 @@ def test_bad_reasoning_gym_settings(arguments, words):
 
 
 def test_an_unknown_kind():
-    assert sorted(TASKS) == ["hub", "jsonl", "parquet", "reasoning_gym"]
+    assert sorted(TASKS) == ["environment", "hub", "jsonl", "parquet", "reasoning_gym"]
     with pytest.raises(UserError, match="unknown data.kind 'json'; the nearest is 'jsonl'"):
         load_task("json", path=str(ROWS))
 

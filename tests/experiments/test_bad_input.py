@@ -88,7 +88,7 @@ OVERRIDES = {
     "--config.policy.remat=ful": "unknown policy.remat 'ful'; the nearest is 'full'",
     "--config.policy.attention=flash": "unknown policy.attention 'flash'; the nearest is 'splash'",
     "--config.train.micro_batches=2": "unknown config key 'train.micro_batches'; the nearest is 'train.minibatches'",
-    "--config.data.kind=csv": "unknown data.kind 'csv'; known: hub, jsonl, parquet, reasoning_gym",
+    "--config.data.kind=csv": "unknown data.kind 'csv'; known: environment, hub, jsonl, parquet, reasoning_gym",
     "--config.data.verifier=exact": "unknown data.verifier 'exact'; the nearest is 'exact_match'",
     # hyperparameters
     "--config.loss.name=relax_low": "loss 'relax_low' needs loss.alpha, which nothing sets",

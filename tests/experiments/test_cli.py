@@ -50,6 +50,10 @@ PATHS: dict[str, dict[str, list[str]]] = {
     "plot": {"--runs": ["--out", "x.png"], "--out": ["--runs", "x"]},
     "recipes.smollm2.convert": {"--gguf": ["--out", "x"], "--out": ["--gguf", "x"]},
     "recipes.smollm2.check": {"--gguf": ["--model", "x"], "--model": ["--gguf", "x"]},
+    "recipes.reward_model.make": {
+        "--replies": ["--policy", "x", "--out", "x"],
+        "--out": ["--replies", "x.parquet", "--policy", "x"],
+    },
     "questions.reuse.make_model": {"--out": []},
 }
 

@@ -1,5 +1,6 @@
 """Reward models' directories: what cannot be used is one sentence."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dppo_jax.errors import UserError
-from dppo_jax.models.hf import load_classifier, load_config
+from dppo_jax.models.hf import Classifier, load_classifier, load_config, save_classifier
 from tests.helpers.places import GOLDEN
 
 MODELS = GOLDEN / "reward_models"
@@ -70,3 +71,26 @@ def test_a_directory_of_another_making_is_read(tmp_path):
 def test_a_reward_model_is_no_policy():
     with pytest.raises(UserError, match="unsupported architecture 'LlamaForSequenceClassification'; supported: L"):
         load_config(MODELS / "llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_saved_one_is_what_transformers_saved(family, tmp_path):
+    """Tensors to the bit, and all that config.json says of the shape."""
+    classifier = load_classifier(MODELS / family)
+    save_classifier(tmp_path, classifier)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, MODELS / family))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+    written, golden = (json.loads((path / "config.json").read_text()) for path in (tmp_path, MODELS / family))
+    assert (written["architectures"], written["pad_token_id"]) == (golden["architectures"], golden["pad_token_id"])
+    again = load_classifier(tmp_path)
+    assert (again.config, again.pad_id) == (classifier.config, classifier.pad_id)
+
+
+def test_there_are_no_reward_models_of_every_family(tmp_path):
+    classifier = load_classifier(MODELS / "llama")
+    other = dataclasses.replace(classifier.config, model_type="qwen2", o_bias=False)
+    with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2"):
+        save_classifier(tmp_path / "saved", Classifier(other, classifier.params, classifier.pad_id))
+    assert not (tmp_path / "saved").exists()

@@ -73,6 +73,23 @@ def load_csv(
     rows = [(f"{file}, row {n}", {key: value or None for key, value in row.items()}) for n, row in full[:size]]
     return _rows_task(file.name, rows, len(full), 0, verifier, reading)
 '''
+GAME = '''
+
+class Echo:
+    """Says what was said, once; 1 for "again"."""
+
+    def __init__(self, *, max_turns: int):
+        pass
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        """The same for every seed."""
+        return "Say again: ", {}
+
+    def step(self, action: str) -> Step:
+        """Ends it."""
+        return action, float(action == "again"), True, False, {}
+'''
+ECHO = "from dppo_jax.environments.games import Echo  # noqa: E402\n\n"
 METHOD = '''    "mine": Method(
         "Mine", "M min(r, C) A", "|log r| > 0.5", "ours", "",
         {"loss.name": "bounded_log_ratio", **SEQUENCE},
@@ -104,6 +121,11 @@ EDITS = {
         Edit("dppo_jax/data/tasks.py", "TASKS", '"csv": load_csv, '),
     ],
     "A shape of rows": [Edit("dppo_jax/data/shapes.py", "SHAPES", '    Shape("Mine", ("ask",), "gold.text"),\n')],
+    "An environment": [
+        Edit("dppo_jax/environments/games.py", "", GAME, "end"),
+        Edit("dppo_jax/environments/__init__.py", "ENVIRONMENTS", ECHO, "before"),
+        Edit("dppo_jax/environments/__init__.py", "ENVIRONMENTS", '    "echo": Echo,\n'),
+    ],
     "A model family": [
         Edit("dppo_jax/models/config.py", "ARCHITECTURES", '    "MistralForCausalLM": "mistral",\n'),
         Edit("dppo_jax/models/config.py", "DEFAULTS", MISTRAL),
@@ -197,6 +219,11 @@ rows.write_text('{"ask": "1+1=", "gold": {"text": 2}}\\n')
 task = load_task("jsonl", path=str(rows), verifier="last_number")
 found["A shape of rows"] = [task.examples[0].prompt, task.examples[0].answer, *task.remarks]
 
+task = load_task("environment", name="echo", size=2, max_turns=3)
+with Scorer(task, workers=1, time_limit_s=10.0) as scorer:
+    scores, _ = scorer.submit(["again", "no"], list(task.examples)).result()
+found["An environment"] = [[example.prompt for example in task.examples], scores.tolist()]
+
 shutil.copytree(golden / "llama", here / "mistral")
 fields = json.loads((golden / "llama" / "config.json").read_text())
 fields |= dict(architectures=["MistralForCausalLM"], model_type="mistral")
@@ -229,6 +256,7 @@ WORKS = {
         "bad.csv, row 2: has no 'answer'",
     ],
     "A shape of rows": ["1+1=", "2", "read as Mine (prompt: ask; answer: gold.text)"],
+    "An environment": [["Say again: ", "Say again: "], [1.0, 0.0]],
     "A model family": ["mistral", True],
     "A metric": [0.5, True],
     "A method": [
@@ -279,7 +307,7 @@ def found(tmp_path_factory) -> dict[str, list]:
     return json.loads(done.stdout.replace(f"{work}/", ""))
 
 
-def test_there_are_lists_of_the_eight_things():
+def test_there_are_lists_of_all_things():
     assert list(LISTS) == list(EDITS) == list(WORKS)
 
 
