@@ -18,10 +18,8 @@ def get_config(argument: str = "hub"):
     c.policy.path = "models/SmolLM2-135M-Instruct"
     if argument == "symbolic":
         c.data.name = "gsm_symbolic"
-        held_out = dict(seed=10_000, size=256)
     else:
         c.data.kind, c.data.name, c.data.subset = "hub", "openai/gsm8k", "main"
-        held_out = dict(split="test")
     c.data.verifier = "last_number"
     c.data.chat = True
     c.data.max_prompt_len = 256
@@ -29,7 +27,11 @@ def get_config(argument: str = "hub"):
     c.rollout.prompts = 32
     c.rollout.max_new_tokens = 256
     c.optimizer.learning_rate = 1e-5
-    c.eval.sets.held_out = base.data_section(**{**c.data.to_dict(), **held_out})
+    c.eval.sets.held_out = base.data_section(**c.data.to_dict())
+    if argument == "symbolic":
+        c.eval.sets.held_out.seed, c.eval.sets.held_out.size = 10_000, 256
+    else:
+        c.eval.sets.held_out.split = "test"
     c.eval.every = 50
     c.checkpoint.every = 50
     return c

@@ -3,7 +3,7 @@
     python -m experiments.build_sanity_set --config configs/quickstart.py --policy assets/tiny --samples 8 \
         --out runs/sanity.parquet
     python -m experiments.recipes.reward_model.make --replies runs/sanity.results.parquet --policy assets/tiny \
-        --out runs/reward_model
+        --out runs/reward_model --epochs 8 --learning-rate 1e-3
     python -m experiments.train --config configs/reward_model.py --workdir runs/from_reward_model
 
 experiments/recipes/reward_model/README.md says what came of it.

@@ -1,7 +1,7 @@
 """Trains a reward model on replies that a verifier has scored: from a prompt and a reply, whether it was right.
 
     python -m experiments.recipes.reward_model.make --replies runs/sanity.results.parquet --policy assets/tiny \\
-        --out runs/reward_model
+        --out runs/reward_model --epochs 8 --learning-rate 1e-3
 
 The replies are an evaluation's results (experiments.eval --results, or what experiments.build_sanity_set leaves). The
 model begins as the policy that wrote them, with a score in place of the head, and learns by logistic regression that
@@ -149,9 +149,9 @@ def main() -> None:
     parser.add_argument("--replies", type=Path, required=True, metavar="FILE.parquet", help="an evaluation's results")
     parser.add_argument("--policy", required=True, metavar="DIR", help="the model directory that it begins as")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the reward model")
-    parser.add_argument("--epochs", type=whole(1, 10_000), default=4, help="passes over the replies (4)")
+    parser.add_argument("--epochs", type=whole(1, 10_000), default=1, help="passes over the replies (1)")
     parser.add_argument("--batch", type=whole(1, 100_000), default=64, help="replies of an update (64)")
-    parser.add_argument("--learning-rate", type=not_negative, default=3e-4, help="at its highest (3e-4)")
+    parser.add_argument("--learning-rate", type=not_negative, default=1e-5, help="at its highest (1e-5)")
     a = parser.parse_args()
     found = make(a.replies, a.policy, a.out, epochs=a.epochs, batch=a.batch, learning_rate=a.learning_rate)
     print(
