@@ -18,10 +18,10 @@ import numpy as np
 from dppo_jax.data.arithmetic import exact_value
 from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
 from dppo_jax.data.grammar import is_answer
+from dppo_jax.data.labels import with_good_labels
 from dppo_jax.data.shapes import PLAIN, Reading
 from dppo_jax.data.wrong_answers import wrong_answers
 from dppo_jax.errors import UserError, first_line, lookup, nearest
-from dppo_jax.rewards.labels import check_labels
 from dppo_jax.rewards.verifiers import REFUSED, extract_answer, text_fault
 
 # Families whose metadata holds the expression, and what to change where reasoning-gym labels it wrongly: 0.1.25
@@ -107,53 +107,53 @@ def load_reasoning_gym(
     except Exception as error:
         raise UserError(f"reasoning-gym {name!r} refuses data.settings={settings}: {first_line(error)}") from error
 
-    examples: list[Example] = []
+    found: list[tuple[Example, str | None]] = []  # with what is wrong with its label
     previous_label: str | None = None  # the item before's label
     # list_functions draws from the global `random`, bf prints.
     with _global_randomness(seed), contextlib.redirect_stdout(io.StringIO()):
         for i in range(size):
+            where = f"reasoning-gym {name!r}, item {i}"
             try:
                 entry = dataset[i]
             except Exception as error:
                 raise UserError(
                     f"reasoning-gym {name!r} cannot make item {i} with data.settings={settings}: {first_line(error)}"
                 ) from error
-            if verifier != UNSCORED:
-                _check_gym_label(name, i, dataset, entry, verifier)
+            fault = None if verifier == UNSCORED else _label_fault(name, dataset, entry, verifier)
+            if fault and reading.bad_label == "error":
+                raise UserError(f"{where}: {fault}")
             if verifier == "task":
                 _check_scorer(name, i, dataset, entry, previous_label)
             if entry["answer"] is not None:
                 previous_label = str(entry["answer"])
             answer = "" if entry["answer"] is None else str(entry["answer"])
-            examples.append(Example(entry["question"], answer, {"entry": entry}))
+            found.append((Example(entry["question"], answer, {"entry": entry}, where), fault))
+    good = with_good_labels(f"reasoning-gym {name!r}", found, verifier, reading)
+    left_out = {"bad_label": len(found) - len(good)}
     if verifier == "task":
         verify = GymVerifier(name, arguments)
-        return Task(name, examples, verify, isolated=True, worker_imports=("reasoning_gym",))
-    labels = [(f"reasoning-gym {name!r}, item {i}", example.answer) for i, example in enumerate(examples)]
-    if verifier != UNSCORED:
-        check_labels(verifier, labels, cache=reading.label_cache)
-    return answer_task(name, examples, verifier)
+        return Task(name, good, verify, isolated=True, worker_imports=("reasoning_gym",), left_out=left_out)
+    return answer_task(name, good, verifier, left_out)
 
 
-def _check_gym_label(name: str, i: int, dataset, entry: dict[str, Any], verifier: str) -> None:
-    """Raises: UserError where the label is wrong, or the verifier cannot accept it."""
-    item, label = f"reasoning-gym {name!r}, item {i}", entry["answer"]
+def _label_fault(name: str, dataset, entry: dict[str, Any], verifier: str) -> str | None:
+    """Why the label is wrong, or the verifier cannot accept it; None where neither is so."""
+    label = entry["answer"]
     if verifier != "task":
         fault = "is missing" if label is None else text_fault(verifier, str(label))
         if fault:
-            raise UserError(f"{item}: the answer {label!r:.60} {fault}; set data.verifier='task'")
+            return f"the answer {label!r:.60} {fault}; set data.verifier='task'"
     if label is not None and full_score(dataset, name, extract_answer(str(label)), copy.deepcopy(entry)) != 1.0:
-        raise UserError(
-            f"{item}: the data set's own scorer does not accept the label {label!r:.60}; "
-            "choose other data.settings or another data.name"
+        return (
+            f"the data set's own scorer does not accept the label {label!r:.60}; choose other data.settings or another "
+            "data.name, or set data.bad_label='drop'"
         )
     if name in ARITHMETIC:
         value = _exact_or_fault(entry["metadata"]["expression"])
         if value != _label_value(label):
-            raise UserError(
-                f"{item}: wrong label: {entry['metadata']['expression']} is {value}, but the label says {label}; "
-                f"{ARITHMETIC[name]}"
-            )
+            expression = entry["metadata"]["expression"]
+            return f"wrong label: {expression} is {value}, but the label says {label}; {ARITHMETIC[name]}"
+    return None
 
 
 def _check_scorer(name: str, i: int, dataset, entry: dict[str, Any], other_label: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
+from dppo_jax.data.labels import with_good_labels
 from dppo_jax.data.messages import read_prompt, split_last_turn
 from dppo_jax.data.shapes import (
     OWN,
@@ -28,7 +29,6 @@ from dppo_jax.data.shapes import (
 from dppo_jax.data.shards import shards
 from dppo_jax.errors import UserError, first_line, lookup
 from dppo_jax.files import parse_json
-from dppo_jax.rewards.labels import answer_faults, check_labels
 from dppo_jax.rewards.verifiers import VERIFIERS
 
 DEEPEST = 64  # lists and objects inside one another: a row also travels to reward workers
@@ -239,7 +239,7 @@ def _rows_task(
         rows = [(where, split_last_turn(where, row, reading.answer, reading.prompt)) for where, row in rows]
     shape = prompts_alone(rows, reading) if unscored else recognise(rows, reading)
     found = [_row_example(where, row, shape, verifier, reading.verifier) for where, row in rows]
-    examples = [e for e, _ in found] if unscored else _with_good_labels(name, found, verifier, reading)
+    examples = [e for e, _ in found] if unscored else with_good_labels(name, found, verifier, reading)
     left_out = {"blank": blank, "beyond_size": count - len(rows), "bad_label": len(rows) - len(examples)}
     distinct = {(str(example.prompt), example.labels) for example in examples}
     several = sum(bool(example.also) for example in examples)
@@ -251,36 +251,6 @@ def _rows_task(
     remarks += [f"{several} rows have several labels, any of which is right"] if several else []
     task = answer_task(name, examples, verifier, left_out)
     return replace(task, duplicates=len(examples) - len(distinct), remarks=tuple(remarks))
-
-
-def _with_good_labels(
-    name: str, found: Sequence[tuple[Example, str | None]], verifier: str, reading: Reading
-) -> list[Example]:
-    """Of examples and what is wrong with their rows' labels those that the verifier can accept.
-
-    Raises: UserError for the first other one, unless data.bad_label is "drop"; then where none is left.
-    """
-    faults = {example.where: f"{example.where}: {fault}" for example, fault in found if fault}
-    if faults and reading.bad_label == "error":
-        raise UserError(next(iter(faults.values())))
-    examples = [example for example, fault in found if not fault]
-    for scorer in sorted({example.verifier or verifier for example in examples}):
-        if scorer == UNSCORED:
-            continue
-        of_scorer = [example for example in examples if (example.verifier or verifier) == scorer]
-        labels = [(example.where, label) for example in of_scorer for label in example.labels]
-        if reading.bad_label == "error":
-            check_labels(scorer, labels, cache=reading.label_cache)
-            continue
-        found_faults = answer_faults(scorer, [label for _, label in labels], cache=reading.label_cache)
-        for (where, label), fault in zip(labels, found_faults, strict=True):
-            if fault:
-                faults.setdefault(where, f"{where}: the answer {label!r:.200} {fault}")
-    good = [example for example in examples if example.where not in faults]
-    if not good:
-        first = next(faults[example.where] for example, _ in found)
-        raise UserError(f"{name}: all {len(found)} rows have bad labels, so nothing is left; {first}")
-    return good
 
 
 def _row_example(

@@ -136,7 +136,8 @@ def _check_data(c: ConfigDict) -> None:
                 f"clear them: --config.{name}.settings={{}}"
             )
         of_rows = {**{f"columns.{key}": named for key, named in data.columns.items()}, "answer_from": data.answer_from}
-        of_rows["bad_label"] = "" if data.bad_label == "error" else data.bad_label
+        if data.kind == "environment" and data.bad_label != "error":
+            of_rows["bad_label"] = data.bad_label
         for key, named in of_rows.items():
             if data.kind in ("reasoning_gym", "environment") and named:
                 raise UserError(

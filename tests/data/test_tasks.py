@@ -1,5 +1,6 @@
 """Tasks from real reasoning-gym data sets and real files: what loads, what is refused, and in which words."""
 
+import functools
 import json
 import random
 from datetime import datetime
@@ -106,6 +107,20 @@ def test_basic_arithmetic_with_parentheses_drops_remainders():
     with pytest.raises(UserError, match=r"item 109: wrong label: .* is \d+/\d+, but the label says 532"):
         gym("basic_arithmetic", size=120, seed=7)
     assert gym("basic_arithmetic", {"operators": ["+", "-", "*"]}, size=120, seed=7)
+
+
+@pytest.mark.parametrize("verifier", ["task", "last_number"])
+def test_items_with_wrong_labels_may_be_left_out(verifier):
+    """A label of gsm_symbolic is -1, which its own scorer does not take."""
+    name, size, seed, bad = ("basic_arithmetic", 120, 7, 109) if verifier == "task" else ("gsm_symbolic", 200, 3, 196)
+    load = functools.partial(load_task, "reasoning_gym", name=name, size=size, seed=seed, verifier=verifier)
+    with pytest.raises(UserError, match=f"item {bad}: "):
+        load()
+    task = load(bad_label="drop")
+    generated = reasoning_gym.create_dataset(name, seed=seed, size=size)
+    left = [generated[i]["question"] for i in range(size) if i != bad]
+    assert [example.prompt for example in task.examples] == left
+    assert task.left_out == {"bad_label": 1}
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "decimal_chain_sum", "products", "gcd", "bf"])

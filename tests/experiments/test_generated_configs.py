@@ -266,7 +266,6 @@ STRUCTURES = {
         {"prompt": "q", "answer": "", "verifier": ""},
     ),
     "data.kind = 'reasoning_gym' has no rows for data.answer_from = '####'": ("data.answer_from", "####"),
-    "data.kind = 'reasoning_gym' has no rows for data.bad_label = 'drop'": ("data.bad_label", "drop"),
 }
 
 
