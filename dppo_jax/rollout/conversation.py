@@ -74,7 +74,7 @@ class Conversation(InFlight):
 
     def empty(self, prompt_length: int) -> Dialogs:
         """No group is talked with."""
-        flight, rows = super().empty(prompt_length), (self._places, self.rollout.group_size)
+        flight, rows = super().empty(prompt_length), (self.places, self.rollout.group_size)
         nothing, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
         fields: dict[str, Any] = {field.name: getattr(flight, field.name) for field in dataclasses.fields(flight)}
         told = Told(jnp.zeros(rows), nothing, nothing)
@@ -85,7 +85,7 @@ class Conversation(InFlight):
         """With the groups of one more batch of prompts, as of `InFlight`."""
         joined = super().join(flight, prompts, batch)
         assert isinstance(joined, Dialogs)
-        place = jnp.arange(self._places // self.rollout.shards)
+        place = jnp.arange(self.places // self.rollout.shards)
         new = ((place >= flight.count[:, None]) & self._is_there(joined)).reshape(-1)
 
         def fresh(x: Array, first: Any = 0) -> Array:
@@ -131,7 +131,7 @@ class Conversation(InFlight):
 
     def _noted(self, flight: Dialogs, waiting: Waiting, state: Slots, step: Int32[Array, ""]) -> Dialogs:
         """The flight with what was drawn."""
-        r, places = self.rollout, self._places
+        r, places = self.rollout, self.places
         batch, rows = places * r.group_size, (places, r.group_size)
         row, live = self._shards.within(state.row, batch), self._shards.local(state.row < batch)
         note = jax.vmap(lambda x, at, value: x.at[at].set(value, mode="drop"))
@@ -188,7 +188,7 @@ class Conversation(InFlight):
 
     def part(self, flight: Dialogs, step: Int32[Array, ""]) -> tuple[Dialogs, Finished]:
         """What stays in flight, and the first N / D groups of every shard that are over; there must be as many."""
-        rows = self._places * self.rollout.group_size
+        rows = self.places * self.rollout.group_size
         out = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), flight.out)
         mask = jnp.arange(self.rollout.max_new_tokens) < flight.tokens_drawn.reshape(-1, 1)
         own = flight.turn.reshape(rows, -1) > 0

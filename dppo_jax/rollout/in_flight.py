@@ -71,7 +71,8 @@ class InFlight:
         return Shards(self.rollout.shards)
 
     @property
-    def _places(self) -> int:
+    def places(self) -> int:
+        """Groups that there is room for, C."""
         return (self.ahead + 1) * self.prompts
 
     @property
@@ -81,7 +82,7 @@ class InFlight:
 
     def empty(self, prompt_length: int) -> Flight:
         """No group is in flight."""
-        r, places = self.rollout, self._places
+        r, places = self.rollout, self.places
         rows = places, r.group_size
         each = *rows, r.max_new_tokens
 
@@ -144,7 +145,7 @@ class InFlight:
 
     def _is_there(self, flight: Flight) -> Bool[Array, "D c"]:
         """Whether a place has a group."""
-        return jnp.arange(self._places // self.rollout.shards) < flight.count[:, None]
+        return jnp.arange(self.places // self.rollout.shards) < flight.count[:, None]
 
     def _going_on(
         self, flight: Flight, waiting: Waiting, state: Slots, step: Int32[Array, ""]
@@ -185,7 +186,7 @@ class InFlight:
         self, flight: Flight, waiting: Waiting, state: Slots, step: Int32[Array, ""]
     ) -> tuple[Flight, Finished]:
         """What stays, and what is finished, of what was drawn."""
-        r, places = self.rollout, self._places
+        r, places = self.rollout, self.places
         batch = places * r.group_size
         whole = r.result(flight.prompts, waiting, state, None)
         row, live = self._shards.within(state.row, batch), self._shards.local(state.row < batch)
@@ -214,7 +215,7 @@ class InFlight:
         self, now: Flight, whole: RolloutBatch, complete: Bool[Array, "D c"], step: Int32[Array, ""], work: Work
     ) -> tuple[Flight, Finished]:
         """What stays of a flight, and the first groups that are complete; `whole` are the rows of all places."""
-        r, places, per_step = self.rollout, self._places, self._per_step
+        r, places, per_step = self.rollout, self.places, self._per_step
         batch = places * r.group_size
         leaves = complete & (jnp.cumsum(complete, axis=1) <= per_step)
         order = jnp.argsort(leaves, axis=1, stable=True)  # those that stay, then those that leave

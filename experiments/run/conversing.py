@@ -13,6 +13,7 @@ import numpy as np
 
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.turns import TurnEncoder, turns_of
+from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import Params
@@ -31,10 +32,23 @@ FAULTS = ("", "failed", "killed")  # by number, as `Told.fault` has them: the co
 class Asked(NamedTuple):
     """Rows whose turns environments are answering, by place and member."""
 
-    rows: list[tuple[int, int]]
-    turns: list[int]  # that each row has had
+    rows: list[tuple[int, int]]  # of all hosts
+    own: list[tuple[int, int]]  # those that this host asks for
+    turns: list[int]  # that each of these has had
     last: list[int]  # its last token
     pending: Pending
+
+
+class Progress(NamedTuple):
+    """How far the rows are, of all hosts."""
+
+    count: Any  # i[D], groups of a shard
+    batch: Any  # i[C], which batch of prompts a group came with
+    group: Any  # i[C], and its number there
+    ended: Any  # bool[C, G]
+    over: Any  # bool[C, G]
+    tokens_drawn: Any  # i[C, G]
+    turns: Any  # i[C, G]
 
 
 class View(NamedTuple):
@@ -43,15 +57,15 @@ class View(NamedTuple):
     there: np.ndarray  # bool[C, 1], places that have a group
     open: np.ndarray  # bool[C, G], rows that can be drawn
     waits: np.ndarray  # bool[C, G], rows that have ended a turn, and are not over
-    flight: Dialogs
+    rows: Progress
+    tokens: np.ndarray  # i32[c, G, R], of the places that this host owns
+    turn: np.ndarray  # i32[c, G, R], of these: in which turn the policy drew a token
 
 
 class Conversing:
-    """The conversations of one run, on one host."""
+    """The conversations of one run. Every host has its own rows answered, and all know how far each row is."""
 
     def __init__(self, setup: Setup, topk: int, prompts_of: Any, stream: PromptStream, scorer: Scorer):
-        if jax.process_count() > 1:
-            raise UserError("data.kind = 'environment' runs on one host, but there are more: start one process")
         self._setup, self._config, self._prompts_of = setup, setup.config, prompts_of
         self._stream, self._scorer, self._text = stream, scorer, setup.text
         data = self._config.data
@@ -76,6 +90,9 @@ class Conversing:
             work=everywhere,
             told=by_row,
         )
+        self._share = hosts.share_over(setup.mesh, talks.places)
+        self._local = {place: number for number, place in enumerate(self._share.owned.tolist())}
+        self._progress = jax.jit(_progress, out_shardings=everywhere)
         length = self._config.data.max_prompt_len
         self._empty = jax.jit(lambda: talks.empty(length), out_shardings=by_row)
         # Nothing is donated: on a CPU what the host looks at may be the buffer itself.
@@ -106,7 +123,7 @@ class Conversing:
         while not self._is_done(view, step):
             answered, asked = asked, None
             if view.open.any():
-                refilled += int(view.flight.tokens_drawn[view.open].sum())
+                refilled += int(view.rows.tokens_drawn[view.open].sum())
                 flight, work = self._advance(params, flight, key, np.int32(step))
                 works.append(work)
             answers = self._answers(answered) if answered else None  # while the devices draw
@@ -119,6 +136,7 @@ class Conversing:
             flight = self._extend(flight, self._answers(asked))
         self._flight, finished = self._part(flight, np.int32(step))
         self.counts = {"calls": float(len(works)), "refilled": float(refilled)}
+        self.fault = next(filter(None, hosts.everyones(self.fault)), "")
         total: Work = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(works))
         return dataclasses.replace(finished, work=total)
 
@@ -134,18 +152,16 @@ class Conversing:
 
     def _view(self, flight: Dialogs) -> View:
         """Waits until the devices have drawn it."""
-        nothing: Any = None
-        tokens = dataclasses.replace(flight.out, logp=nothing, topk_ids=None, topk_logp=None)
-        host = jax.device_get(dataclasses.replace(flight, step=nothing, out=tokens))
-        shards = self._talks.rollout.shards
-        there = (np.arange(len(host.batch) // shards) < host.count[:, None]).reshape(-1, 1)
-        return View(there, there & ~host.ended, there & host.ended & ~host.over, host)
+        rows = Progress(*jax.device_get(self._progress(flight)))
+        tokens, turn = hosts.owned((flight.out.token, flight.turn), self._share)
+        there = (np.arange(len(rows.batch) // len(rows.count)) < rows.count[:, None]).reshape(-1, 1)
+        return View(there, there & ~rows.ended, there & rows.ended & ~rows.over, rows, tokens, turn)
 
     def _is_done(self, view: View, step: int) -> bool:
         """Whether every shard has its groups for this step, and those that can wait no longer are over."""
-        talks, shards = self._talks, self._talks.rollout.shards
-        complete = view.there[:, 0] & view.flight.over.all(axis=1)
-        due = view.there[:, 0] & (view.flight.batch <= step + talks.ahead - talks.max_age)
+        talks, shards = self._talks, len(view.rows.count)
+        complete = view.there[:, 0] & view.rows.over.all(axis=1)
+        due = view.there[:, 0] & (view.rows.batch <= step + talks.ahead - talks.max_age)
         enough = complete.reshape(shards, -1).sum(axis=1) >= talks.prompts // shards
         return bool(enough.all() and not (due & ~complete).any())
 
@@ -156,28 +172,28 @@ class Conversing:
         rows = [at for at in waiting if at not in answered]
         if not rows:
             return None
-        flight = view.flight
-        origin = np.stack([flight.batch, flight.prompts.group], axis=1)[[place for place, _ in rows]]
+        own = [(place, member) for place, member in rows if place in self._local]
+        origin = np.stack([view.rows.batch, view.rows.group], axis=1)[[place for place, _ in own]]
         examples, _ = self._stream.of_groups(origin)
-        turns = [int(flight.told.turns[at]) for at in rows]
+        turns = [int(view.rows.turns[at]) for at in own]
+        local = [(self._local[place], member) for place, member in own]
         texts = [
-            turns_of(
-                self._text.tokenizer, flight.out.token[at], flight.turn[at], turns=count, eos_ids=self._text.eos_ids
-            )
-            for at, count in zip(rows, turns, strict=True)
+            turns_of(self._text.tokenizer, view.tokens[at], view.turn[at], turns=count, eos_ids=self._text.eos_ids)
+            for at, count in zip(local, turns, strict=True)
         ]
-        last = [int(flight.out.token[at][flight.tokens_drawn[at] - 1]) for at in rows]
-        return Asked(rows, turns, last, self._scorer.submit(cast(list[str], texts), examples))
+        last = [int(view.tokens[here][view.rows.tokens_drawn[at] - 1]) for here, at in zip(local, own, strict=True)]
+        return Asked(rows, own, turns, last, self._scorer.submit(cast(list[str], texts), examples))
 
     def _answers(self, asked: Asked) -> Answers:
-        """What the environments said, once they all have."""
+        """What the environments said, once they all have, on the devices."""
         c = self._config
-        shape = (self._talks._places, c.rollout.group_size)
+        shape = (self._talks.places, c.rollout.group_size)
         text: np.ndarray = np.zeros((*shape, c.rollout.max_new_tokens), np.int32)
         length, fault = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         to, over, truncated = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
         score: np.ndarray = np.zeros(shape, np.float32)
-        for at, turns, last, outcome in zip(*asked[:3], asked.pending.outcomes(), strict=True):
+        outcomes = asked.pending.outcomes()
+        for at, turns, last, outcome in zip(asked.own, asked.turns, asked.last, outcomes, strict=True):
             ids, problem = self._encoded(outcome, last)
             to[at] = True
             if problem or outcome.kind != "scored":
@@ -190,7 +206,18 @@ class Conversing:
             score[at] = outcome.score
             length[at] = len(ids)
             text[at][: len(ids)] = ids[: text.shape[-1]]
-        return Answers(to, text, length, over, truncated, score, fault)
+        return self._of_all(Answers(to, text, length, over, truncated, score, fault))
+
+    def _of_all(self, answers: Any) -> Answers:
+        """The answers of all hosts, on the devices; of the texts as many columns are sent as any host has."""
+        if jax.process_count() == 1:
+            return answers
+        columns, width = answers.text.shape[-1], max(hosts.everyones(int(answers.length.max())))
+        narrow = dataclasses.replace(answers, text=answers.text[..., : min(width, columns)])
+        whole = hosts.gather(jax.tree.map(lambda x: x[self._share.owned], narrow), self._share)
+        text = np.pad(whole.text, ((0, 0), (0, 0), (0, columns - whole.text.shape[-1])))
+        held = jax.tree.map(lambda x: x[self._share.held], dataclasses.replace(whole, text=text))
+        return hosts.to_global(held, self._setup.mesh, self._share)
 
     def _encoded(self, outcome: Outcome, last: int) -> tuple[list[int], str]:
         """The tokens that follow a turn, and why there are none."""
@@ -218,14 +245,21 @@ class Conversing:
             self._joined += int(jnp.sum(self._flight.count)) // self._config.rollout.prompts
 
 
+def _progress(flight: Dialogs) -> Progress:
+    return Progress(
+        flight.count, flight.batch, flight.prompts.group, flight.ended, flight.over, flight.tokens_drawn,
+        flight.told.turns,
+    )  # fmt: skip
+
+
 class Scored:
-    """The scores of conversations, as `Pending` gives those of replies."""
+    """The scores of conversations, as `Pending` gives those of replies: of the rows that this host owns."""
 
     def __init__(self, told: Told):
         self._told = told
         self.scored: list[Outcome] = []
 
     def result(self) -> tuple[np.ndarray, dict[str, int]]:
-        """(rewards f32[B], counts)."""
+        """(rewards f32[b], counts)."""
         counts = {kind: int((self._told.fault == number).sum()) for number, kind in enumerate(FAULTS) if kind}
         return np.asarray(self._told.score), counts | {"refused": 0}

@@ -201,16 +201,15 @@ class Sampler:
         """With what environments said of the conversations: their scores, and what of them is the policy's own."""
         assert self._talks is not None and samples.drawing.finished is not None
         (replies,), rollout = samples.replies, samples.drawing.rollout
-        told, tokens, mask, own = jax.device_get(
-            (samples.drawing.finished.told, rollout.tokens, rollout.response_mask, rollout.own)
+        fields = samples.drawing.finished.told, rollout.tokens, rollout.response_mask, rollout.own
+        told, tokens, mask, own = hosts.owned(fields, self.row_share)
+        turns, context, replies.own_lengths = hosts.gather(
+            (told.turns, (mask & ~own).sum(axis=1, dtype=np.int32), own.sum(axis=1, dtype=np.int32)), self.row_share
         )
-        replies.own_lengths = own.sum(axis=1, dtype=np.int32)
         replies.own_texts = decode_replies(self._text.tokenizer, tokens, own, self._text.eos_ids)
         replies.fault = self._talks.fault
-        replies.work |= self._talks.counts | {
-            "turns_mean": float(told.turns.mean()),
-            "context_mean": float((mask & ~own).sum(axis=1).mean()),
-        }
+        means = {"turns_mean": float(turns.mean()), "context_mean": float(context.mean())}
+        replies.work |= self._talks.counts | means
         return dataclasses.replace(samples, pending=[Scored(told)])
 
     def _to_host(self, rollout: RolloutBatch) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:

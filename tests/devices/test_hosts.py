@@ -33,6 +33,7 @@ from tests.helpers.fixtures import (
     HURRIED_FLAGS,
     PAD,
     TINY,
+    config_file,
     hurried,
     hurried_environment,
     random_params,
@@ -363,6 +364,34 @@ def test_two_hosts_evaluate_as_one_process_and_one_of_them_writes(evaluated, tmp
     assert read_table(folder / "results-0.parquet").to_pylist() == read_table(path).to_pylist()
     printed = dict(line.split() for line in ended[0][1].splitlines() if line.startswith("eval/"))
     assert printed == {name: f"{value:.4g}" for name, value in metrics.items()}
+
+
+# With rows in flight, an environment that hangs once and fails once, and a group of rows on every device.
+TALKS = dict(
+    data__kind="environment", data__name=f"{ROOT / 'tests/helpers/talk.py'}:Talk", data__path="", data__verifier="task",
+    data__size=24, data__settings={"bad": {"2": "raise", "9": "hang"}}, reward__time_limit_s=5.0, steps=3,
+    rollout__prompts=8, rollout__group_size=2, rollout__max_new_tokens=24, rollout__turn_tokens=5, rollout__in_flight=1,
+    rollout__max_age=3, rollout__slots=8, optimizer__eps=1e-4,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_hosts_talk_as_one_process(tmp_path_factory):
+    ran = []
+    for count in (2, 1):
+        folder = tmp_path_factory.mktemp("talks")
+        shutil.copytree(tiny(tmp_path_factory), folder, dirs_exist_ok=True)
+        config_file(folder / "config.py", folder, **TALKS)
+        commands = pair(folder) if count == 2 else [train_command(folder)]
+        ended = side_by_side(folder, commands, environment(tmp_path_factory, 8 // count))
+        assert {status for status, _ in ended} == {0}, ended
+        ran.append(folder / "run")
+    found, want = map(read_scalars, ran)
+    assert found.keys() == want.keys() and want["rollout/turns_mean"][1].max() > 1
+    assert want["reward/failed"][1].sum() > 0 and want["rollout/in_flight"][1].max() > 0
+    for tag, (_, values) in want.items():
+        if not tag.startswith(("time/", "throughput/")):
+            np.testing.assert_allclose(found[tag][1], values, rtol=1e-4, atol=1e-6, err_msg=tag)
 
 
 # --- how they meet and part ---
