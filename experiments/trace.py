@@ -44,6 +44,12 @@ def model_config(config: ConfigDict) -> ModelConfig:
     return config_from_hf(read_json_object(shape), str(shape))
 
 
+def beside(setup: Setup) -> str:
+    """The models that a run holds on the devices beside its own, in words: neither traced nor compiled for a pod."""
+    others = {"a reward model": setup.terms.get("model"), "a teacher": "teacher_logp" in setup.needed}
+    return " and ".join(name for name, there in others.items() if there)
+
+
 def trace(config: ConfigDict) -> str:
     """Checks the config and traces one step abstractly, as on one device. Returns what it found, in words."""
     checks.check(config)
@@ -84,6 +90,8 @@ def trace(config: ConfigDict) -> str:
         f"loss         {config.loss.name} with {dict(setup.loss.keywords)}",
         f"metrics      {len(metrics.sums) + len(metrics.maxima) + len(metrics.minima)} a minibatch",
     ]
+    if others := beside(setup):
+        lines.append(f"not traced   {others}")
     return "\n".join(lines)
 
 

@@ -34,7 +34,8 @@ from dppo_jax.models import ModelConfig  # noqa: E402
 from experiments.compile_for_tpu import report, steps, whole_rollout  # noqa: E402
 from experiments.compile_for_tpu.lengths import drawn_from  # noqa: E402
 from experiments.run import checks, cli  # noqa: E402
-from experiments.trace import model_config  # noqa: E402
+from experiments.run.setup import Setup  # noqa: E402
+from experiments.trace import beside, model_config  # noqa: E402
 
 
 def compile_all(
@@ -53,6 +54,8 @@ def compile_all(
     mesh = steps.mesh_of(config, topology)
     checks.check_mesh(config, mesh, model)
     step_facts, failures = [], []
+    if others := beside(Setup(config, model)):
+        print(f"not counted: {others}, which the run holds on the chips too")
     for name in only:
         lookup(dict.fromkeys(steps.NAMES), name, "step")
     if lengths is not None:

@@ -1,9 +1,6 @@
 """What is refused before anything is loaded or compiled: configs, models and meshes that cannot run."""
 
-import functools
 import math
-import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +10,6 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
-from dppo_jax.data.chat import check_date
-from dppo_jax.data.examples import UNSCORED
-from dppo_jax.data.prompts import TOO_LONG
-from dppo_jax.data.shapes import Reading, check_reading
-from dppo_jax.data.tasks import TASKS
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
@@ -28,11 +20,9 @@ from dppo_jax.models.config import MATRICES
 from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards import own, shaping
-from dppo_jax.rewards.extract import EXTRACT
-from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.rollout import check_stop
-from dppo_jax.storage import hub
 from dppo_jax.weights import WEIGHTS
+from experiments.run.check_data import check_data, data_sections, value
 from experiments.run.check_scores import check_scores
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup
@@ -49,7 +39,7 @@ def check(config: ConfigDict) -> None:
     check_values(config)
     _check_names(config)
     _check_paths(config)
-    _check_data(config)
+    check_data(config)
     _check_sizes(config)
     setup = Setup(config)
     setup.learning_rate  # noqa: B018  refuses its settings
@@ -112,109 +102,6 @@ def _check_paths(c: ConfigDict) -> None:
         user_path(value(c, key), key)
     for key in ("compile_cache", "label_cache"):
         check_path(value(c, key), key)  # of other faults those who use it only warn
-
-
-def _check_data(c: ConfigDict) -> None:
-    for key in ("policy.commit", "reward.model.commit", "teacher.commit"):
-        _check_commit(key, value(c, key))
-    for name, data in data_sections(c).items():
-        lookup(TASKS, data.kind, f"{name}.kind")
-        lookup({**VERIFIERS, "task": None, UNSCORED: None}, data.verifier, f"{name}.verifier")
-        lookup(EXTRACT, data.extract, f"{name}.extract")
-        lookup(dict.fromkeys(TOO_LONG), data.too_long, f"{name}.too_long")
-        try:
-            check_date(data.date)
-            check_reading(Reading(answer_from=data.answer_from, bad_label=data.bad_label))
-        except UserError as error:
-            raise UserError(re.sub(r"\bdata\.(?=date|answer_from|bad_label)", f"{name}.", str(error))) from None
-        if "{prompt}" not in data.template:
-            raise UserError(f"{name}.template must hold '{{prompt}}', but is {shown(data.template)}")
-        _check_environment(c, name, data)
-        if data.kind not in ("reasoning_gym", "environment") and data.settings:
-            raise UserError(
-                f"{name}.kind = {data.kind!r} takes no {name}.settings, but has {', '.join(map(str, data.settings))}; "
-                f"clear them: --config.{name}.settings={{}}"
-            )
-        of_rows = {**{f"columns.{key}": named for key, named in data.columns.items()}, "answer_from": data.answer_from}
-        if data.kind == "environment" and data.bad_label != "error":
-            of_rows["bad_label"] = data.bad_label
-        for key, named in of_rows.items():
-            if data.kind in ("reasoning_gym", "environment") and named:
-                raise UserError(
-                    f"{name}.kind = {data.kind!r} has no rows for {name}.{key} = {shown(named)}; clear it: "
-                    f"--config.{name}.{key}={'error' if key == 'bad_label' else ''}"
-                )
-        if data.chat_kwargs and not data.chat:
-            raise UserError(
-                f"{name}.chat_kwargs are of a chat template, which {name}.chat = False leaves out, but has "
-                f"{', '.join(map(str, data.chat_kwargs))}; set {name}.chat=True"
-            )
-        _check_hub(name, data)
-        if data.kind in ("reasoning_gym", "environment") and data.path:
-            raise UserError(
-                f"{name}.kind = {data.kind!r} generates its examples, but {name}.path = {shown(data.path)}; clear "
-                f"it: --config.{name}.path=, or set {name}.kind to jsonl or parquet"
-            )
-    if c.eval.every and not c.eval.sets:
-        raise UserError(f"eval.every = {c.eval.every}, but eval.sets is empty: there is nothing to evaluate on")
-
-
-def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
-    """What is said of conversations, and only of them; and what is not made for them."""
-    if data.kind != "environment":
-        if data.max_turns != base.data_section().max_turns:
-            raise UserError(
-                f"{name}.kind = {data.kind!r} has one turn, but {name}.max_turns = {data.max_turns}; set "
-                f"{name}.kind to environment"
-            )
-        if name == "data" and c.rollout.turn_tokens is not None:
-            raise UserError(
-                f"data.kind = {data.kind!r} has one turn, but rollout.turn_tokens = {c.rollout.turn_tokens}; set "
-                "data.kind to environment, or rollout.max_new_tokens"
-            )
-        return
-    kind = f"{name}.kind = 'environment'"
-    if name != "data":
-        raise UserError(f"{kind}: conversations are for training; set {name}.kind to another one of {', '.join(TASKS)}")
-    others: dict[str, Any] = {"data.verifier": "task", "data.extract": "auto", "reward.function": ""}
-    for key, wanted in others.items():
-        if value(c, key) != wanted:
-            raise UserError(f"{kind} gives the reward, but {key} = {shown(value(c, key))}; set {key}={wanted}")
-    needs: dict[str, Any] = {"train.staleness": 0, "rollout.lag": 0, "rollout.resample": 0}
-    needs["rollout.router_replay"] = False
-    needs |= {"rollout.stop": (), "reward.terms.model": 0.0}
-    for key, needed in needs.items():
-        if value(c, key) != needed:
-            raise UserError(f"{kind}: {key} = {value(c, key)} is not made for conversations; set {key}={needed}")
-    if c.advantage.name == "gae":
-        raise UserError(f"{kind}: advantage.name = gae is not made for conversations; set advantage.name=group_mean")
-
-
-def _check_hub(name: str, data: ConfigDict) -> None:
-    """What is said of a data set on the hub, and only of one."""
-    _check_commit(f"{name}.commit", data.commit)
-    if data.kind != "hub":
-        for key in ("subset", "split", "revision", "commit"):
-            if data[key] != (default := base.data_section()[key]):
-                raise UserError(
-                    f"{name}.kind = {data.kind!r} takes no {name}.{key}, but has {shown(data[key])}; clear it: "
-                    f"--config.{name}.{key}={default}, or set {name}.kind to hub"
-                )
-        return
-    if not hub.is_name(data.name):
-        raise UserError(f"{name}.kind = 'hub' needs {name}.name, such as openai/gsm8k, not {shown(data.name)}")
-    if data.path:
-        raise UserError(
-            f"{name}.kind = 'hub' reads {name}.name, but {name}.path = {shown(data.path)}; clear it: "
-            f"--config.{name}.path="
-        )
-    if not data.split:
-        raise UserError(f"{name}.split is empty: name a split, such as train")
-
-
-def _check_commit(key: str, commit: str) -> None:
-    if commit and not hub.COMMIT.fullmatch(commit):
-        raise UserError(f"{key} = {shown(commit)} is no commit, of 40 hexadecimal digits; a run writes it itself")
 
 
 def _check_sizes(c: ConfigDict) -> None:
@@ -423,16 +310,6 @@ def _number(config: ConfigDict, key: str) -> bool:
     except (KeyError, AttributeError, TypeError):
         return False
     return isinstance(number, int | float)
-
-
-def data_sections(config: ConfigDict) -> dict[str, ConfigDict]:
-    """By name: the training data and every evaluation set."""
-    return {"data": config.data, **{f"eval.sets.{name}": data for name, data in config.eval.sets.items()}}
-
-
-def value(config: ConfigDict, key: str) -> Any:
-    """config.a.b for "a.b"."""
-    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 def check_length(config: ConfigDict, model: ModelConfig) -> None:

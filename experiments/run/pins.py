@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dppo_jax.errors import UserError
 from dppo_jax.storage import hub
 from dppo_jax.storage.run_config import NAME, flatten, read_config
-from experiments.run.checks import data_sections
+from experiments.run.check_data import data_sections
 from experiments.run.model_files import hub_name, no_directory, section_of
 
 MODELS = ("policy", "reward.model", "teacher")  # sections that name a model

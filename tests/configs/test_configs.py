@@ -110,6 +110,11 @@ def test_a_paper_config_traces_to_the_models_published_size(path):
     assert "dppo_topk_kl_proximal" in said
 
 
+@pytest.mark.parametrize(("name", "other"), [("reward_model", "a reward model"), ("distillation", "a teacher")])
+def test_what_a_run_holds_beside_its_policy_is_named(name, other):
+    assert trace(load_config(f"configs/{name}.py", [])).endswith(f"\nnot traced   {other}")
+
+
 def test_the_embedded_config_traces_from_its_directory():
     assert "qwen3, 0.3 million parameters, 3 layers" in trace(load_config("configs/quickstart.py", []))
 
