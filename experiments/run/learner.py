@@ -21,7 +21,7 @@ from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, ji
 from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
 from experiments.run.runs import Runs, with_all_metrics
-from experiments.run.sampler import Replies, Samples
+from experiments.run.samples import Replies, Samples
 from experiments.run.teacher import Teacher
 
 

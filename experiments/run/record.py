@@ -32,7 +32,7 @@ from experiments.run.identity import Identity, compare, edits, identity, rate_ch
 from experiments.run.learner import Learner
 from experiments.run.report import Report
 from experiments.run.runs import Runs
-from experiments.run.sampler import Samples
+from experiments.run.samples import Samples
 from experiments.run.setup import Setup
 
 Scalars = dict[str, float]

@@ -17,7 +17,7 @@ from dppo_jax.train_step import init_state, make_recompute
 from experiments.probe import Probe
 from experiments.run import checks
 from experiments.run.cli import load_config
-from experiments.run.sampler import chosen
+from experiments.run.samples import chosen
 from experiments.run.setup import Setup
 from tests.helpers.fixtures import hurried, run, run_config, same, small_config, tiny
 from tests.helpers.places import ROOT
