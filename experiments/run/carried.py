@@ -16,9 +16,17 @@ from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
 from experiments.run.rollouts import rollout_in_flight, training_rollout
 from experiments.run.runs import Runs
-from experiments.run.setup import ROLLOUT
+from experiments.run.setup import ROLLOUT, Setup
 
 NAME = "in_flight"  # in a checkpoint
+
+
+def finished_shardings(setup: Setup, **of_rows: Any) -> Finished:
+    """Of what a step trains: rows over the batch axes, numbers everywhere; `of_rows` are further fields."""
+    rows = ("prompts", "rollout", "age", "origin")
+    numbers = ("age_mean", "age_max", "rows_left", "work")
+    fields: dict[str, Any] = dict.fromkeys(rows, setup.by_row) | dict.fromkeys(numbers, setup.everywhere)
+    return Finished(**fields, **of_rows)
 
 
 class Carried:
@@ -28,18 +36,7 @@ class Carried:
         base = runs.base
         self._runs, self._prompts_of, self._config = runs, prompts_of, base.config
         in_flight = rollout_in_flight(base, training_rollout(base, topk=runs.topk))
-        by_row: Any = base.by_row
-        everywhere: Any = base.everywhere
-        finished = Finished(
-            prompts=by_row,
-            rollout=by_row,
-            age=by_row,
-            age_mean=everywhere,
-            age_max=everywhere,
-            origin=by_row,
-            rows_left=everywhere,
-            work=everywhere,
-        )
+        by_row, everywhere, finished = base.by_row, base.everywhere, finished_shardings(base)
         length = base.config.data.max_prompt_len
         self._empty = jax.jit(lambda: runs.together([in_flight.empty(length)] * len(runs)), out_shardings=by_row)
         self._join = jax.jit(runs.each(in_flight.join), donate_argnums=0, out_shardings=by_row)

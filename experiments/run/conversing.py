@@ -22,7 +22,7 @@ from dppo_jax.rewards.worker import Outcome
 from dppo_jax.rollout import Answers, Dialogs, Finished, Told, Work
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
-from experiments.run.carried import NAME
+from experiments.run.carried import NAME, finished_shardings
 from experiments.run.rollouts import conversation, training_rollout
 from experiments.run.setup import ROLLOUT, Setup
 
@@ -77,19 +77,8 @@ class Conversing:
             date=data.date,
         )
         self._talks = talks = conversation(setup, training_rollout(setup, topk=topk))
-        by_row: Any = setup.by_row
-        everywhere: Any = setup.everywhere
-        finished = Finished(
-            prompts=by_row,
-            rollout=by_row,
-            age=by_row,
-            age_mean=everywhere,
-            age_max=everywhere,
-            origin=by_row,
-            rows_left=everywhere,
-            work=everywhere,
-            told=by_row,
-        )
+        by_row, everywhere = setup.by_row, setup.everywhere
+        finished = finished_shardings(setup, told=by_row)
         self._share = hosts.share_over(setup.mesh, talks.places)
         self._local = {place: number for number, place in enumerate(self._share.owned.tolist())}
         self._progress = jax.jit(_progress, out_shardings=everywhere)
