@@ -54,7 +54,8 @@ READS_THE_HUB = "configs/gsm8k.py"
 
 
 def commands(page: str) -> list[list[str]]:
-    """[module, arguments...] of a page's commands, but for the figures."""
+    """[module, arguments...] of a page's commands, but for the figures, and for blocks that say `bash`: what these show
+    needs a model that is right now and then."""
     blocks = re.findall(r"```\n(.*?)```", PAGES[page], re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m experiments.")]
@@ -97,7 +98,7 @@ def gsm8k() -> bytes:
 
 def call(page: str, module: str, arguments: list[str], place: Path, tmp_path_factory, monkeypatch) -> None:
     """The command in this process, made small; in another one where it asks the hub."""
-    keys = SMALL.get(module, {}) | (LONGER.get(page, {}) if module == "train" else {})
+    keys = SMALL.get(module, {}) | (LONGER.get(page, {}) if module in ("train", "eval") else {})
     small = [f"--config.{key}={value}" for key, value in keys.items()]
     if READS_THE_HUB in arguments:
         command, home = [sys.executable, "-m", f"experiments.{module}", *arguments, *small], place / "hub"
