@@ -87,7 +87,7 @@ class NothingDrawn:
 def tuning_config(config: ConfigDict) -> ConfigDict:
     """The config with `FIXED`, sft.batch rows a step, and no evaluation sets. UserError for data that is no rows."""
     c = config.copy_and_resolve_references()
-    if c.data.kind == "reasoning_gym":
+    if c.data.kind in ("reasoning_gym", "environment"):
         raise UserError("experiments.sft reads rows of prompts and completions: set data.kind to jsonl, parquet or hub")
     if c.data.columns.answer:
         raise UserError(
@@ -131,7 +131,8 @@ class Rows:
                 last_turn=True,
             )
         except UserError as error:
-            raise UserError(str(error).replace("data.columns.answer", "sft.column")) from None
+            sentence = str(error).replace("data.columns.answer", "sft.column")
+            raise UserError(sentence.replace("data.path", "sft.held_out") if held_out else sentence) from None
         encoded = [self._encoded(example) for example in task.examples]
         examples = [example for example in encoded if example is not None]
         if not examples:

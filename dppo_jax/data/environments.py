@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 from dppo_jax.data.examples import Example, Task
@@ -82,7 +83,10 @@ def _whole_name(name: str) -> str:
         return name
     if ":" in name:
         if importlib.util.find_spec("gem") is None:
-            raise UserError(f"{KEY} = {name!r:.200} is an environment of gem-llm, which is not installed")
+            raise UserError(
+                f"{KEY} = {name!r:.200} is an environment of gem-llm, which is not installed; one of yours "
+                "is FILE.py:CLASS"
+            )
         return name
     raise UserError(f"unknown environment {name!r:.200}{nearest(name, {*ENVIRONMENTS, *_gym_sets()})}")
 
@@ -91,11 +95,13 @@ def _begun(task: Task) -> list[Example]:
     """The examples with their first observations, in workers; the first is asked for twice."""
     with Scorer(task, workers=WORKERS, time_limit_s=TIME_LIMIT_S) as scorer:
         scorer.ready()
-        asked = [task.examples[0], *task.examples]
-        first, *outcomes = scorer.submit(cast(list[str], [()] * len(asked)), asked).outcomes()
-    for example, outcome in zip(task.examples, outcomes, strict=True):
+        (first,) = _observed(scorer, task.examples[:1])
+        outcomes = _observed(scorer, task.examples) if first.kind == "scored" else [first]
+    for example, outcome in zip(task.examples, outcomes, strict=False):
         if outcome.kind != "scored":
             raise UserError(f"{KEY} = {task.name!r:.200}: reset(seed={example.meta['seed']}) {_reason(outcome)}")
+        if not outcome.said.text:
+            raise UserError(f"{KEY} = {task.name!r:.200}: reset(seed={example.meta['seed']}) says nothing")
     if first.said != outcomes[0].said:
         raise UserError(
             f"{KEY} = {task.name!r:.200}: reset(seed={task.examples[0].meta['seed']}) gave two different observations; "
@@ -107,5 +113,12 @@ def _begun(task: Task) -> list[Example]:
     ]
 
 
+def _observed(scorer: Scorer, examples: Sequence[Example]) -> list[Outcome]:
+    """What conversations begin with."""
+    return list(scorer.submit(cast(list[str], [()] * len(examples)), examples).outcomes())
+
+
 def _reason(outcome: Outcome) -> str:
-    return "ran over its time or memory" if outcome.kind == "killed" else f"fails: {outcome.message:.200}"
+    if outcome.kind == "killed":
+        return "ran over its time or memory, or ended its process"
+    return f"fails: {outcome.message:.200}"

@@ -248,7 +248,7 @@ def _rows_task(
         used = Counter(example.verifier or verifier for example in examples)
         counted = ", ".join(f"{scorer} ({count})" for scorer, count in sorted(used.items()))
         remarks += [f"verifiers by the column {shown(reading.verifier)}: {counted}"]
-    remarks += [f"{several} rows have several labels, any of which is right"] if several else []
+    remarks += [f"rows with several labels, any of which is right: {several}"] if several else []
     task = answer_task(name, examples, verifier, left_out)
     return replace(task, duplicates=len(examples) - len(distinct), remarks=tuple(remarks))
 

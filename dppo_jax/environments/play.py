@@ -52,10 +52,15 @@ class Player:
     max_turns: int
     verify: Verify | None = None
 
+    @property
+    def file(self) -> str:
+        """What is loaded, for sentences."""
+        return f"{KEY} = {self.name}"
+
     def load(self) -> None:
         """UserError where there is no such environment, or it cannot be made."""
         if self.verify is None:
-            _maker(self.name)
+            _check_settings(self.name, _maker(self.name), json.loads(self.settings))
             try:
                 self._make(Example("", ""))
             except Exception as error:
@@ -87,6 +92,20 @@ class Player:
         return played
 
 
+def _check_settings(name: str, maker: Callable[..., Environment], settings: dict[str, Any]) -> None:
+    """UserError for a setting that the environment does not take, where its signature says."""
+    try:
+        parameters = inspect.signature(maker).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in settings:
+        if key not in parameters:
+            known = set(parameters) - {"max_turns"}
+            raise UserError(f"data.settings: {name} has no setting {key!r}{nearest(key, known) if known else ''}")
+
+
 def _begun(result: Any) -> Said:
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError("reset must return (observation, info)")
@@ -99,6 +118,9 @@ def _answered(result: Any) -> tuple[Said, float]:
     observation, reward, terminated, truncated, info = result
     if isinstance(reward, str | bytes) or not (math.isfinite(number := float(reward)) and abs(number) <= LARGEST):
         raise ValueError(f"the reward {reward!r:.60} is no finite number that float32 can hold")
+    for ends in (terminated, truncated):
+        if not isinstance(ends, bool | np.bool_):
+            raise ValueError(f"step gave {ends!r:.60} where it says whether the conversation ends: True or False")
     role = "tool" if isinstance(info, dict) and info.get("use_tool") else "user"
     return Said(_text(observation, info), bool(terminated), bool(truncated), role), number
 
@@ -111,6 +133,8 @@ def _text(observation: Any, info: Any) -> str:
     text = f"{around.get('prefix', '')}{observation}"
     if suffix := around.get("suffix"):
         text = f"{text.rstrip(chr(10))}\n{suffix}"
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the observation has a lone surrogate, which is no character")
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"the observation has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
     return text

@@ -201,6 +201,14 @@ def save_hf(
     _save(directory, config_to_hf(config), _unstack(config, params), tokenizer, dtype, eos_ids=eos_ids, source=source)
 
 
+def classifier_architecture(config: ModelConfig) -> str:
+    """As config.json names it, of a reward model of this shape. UserError where there is none of the family."""
+    architectures = {family: architecture for architecture, family in CLASSIFIERS.items()}
+    if config.model_type not in architectures:
+        raise UserError(f"there are no reward models of {config.model_type}, only of {', '.join(architectures)}")
+    return architectures[config.model_type]
+
+
 def save_classifier(
     directory: str | Path, classifier: Classifier, tokenizer: Any = None, dtype: str = "float32"
 ) -> None:
@@ -208,12 +216,9 @@ def save_classifier(
 
     UserError as there, and for a family of which there are no reward models.
     """
+    architecture = classifier_architecture(classifier.config)
     fields = config_to_hf(classifier.config)
-    family = fields["model_type"]
-    architectures = {of: architecture for architecture, of in CLASSIFIERS.items()}
-    if family not in architectures:
-        raise UserError(f"there are no reward models of {family}, only of {', '.join(architectures)}")
-    fields |= {"architectures": [architectures[family]], "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    fields |= {"architectures": [architecture], "id2label": {"0": "score"}, "label2id": {"score": 0}}
     score = (SCORE, np.asarray(classifier.params["score"])[None])
     body = _unstack(classifier.config, classifier.params["body"])
     _save(directory, fields, [*body, score], tokenizer, dtype, tokens={"pad_token_id": classifier.pad_id})

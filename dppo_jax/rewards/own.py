@@ -32,6 +32,11 @@ class OwnReward:
     path: str
     name: str
 
+    @property
+    def file(self) -> str:
+        """Where it is, for sentences."""
+        return f"{KEY} = {self.path}:{self.name}"
+
     def load(self) -> None:
         """Runs the file once in this process; UserError where it fails, or has no such function of two arguments."""
         _function(self.path, self.name)

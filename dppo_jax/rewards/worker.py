@@ -13,6 +13,7 @@ from dppo_jax.errors import UserError, first_line
 from dppo_jax.rewards import sandbox
 from dppo_jax.rewards.verifiers import Refused
 
+LOAD_LIMIT_S = 60.0  # of a file of the user's that a worker loads
 OUT_OF_MEMORY = 77  # exit status of a worker that hit its limit
 
 
@@ -54,11 +55,27 @@ def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit:
         for module in imports:
             importlib.import_module(module)
         if load:
-            load()
+            _load(load)
         sandbox.close_in(memory_limit)
     except BaseException as error:
         own = isinstance(error, UserError)
         _trouble = str(error) if own else f"the reward workers cannot start: {_described(error)}"
+
+
+def _load(load: Callable[[], None]) -> None:
+    """UserError where it takes longer than LOAD_LIMIT_S."""
+
+    def stop(*_: Any) -> None:
+        named = getattr(getattr(load, "__self__", None), "file", "what verifies")
+        raise UserError(f"a reward worker could not load {named} within {LOAD_LIMIT_S:g} s: does something in it wait?")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LOAD_LIMIT_S)
+    try:
+        load()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ready() -> Outcome:

@@ -91,7 +91,8 @@ def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
         return
     kind = f"{name}.kind = 'environment'"
     if name != "data":
-        raise UserError(f"{kind}: conversations are for training; set {name}.kind to another one of {', '.join(TASKS)}")
+        kinds = ", ".join(sorted(set(TASKS) - {"environment"}))
+        raise UserError(f"{kind}: conversations are for training; set {name}.kind to one of {kinds}")
     others: dict[str, Any] = {"data.verifier": "task", "data.extract": "auto", "reward.function": ""}
     for key, wanted in others.items():
         if value(c, key) != wanted:
@@ -102,6 +103,9 @@ def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
     for key, needed in needs.items():
         if value(c, key) != needed:
             raise UserError(f"{kind}: {key} = {value(c, key)} is not made for conversations; set {key}={needed}")
+    if (turn := c.rollout.turn_tokens) is not None and turn > c.rollout.max_new_tokens:
+        most = c.rollout.max_new_tokens
+        raise UserError(f"rollout.turn_tokens = {turn} is more than rollout.max_new_tokens = {most}, of all turns")
     if c.advantage.name == "gae":
         raise UserError(f"{kind}: advantage.name = gae is not made for conversations; set advantage.name=group_mean")
 

@@ -14,6 +14,7 @@ from experiments.run.setup import Setup
 def check_scores(c: ConfigDict, setup: Setup) -> None:
     """UserError, one sentence."""
     _check_model(c)
+    _check_teacher(c)
     _check_kl(c)
     _check_unscored(c, setup)
 
@@ -32,6 +33,13 @@ def _check_model(c: ConfigDict) -> None:
                 f"reward.model.{key} = {shown(model[key])} is of reward.terms.model, whose weight is 0: set "
                 "reward.terms.model"
             )
+
+
+def _check_teacher(c: ConfigDict) -> None:
+    """UserError for settings of a teacher that there is none of."""
+    for key, default in base.get_config().teacher.items():
+        if not c.teacher.path and c.teacher[key] != default:
+            raise UserError(f"teacher.{key} = {shown(c.teacher[key])} is of teacher.path, which is empty: set it")
 
 
 def _check_kl(c: ConfigDict) -> None:
@@ -60,7 +68,8 @@ def _check_unscored(c: ConfigDict, setup: Setup) -> None:
         if c.reward.terms.get("correct") and not c.reward.function and required_fields(setup.loss, ("advantages",)):
             raise UserError(
                 f"data.verifier = {UNSCORED!r} scores nothing, but reward.terms.correct = {c.reward.terms.correct:g} "
-                f"weighs its score, and loss {c.loss.name!r} learns from it: set reward.terms.correct=0.0"
+                f"weighs its score, and loss {c.loss.name!r} learns from it: set reward.terms.correct=0.0 and weigh "
+                "another term, or set reward.function, or loss.name=distill"
             )
         for key, on in (("advantage.drop_equal", c.advantage.drop_equal), ("rollout.resample", c.rollout.resample)):
             if on and not c.reward.function and set(setup.terms) <= {"correct"}:

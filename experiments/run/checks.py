@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.data.examples import UNSCORED
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
@@ -300,7 +301,9 @@ def _check_reward(c: ConfigDict, setup: Setup) -> None:
                 f"reward.{key} = {shown(r[key])} is of reward.terms.{term}, whose weight is 0: set reward.terms.{term}"
             )
     if not setup.terms:
-        raise UserError("reward.terms: every weight is 0, so every reward would be; set reward.terms.correct=1.0")
+        scored = c.data.verifier != UNSCORED or c.reward.function
+        mend = "set reward.terms.correct=1.0" if scored else "weigh another term, such as reward.terms.model"
+        raise UserError(f"reward.terms: every weight is 0, so every reward would be; {mend}")
 
 
 def _number(config: ConfigDict, key: str) -> bool:

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(re.sub("^argument (--[a-z_]+): must ", r"\1 must ", short(message)))
+        raise UserError(re.sub("^argument (--[a-z_-]+): must ", r"\1 must ", short(message)))
 
 
 def path(text: str) -> Path:

@@ -74,6 +74,8 @@ def load_evaluated(
 
 def with_policy(config: ConfigDict, policy: str) -> ConfigDict:
     """The config with another policy: a directory, ORG/NAME or ORG/NAME@REVISION. UserError."""
+    if not policy:
+        raise UserError("--policy is empty: name a model directory, or ORG/NAME on the hub")
     config = config.copy_and_resolve_references()
     path, revision = policy, ""
     if not user_path(policy, "--policy").is_dir():

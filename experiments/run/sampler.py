@@ -213,6 +213,7 @@ class Sampler:
             if setup.config.reward.function:
                 replies.terms |= self._parts(scores.scored)
                 replies.fault = next((o.message for o in scores.scored if o.kind == "failed"), "")
+            if setup.config.reward.function or self._talks:
                 _check_binary(setup.config.advantage.name, replies.verified)
         samples.pending = None
         samples.mark("scored")
@@ -321,6 +322,6 @@ def _check_binary(advantage: str, rewards: np.ndarray) -> None:
     other = rewards[(rewards != 0) & (rewards != 1)]
     if advantage == "max_rl" and len(other):
         raise UserError(
-            f"advantage.name = max_rl is for rewards of 0 and 1, but reward.function gave {other[0]:g}: take another "
-            "advantage.name, or let it give 0 and 1"
+            f"advantage.name = max_rl is for rewards of 0 and 1, but one is {other[0]:g}: take another "
+            "advantage.name, or let the function or the environment give 0 and 1"
         )

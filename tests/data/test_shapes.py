@@ -143,7 +143,7 @@ def test_a_published_shape(tmp_path, kind, name):
     rows, labels, verifier, said = SHAPES[name]
     task = load_task(kind, path=write(tmp_path, kind, rows(*labels)), verifier=verifier)
     several = "rlvr several" == name
-    about = ["3 rows have several labels, any of which is right"] if several else []
+    about = ["rows with several labels, any of which is right: 3"] if several else []
     assert task.remarks == tuple(([f"read as {said}"] if said else []) + about)
     prompts = [e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"] for e in task.examples]
     assert tuple(prompts) == QUESTION
@@ -172,7 +172,7 @@ def test_several_labels_in_workers_and_in_the_fingerprint(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
     streams = [PromptStream(task, tokenizer, num_prompts=1, max_prompt_len=99, seed=0) for task in tasks]
     assert streams[0].fingerprint != streams[1].fingerprint
-    assert streams[1].remarks == ["several.jsonl: 3 rows have several labels, any of which is right"]
+    assert streams[1].remarks == ["several.jsonl: rows with several labels, any of which is right: 3"]
 
 
 def test_columns_are_named(tmp_path):

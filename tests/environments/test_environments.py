@@ -6,13 +6,15 @@ from typing import cast
 
 import pytest
 
+from dppo_jax.data import environments
 from dppo_jax.data.examples import Example, Task
 from dppo_jax.data.tasks import load_task
 from dppo_jax.environments.calculator import Calculator, worked_out
 from dppo_jax.environments.games import GuessTheNumber, TwoSums
 from dppo_jax.environments.gym import AGAIN
-from dppo_jax.environments.play import Said
+from dppo_jax.environments.play import Player, Said
 from dppo_jax.errors import UserError
+from dppo_jax.rewards import worker
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.worker import Outcome
 from tests.helpers.places import ROOT
@@ -102,12 +104,13 @@ def test_a_set_of_reasoning_gym_is_asked_again(name):
 
 
 def test_an_environment_in_a_file_and_what_it_may_not_do():
-    bad = {"4": "raise", "5": "hang", "6": "eat", "7": "number", "8": "nan"}
+    bad = {"4": "raise", "5": "hang", "6": "eat", "7": "number", "8": "swap"}
     task = environment(f"{TALK}:Talk", bad=bad)
     assert [example.prompt for example in task.examples] == ["0+1=", "1+0=", "2+1=", "0+0=", "1+1=", "2+0="]
     alone = played(task, [("1", "0")] * 6, list(task.examples), time_limit_s=3, memory_limit_mib=256)
     assert [one.kind for one in alone] == ["scored", "failed", "killed", "killed", "failed", "failed"]
     assert alone[0].score == 1 and "no idea" in alone[1].message and "int, not text" in alone[4].message
+    assert "step gave 0.0 where it says whether the conversation ends" in alone[5].message
     again = played(task, [("1",), ("1", "0")] * 2)
     assert again[:2] == again[2:]  # what it draws is a function of the seed
     other = [Example("another", "", {"seed": 3})]
@@ -156,22 +159,28 @@ REFUSED = {
     "data.kind = 'environment' needs data.name: calculator, guess_the_number, two_sums, or FILE": ("", {}),
     "unknown environment 'two_sum'; the nearest is 'two_sums'": ("two_sum", {}),
     "data.settings holds 'max_turns'; set data.max_turns instead": ("two_sums", {"max_turns_": 3}),
-    "data.name = 'two_sums' cannot be made from data.settings = {\"terms\": 3}: Type": ("two_sums", {"terms": 3}),
+    "data.settings: two_sums has no setting 'min_term'; the nearest is 'min_terms'": ("two_sums", {"min_term": 3}),
+    "data.name = 'two_sums' cannot be made from data.settings = {\"min_terms\": 0}: Val": ("two_sums", {"min_terms": 0}),
     "data.name must be FILE.py:CLASS, such as my_game.py:Game, not 'talk.py'": ("talk.py", {}),
     "data.name: there is no file 'none.py'": ("none.py:Talk", {}),
     f"data.name: {TALK} has no class 'Tak'; the nearest is 'Talk'": (f"{TALK}:Tak", {}),
     f"data.name: NoSteps of {TALK} has no method step(action)": (f"{TALK}:NoSteps", {}),
-    f"data.name = '{TALK}:Talk' cannot be made from data.settings = {{": (f"{TALK}:Talk", {"words": 3}),
+    f"data.settings: {TALK}:Talk has no setting 'words'": (f"{TALK}:Talk", {"words": 3}),
+    f"data.name = '{TALK}:Silent': reset(seed=3) says nothing": (f"{TALK}:Silent", {}),
+    f"data.name = '{TALK}:Waits': reset(seed=3) ran over its time or memory, or": (f"{TALK}:Waits", {}),
+    f"data.name = '{TALK}:Odd': reset(seed=3) fails: ValueError: the observation has a lone s": (f"{TALK}:Odd", {}),
     f"data.name = '{TALK}:Forgetful': reset(seed=3) gave two different observations": (f"{TALK}:Forgetful", {}),
     f"data.name = '{TALK}:BadReset': reset(seed=3) fails: ValueError: reset must": (f"{TALK}:BadReset", {}),
     f"data.name = '{TALK}:Fails': reset(seed=3) fails: KeyError: 'nothing'": (f"{TALK}:Fails", {}),
-    f"data.name = '{TALK}:make' cannot be made": (f"{TALK}:make", {"none": 1}),
+    f"data.settings: {TALK}:make has no setting 'none'": (f"{TALK}:make", {"none": 1}),
+    f"data.name = '{TALK}:make' cannot be made": (f"{TALK}:make", {"max_guesses": -1}),
     "two sums": ("two_sums", {"max_turns": 1}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_is_no_environment_is_refused_in_one_sentence(sentence):
+def test_what_is_no_environment_is_refused_in_one_sentence(sentence, monkeypatch):
+    monkeypatch.setattr(environments, "TIME_LIMIT_S", 3.0 if "Waits" in sentence else 60.0)
     name, settings = REFUSED[sentence]
     max_turns = settings.get("max_turns", 4)
     settings = {key.rstrip("_"): value for key, value in settings.items() if key != "max_turns"}
@@ -179,3 +188,11 @@ def test_what_is_no_environment_is_refused_in_one_sentence(sentence):
         load_task("environment", name=name, settings=settings, size=2, seed=3, max_turns=max_turns)
     said = str(caught.value)
     assert "\n" not in said and (sentence in said if sentence == "two sums" else said.startswith(sentence))
+
+
+def test_a_file_that_waits_when_it_is_loaded_is_named(tmp_path, monkeypatch):
+    (tmp_path / "waits.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(worker, "LOAD_LIMIT_S", 0.2)
+    player = Player(f"{tmp_path}/waits.py:Game", "{}", 3)
+    with pytest.raises(UserError, match=r"could not load data.name = .*waits.py:Game within 0.2 s: does some"):
+        worker._load(player.load)

@@ -115,10 +115,18 @@ REFUSED = {
     "data.kind = 'environment' gives the reward, but reward.function": dict(ENVIRONMENT, reward__function="a.py:b"),
     "data.kind = 'environment': train.staleness = 1 is not": dict(ENVIRONMENT, train__staleness=1),
     "data.kind = 'environment': rollout.resample = 1 is not": dict(ENVIRONMENT, rollout__resample=1),
+    "rollout.turn_tokens = 9 is more than rollout.max_new_tokens = 6, of all turns": dict(
+        ENVIRONMENT, rollout__turn_tokens=9
+    ),
     "data.kind = 'environment': advantage.name = gae is not": dict(ENVIRONMENT, advantage__name="gae"),
     "data.kind = 'environment' generates its examples, but data.path": dict(ENVIRONMENT, data__path="x"),
     "data.kind = 'environment' has no rows for data.answer_from": dict(ENVIRONMENT, data__answer_from="####"),
 }
+
+
+def test_an_advantage_of_zeros_and_ones_refuses_other_rewards(folder, tmp_path):
+    with pytest.raises(UserError, match="max_rl is for rewards of 0 and 1, but one is [2-4]"):
+        run(small_config(folder, **TALKS, advantage__name="max_rl"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("said", REFUSED)

@@ -141,6 +141,9 @@ REFUSED = {
     "model directory /no/teacher does not exist": dict(teacher__path="/no/teacher"),
     "teacher.path = 'gs://bucket/x': gs:// addresses are neither": dict(teacher__path="gs://bucket/x"),
     "teacher.revision = 'v1' is of a model on the hub, and teacher.path = ": dict(teacher__revision="v1"),
+    "teacher.revision = 'v1' is of teacher.path, which is empty": dict(
+        loss__name="cispo", data__verifier="last_number", teacher__path="", teacher__revision="v1"
+    ),
     "unknown teacher.dtype 'float8'; the nearest is 'float": dict(teacher__dtype="float8"),
     "data.verifier = 'none' scores nothing, but reward.terms.correct = 1 weighs its score, and loss 'cispo'": dict(
         loss__name="cispo"

@@ -30,6 +30,8 @@ class Talk:
             hoard.append(bytearray(2**24))
         if kind == "number":
             return 3, 0.0, False, False, {}
+        if kind == "swap":
+            return "", False, 0.0, False, {}
         if kind == "nan":
             return "", float("nan"), False, False, {}
         over = self.turn >= self.last
@@ -51,6 +53,22 @@ class BadReset(Talk):
         return "no info"
 
 
+class Silent(Talk):
+    def reset(self, seed):
+        return "", {}
+
+
+class Waits(Talk):
+    def reset(self, seed):
+        while True:
+            pass
+
+
+class Odd(Talk):
+    def reset(self, seed):
+        return "\ud800", {}
+
+
 class Fails(Talk):
     def reset(self, seed):
         raise KeyError("nothing")
@@ -58,6 +76,8 @@ class Fails(Talk):
 
 def make(max_guesses=2):
     """What gem.make gives for an id."""
+    if max_guesses < 0:
+        raise ValueError("no guesses")
 
 
 number = 3

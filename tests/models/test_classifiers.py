@@ -90,7 +90,7 @@ def test_a_saved_one_is_what_transformers_saved(family, tmp_path):
 
 def test_there_are_no_reward_models_of_every_family(tmp_path):
     classifier = load_classifier(MODELS / "llama")
-    other = dataclasses.replace(classifier.config, model_type="qwen2", o_bias=False)
+    other = dataclasses.replace(classifier.config, model_type="qwen2")
     with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2"):
         save_classifier(tmp_path / "saved", Classifier(other, classifier.params, classifier.pad_id))
     assert not (tmp_path / "saved").exists()

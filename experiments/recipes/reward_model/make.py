@@ -22,14 +22,16 @@ import optax
 from dppo_jax.data.conversations import Conversations
 from dppo_jax.data.tokenizer import load_tokenizer
 from dppo_jax.errors import UserError, run_main
+from dppo_jax.files import is_file, make_folder
 from dppo_jax.models.decoder import Params
-from dppo_jax.models.hf import Classifier, load_params, save_classifier
+from dppo_jax.models.hf import Classifier, classifier_architecture, load_params, save_classifier
 from dppo_jax.optimizer import make_optimizer, make_schedule
 from dppo_jax.reward_model import end_of, make_score
-from dppo_jax.storage.results import read_table
+from dppo_jax.storage.results import SCHEMA, read_table
 from experiments.run.cli import Parser, not_negative, whole
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}"  # a chat template
+COLUMNS = ["question", "prompt", "reply", "reward"]  # that are read
 HELD_OUT = 8  # one question of so many
 CLIP_NORM, WARMUP = 1.0, 20  # updates
 
@@ -46,6 +48,30 @@ class Replies(NamedTuple):
         return Replies(*(array[rows] for array in self))
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation's results. UserError for another file, and for a row that lacks something."""
+    if not is_file(path):
+        raise UserError(f"--replies: there is no file {path}")
+    try:
+        table = read_table(path)
+    except UserError as error:
+        raise UserError(f"--replies: {str(error).partition('; delete it')[0]}") from None
+    for name in COLUMNS:
+        if name not in table.column_names:
+            raise UserError(f"{path} has no column {name!r}: name the results of an evaluation")
+        if table.schema.field(name).type != SCHEMA.field(name).type:
+            found, wanted = table.schema.field(name).type, SCHEMA.field(name).type
+            raise UserError(f"{path}: the column {name!r} holds {found}, and in an evaluation's results {wanted}")
+    rows = table.select(COLUMNS).to_pylist()
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if value is None or value != value:
+                raise UserError(f"{path}, row {number}: {name!r} is {'missing' if value is None else 'no number'}")
+    return rows
+
+
 def prompt_of(text: str) -> Any:
     """A row's prompt: text, or messages, which are kept as JSON."""
     if text.startswith('[{"'):
@@ -57,9 +83,7 @@ def prompt_of(text: str) -> Any:
 def read_replies(path: Path, tokenizer: Any, max_len: int) -> tuple[Replies, Replies]:
     """Those of the training questions and the held-out ones. UserError where either has no right or no wrong reply,
     and for a conversation of more than max_len tokens."""
-    rows = read_table(path).to_pylist()
-    if lacking := {"question", "prompt", "reply", "reward"} - set(rows[0] if rows else ()):
-        raise UserError(f"{path} has no column {sorted(lacking)[0]!r}: name the results of an evaluation")
+    rows = read_rows(path)
     with Conversations(tokenizer) as conversation:
         ids = [conversation(prompt_of(row["prompt"]), row["reply"]) for row in rows]
     lengths = np.array([len(of_row) for of_row in ids], np.int32)
@@ -79,10 +103,10 @@ def read_replies(path: Path, tokenizer: Any, max_len: int) -> tuple[Replies, Rep
 
 
 def fit(score: Any, params: Params, replies: Replies, *, epochs: int, batch: int, learning_rate: float) -> Params:
-    """Parameters after so many passes over the replies, in an order of a fixed seed."""
-    updates = epochs * (len(replies.right) // batch)
-    if not updates:
-        raise UserError(f"--batch {batch} is more than the {len(replies.right)} training replies")
+    """Parameters after so many passes over the replies, in an order of a fixed seed; the first of a pass fill up its
+    last batch."""
+    size = -(-len(replies.right) // batch) * batch  # of a pass
+    updates = epochs * size // batch
     schedule = make_schedule(learning_rate=learning_rate, warmup=WARMUP, schedule="cosine", updates=updates)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=CLIP_NORM)
 
@@ -98,8 +122,8 @@ def fit(score: Any, params: Params, replies: Replies, *, epochs: int, batch: int
 
     draw, opt_state, values = np.random.default_rng(0), optimizer.init(params), []
     for epoch in range(epochs):
-        order = draw.permutation(len(replies.right))
-        for start in range(0, len(order) - batch + 1, batch):
+        order: np.ndarray = np.resize(draw.permutation(len(replies.right)), size)
+        for start in range(0, size, batch):
             params, opt_state, value = update(params, opt_state, replies.take(order[start : start + batch]))
             values.append(value)
         print(f"epoch {epoch + 1}/{epochs}  loss {float(np.mean(jax.device_get(values))):.4f}", flush=True)
@@ -128,6 +152,10 @@ def area_under_roc(scores: np.ndarray, right: np.ndarray) -> float:
 def make(replies: Path, policy: str, out: Path, *, epochs: int, batch: int, learning_rate: float) -> dict[str, float]:
     """Writes the reward model's directory. Returns its accuracy and area on the held-out questions. UserError."""
     config, body = load_params(policy)
+    classifier_architecture(config)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    make_folder(out)
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN
     training, held_out = read_replies(replies, tokenizer, config.max_position)
