@@ -160,7 +160,7 @@ REFUSED = {
     "unknown environment 'two_sum'; the nearest is 'two_sums'": ("two_sum", {}),
     "data.settings holds 'max_turns'; set data.max_turns instead": ("two_sums", {"max_turns_": 3}),
     "data.settings: two_sums has no setting 'min_term'; the nearest is 'min_terms'": ("two_sums", {"min_term": 3}),
-    "data.name = 'two_sums' cannot be made from data.settings = {\"min_terms\": 0}: Val": ("two_sums", {"min_terms": 0}),
+    "data.name = 'two_sums' cannot be made from data.settings = {\"min_terms\": 0}": ("two_sums", {"min_terms": 0}),
     "data.name must be FILE.py:CLASS, such as my_game.py:Game, not 'talk.py'": ("talk.py", {}),
     "data.name: there is no file 'none.py'": ("none.py:Talk", {}),
     f"data.name: {TALK} has no class 'Tak'; the nearest is 'Talk'": (f"{TALK}:Tak", {}),

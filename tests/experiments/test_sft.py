@@ -172,7 +172,7 @@ def test_a_bad_row_is_one_sentence(folder, tmp_path, sentence):
 
 SETTINGS = {
     "experiments.sft reads rows of prompts and completions: set data.kind to": dict(data__kind="reasoning_gym"),
-    "experiments.sft reads rows of prompts and completions: set": dict(data__kind="environment", data__name="two_sums"),
+    "experiments.sft reads rows of prompts and completions: set": dict(data__kind="environment", data__name="x"),
     "sft.held_out: there is no file 'nope.jsonl'": dict(sft__held_out="nope.jsonl"),
     "data.columns.answer = 'a' is of answers: name the completion's": dict(data__columns__answer="a"),
     "sft.batch must be at least 1, not 0": dict(sft__batch=0),
