@@ -1,4 +1,4 @@
-"""The same question with replies of 71 tokens: six pauses after a state, so that most are drawn by several policies.
+"""The same question with replies of 71 tokens: six pauses after every state.
 
 python -m experiments.questions.reuse.make_model --out models/reuse_pauses --pauses 6
 python -m experiments.questions.age --config configs/studies/age_long.py --workdir DIR --seeds 6 --out DIR/F
