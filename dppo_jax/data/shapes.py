@@ -8,11 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import regex
+
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.rewards.maths import last_box
 
 BAD_LABEL = ("error", "drop")
 HASHES, BOXED = "####", "boxed"
+CUT_LIMIT_S = 2.0  # of a regular expression, on one answer
 _BARE_BOX = re.compile(r"\\boxed\s+([^$\n{}]+?)\s*(?:\$|$)", re.MULTILINE)  # \boxed 5$, as a few of MATH are written
 _FRAME = re.compile(r"\\fbox(?=\s*\{)")
 
@@ -221,7 +224,7 @@ def cut(text: str, how: str) -> str | None:
     """The gold answer that a text holds, by data.answer_from; None where it holds none.
 
     how: "" (all of it), "####" (what follows the last one), "boxed" (in the last \\boxed{...}), or a regular expression
-    (its one group, where it matches last).
+    (its one group, where it matches last). UserError for one that takes longer than CUT_LIMIT_S.
     """
     if not how:
         return text
@@ -236,8 +239,11 @@ def cut(text: str, how: str) -> str | None:
         if found is None:
             found = next(iter(reversed(_BARE_BOX.findall(text))), None)
     else:
-        for match in re.finditer(how, text):
-            found = match[1]
+        try:
+            for match in regex.finditer(how, text, timeout=CUT_LIMIT_S):
+                found = match[1]
+        except TimeoutError:
+            raise UserError(f"data.answer_from = {how!r:.80} takes more than {CUT_LIMIT_S:g} s of one answer") from None
     return found.strip() or None if found is not None else None
 
 

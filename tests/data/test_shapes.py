@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dppo_jax.data import shapes
 from dppo_jax.data.prompts import PromptStream, load_tokenizer
 from dppo_jax.data.shapes import cut
 from dppo_jax.data.tasks import load_task
@@ -273,6 +274,12 @@ def test_a_named_column_that_is_not_there(tmp_path, kind, columns, words):
 )
 def test_cut(how, text, found):
     assert cut(text, how) == found
+
+
+def test_an_expression_that_takes_too_long_is_named(monkeypatch):
+    monkeypatch.setattr(shapes, "CUT_LIMIT_S", 0.2)
+    with pytest.raises(UserError, match=r"data.answer_from = .* takes more than 0.2 s of one answer"):
+        cut("a" * 60 + "!", r"((?:a|aa)+)$")
 
 
 @pytest.mark.parametrize("seed", range(20))
