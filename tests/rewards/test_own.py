@@ -207,5 +207,5 @@ def test_a_run_refuses_what_cannot_be_before_it_compiles(folder, tmp_path):
     with pytest.raises(UserError, match="data.extract = 'boxed' is the verifier's"):
         train(config, tmp_path / "run")
     config = small_config(folder, reward__function=f"{tmp_path}/mine.py:score", advantage__name="max_rl")
-    with pytest.raises(UserError, match="max_rl is for rewards of 0 and 1, but reward.function gave 0.5"):
+    with pytest.raises(UserError, match="max_rl is for rewards of 0 and 1, but one is 0.5"):
         train(config, tmp_path / "run")
