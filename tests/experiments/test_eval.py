@@ -192,7 +192,7 @@ def test_a_damaged_part_is_named(whole, folder, model, tmp_path):
         ({}, "--checkpoint DIR, of a run, and --policy DIR_OR_HUB, a model, are both missing: give one"),
         (dict(checkpoint=Path("runs/a"), policy_name="assets/tiny"), "are both given: leave one out"),
         (dict(policy_name="acme/tiny@"), "names no revision after its @; write acme/tiny, or acme/tiny@REVISION"),
-        (dict(policy_name="my_model"), "--policy: there is no directory 'my_model', and it is no name ORG/NAME on the hub"),
+        (dict(policy_name="no_dir"), "--policy: there is no directory 'no_dir', and it is no name ORG/NAME on the hub"),
     ],
 )
 def test_policies_that_are_none(folder, named, sentence):
