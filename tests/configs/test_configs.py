@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from configs import gsm8k, reasoning_gym
 from configs.methods import METHODS
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
@@ -16,6 +17,8 @@ from tests.helpers.places import ROOT
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.py"))
 CONFIGS = [path for path in FILES if not path.endswith(("__init__.py", "configs/methods.py"))]
 CONFIGS += [f"configs/methods.py:{name}" for name in METHODS]
+CONFIGS += [f"configs/reasoning_gym.py:{name}" for name in reasoning_gym.ARGUMENTS]
+CONFIGS += [f"configs/gsm8k.py:{name}" for name in gsm8k.ARGUMENTS]
 
 # 2602.04879, section 5 and appendix C; section 7 and appendix E, table 1.
 MOE_BASE = {
