@@ -97,7 +97,7 @@ def _begun(task: Task) -> list[Example]:
         scorer.ready()
         (first,) = _observed(scorer, task.examples[:1])
         outcomes = _observed(scorer, task.examples) if first.kind == "scored" else [first]
-    for example, outcome in zip(task.examples, outcomes, strict=False):
+    for example, outcome in zip(task.examples[: len(outcomes)], outcomes, strict=True):
         if outcome.kind != "scored":
             raise UserError(f"{KEY} = {task.name!r:.200}: reset(seed={example.meta['seed']}) {_reason(outcome)}")
         if not outcome.said.text:

@@ -53,8 +53,8 @@ class Player:
     verify: Verify | None = None
 
     @property
-    def file(self) -> str:
-        """What is loaded, for sentences."""
+    def title(self) -> str:
+        """The config's key and what it says, for sentences."""
         return f"{KEY} = {self.name}"
 
     def load(self) -> None:

@@ -33,8 +33,8 @@ class OwnReward:
     name: str
 
     @property
-    def file(self) -> str:
-        """Where it is, for sentences."""
+    def title(self) -> str:
+        """The config's key and what it says, for sentences."""
         return f"{KEY} = {self.path}:{self.name}"
 
     def load(self) -> None:

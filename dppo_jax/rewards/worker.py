@@ -66,7 +66,7 @@ def _load(load: Callable[[], None]) -> None:
     """UserError where it takes longer than LOAD_LIMIT_S."""
 
     def stop(*_: Any) -> None:
-        named = getattr(getattr(load, "__self__", None), "file", "what verifies")
+        named = getattr(getattr(load, "__self__", None), "title", "what verifies")
         raise UserError(f"a reward worker could not load {named} within {LOAD_LIMIT_S:g} s: does something in it wait?")
 
     before = signal.signal(signal.SIGALRM, stop)

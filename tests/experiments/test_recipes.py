@@ -36,7 +36,7 @@ PAGES = {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(R
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
-# What makes a command small. A page may have the same command with other numbers: it is run once.
+# What makes a command small.
 RUN = {"steps": 2, "rollout.prompts": 2, "rollout.group_size": 2, "train.minibatches": 1, "train.epochs": 1}
 RUN |= {"eval.every": 0, "compile_cache": "", "label_cache": ""}
 SMALL = {

@@ -26,7 +26,7 @@ from dppo_jax.files import is_file, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import Classifier, classifier_architecture, load_params, save_classifier
 from dppo_jax.optimizer import make_optimizer, make_schedule
-from dppo_jax.reward_model import end_of, make_score
+from dppo_jax.reward_model import Score, batches, end_of, make_score
 from dppo_jax.storage.results import SCHEMA, read_table
 from experiments.run.cli import Parser, not_negative, whole
 
@@ -102,7 +102,7 @@ def read_replies(path: Path, tokenizer: Any, max_len: int) -> tuple[Replies, Rep
     return parts
 
 
-def fit(score: Any, params: Params, replies: Replies, *, epochs: int, batch: int, learning_rate: float) -> Params:
+def fit(score: Score, params: Params, replies: Replies, *, epochs: int, batch: int, learning_rate: float) -> Params:
     """Parameters after so many passes over the replies, in an order of a fixed seed; the first of a pass fill up its
     last batch."""
     size = -(-len(replies.right) // batch) * batch  # of a pass
@@ -131,14 +131,13 @@ def fit(score: Any, params: Params, replies: Replies, *, epochs: int, batch: int
     return params
 
 
-def scores(score: Any, params: Params, replies: Replies, batch: int) -> np.ndarray:
-    """f32[N]; the last batch is filled up with the first row, so that one shape is compiled."""
-    jitted, found = jax.jit(score), []
-    for start in range(0, len(replies.right), batch):
-        rows = np.arange(start, start + batch)
-        part = replies.take(np.where(rows < len(replies.right), rows, 0))
-        found.append(jax.device_get(jitted(params, part.tokens, part.lengths, part.ends)))
-    return np.concatenate(found)[: len(replies.right)]
+def scores(score: Score, params: Params, replies: Replies, batch: int) -> np.ndarray:
+    """f32[N], of one compiled shape."""
+    jitted, width = jax.jit(score), replies.tokens.shape[1]
+    found: np.ndarray = np.zeros(len(replies.right), np.float32)
+    for part in batches(replies.tokens, replies.lengths, replies.ends, batch, (width,)):
+        found[part.rows] = jax.device_get(jitted(params, part.tokens, part.lengths, part.ends))[: len(part.rows)]
+    return found
 
 
 def area_under_roc(scores: np.ndarray, right: np.ndarray) -> float:
