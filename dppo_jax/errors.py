@@ -37,17 +37,33 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """What the system said of a file, short enough for the end of a sentence."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+# Whose errors are a bucket's: not there, closed to us, without credentials, out of reach.
+_CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp", "requests")
+
+
+def of_bucket(error: BaseException) -> bool:
+    """Whether an error is of a client of a bucket, and no OSError."""
+    return type(error).__module__.partition(".")[0] in _CLIENTS
+
+
 class WriteError(UserError):
     """A run's folder can no longer be written: the disk is full, the folder is gone, a limit is reached."""
 
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError inside becomes a `WriteError` that names the folder and the reason."""
+    """An OSError inside, or one of a bucket, becomes a `WriteError` that names the folder and the reason."""
     try:
         yield
-    except OSError as error:
-        raise WriteError(f"cannot write to {os.fspath(folder)!r}: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        if not (isinstance(error, OSError) or of_bucket(error)):
+            raise
+        raise WriteError(f"cannot write to {os.fspath(folder)!r}: {reason(error)}") from error
 
 
 class _Sturdy(io.TextIOBase):
@@ -112,4 +128,9 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(130)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:
+            if not of_bucket(error):
+                raise
+            print(f"error: a bucket fails: {type(error).__name__}: {first_line(error):.300}", file=sys.stderr)
             sys.exit(2)

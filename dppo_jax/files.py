@@ -1,46 +1,109 @@
-"""Paths that a user gives, and the small files at them: found, read and written in one place, each fault one sentence.
+"""Paths that a user gives, on a disk or in a bucket, and the small files at them: found, read and written in one place,
+each fault one sentence.
+
+A path on a disk is a pathlib.Path, an address gs://BUCKET/... or s3://BUCKET/... an etils.epath.Path. Both have the
+same methods, and where they differ (status, links, renames, folders that are only prefixes) a function here knows both.
+`to_path` makes the right one of a text: pathlib would make gs://b the folder gs:.
 
 Nothing here imports jax: reward workers may.
 """
 
+import contextlib
+import functools
+import importlib.util
 import json
 import os
+import pathlib
 import re
 import reprlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from typing import Any, TypeAlias
 
-from dppo_jax.errors import UserError
+from etils import epath
 
-_BUCKET = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?=/?[^/])")  # pathlib leaves gs:/b of gs://b
+from dppo_jax.errors import UserError, reason
+
+Path: TypeAlias = pathlib.Path | epath.Path
+
+BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that reads each, and the extra that installs it
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)(?=[^/])(.*)", re.DOTALL)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 60
 
 
 def check_path(path: str | os.PathLike[str], key: str) -> str:
-    """The path as text. UserError for an address of a bucket (not read yet), or a character that no file name has."""
+    """The path as text. UserError for an address that is not read here, or a character that no file name has."""
     text = os.fspath(path)
-    if match := _BUCKET.match(text):
-        raise UserError(
-            f"{key} = {text!r:.200}: {match[1]}:// addresses are neither read nor written yet; mount the bucket, or "
-            "copy it to a folder, and name that"
-        )
     if "\0" in text or _SURROGATES.search(text):
         raise UserError(f"{key} = {text!r:.200} holds a character that no file name can have")
+    if match := _ADDRESS.fullmatch(text):
+        scheme, slash, rest = match.groups()
+        known = " and ".join(f"{name}://" for name in BUCKETS)
+        if scheme not in BUCKETS:
+            raise UserError(f"{key} = {text!r:.200}: {scheme}:// addresses are neither read nor written; {known} are")
+        if not slash:
+            raise UserError(f"{key} = {text!r:.200} lacks a slash: write {scheme}://{rest:.100}")
+        if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+            raise UserError(f"{key} = {text!r:.200} has an empty name, . or .. in it, which no bucket resolves")
+    elif re.fullmatch("|".join(f"{scheme}:/*" for scheme in BUCKETS), text):
+        raise UserError(f"{key} = {text!r} names no bucket: write {text[:2]}://BUCKET/NAME")
     return text
+
+
+def to_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a text, in a bucket where it begins so. UserError where the package that reads the bucket is not
+    installed."""
+    text = os.fspath(path)
+    scheme = text.partition("://")[0]
+    if scheme in BUCKETS and "://" in text:
+        _prepare(scheme)
+        return epath.Path(text)
+    return pathlib.Path(text)
+
+
+def is_bucket(path: Path) -> bool:
+    """Whether it is the address of a bucket, or in one."""
+    return not isinstance(path, pathlib.Path)
+
+
+@functools.cache
+def _prepare(scheme: str) -> None:
+    package, extra = BUCKETS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{scheme}:// addresses need the package {package}, which is not installed: pip install {package} "
+            f"(or dppo_jax[{extra}])"
+        )
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask each bucket for its kind
+    import fsspec
+
+    for name in ("gs", "gcs", "s3"):  # other processes write too: what a folder holds is asked each time
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+
+
+def filesystem(path: Path) -> Any:
+    """fsspec's, of a path in a bucket."""
+    import fsspec
+
+    return fsspec.filesystem(str(path).partition("://")[0])
 
 
 def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
     """The path with ~ expanded; nothing need be there. `key`: the flag or config key that gave it, for the sentence.
 
     Raises: UserError as `check_path`, for a ~ of nobody, and for a path that cannot be asked for: too long a name, a
-    folder above it that is closed to us.
+    folder above it that is closed to us, a bucket without credentials.
     """
     text = check_path(path, key)
+    if "://" in text[:5]:
+        return _reached(to_path(text.rstrip("/")), key)
     try:
-        expanded = Path(text).expanduser()
+        expanded = pathlib.Path(text).expanduser()
     except RuntimeError:  # no HOME, or no such user
         raise UserError(f"{key} = {text!r:.200}: no home folder is known for ~; write the path out") from None
     try:
@@ -52,11 +115,37 @@ def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
     return expanded
 
 
+def disk_path(path: str | os.PathLike[str], key: str = "path") -> pathlib.Path:
+    """The same, of a file that must be on a disk: code that is run, and what is locked. UserError for an address."""
+    found = user_path(path, key)
+    if not isinstance(found, pathlib.Path):
+        raise UserError(f"{key} = {str(path)!r:.200} must be on a disk of this machine, not in a bucket")
+    return found
+
+
+def _reached(path: Path, key: str) -> Path:
+    """A path in a bucket. UserError where the bucket cannot be asked for it."""
+    try:
+        filesystem(path).info(str(path))
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # of the bucket's client, its credentials, or the network
+        raise UserError(f"{key} = {str(path)!r:.200} cannot be reached: {reason(error):.300}") from None
+    return path
+
+
+def absolute(path: Path) -> Path:
+    """From the root on. An address is that already."""
+    return path.absolute() if isinstance(path, pathlib.Path) else path
+
+
 def is_file(path: Path) -> bool:
     """Whether there is one: False where nothing has the name, UserError where a folder, a pipe, a link to nothing or
     the like has it."""
-    if os.path.isfile(path):
+    if path.is_file():
         return True
+    if is_bucket(path):
+        return False
     if os.path.lexists(path):
         raise UserError(f"{path} is neither a file nor a link to one")
     return False
@@ -71,12 +160,105 @@ def shown(value: Any) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it, parents included, if need be. UserError."""
+    """Makes it, parents included, if need be; in a bucket there is nothing to make. UserError."""
+    if is_bucket(folder):
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
 
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, sorted; in a bucket nothing where there is no such folder. OSError."""
+    if not is_bucket(folder):
+        return sorted(os.listdir(folder))
+    try:
+        return sorted(path.name for path in folder.iterdir() if path != folder)
+    except FileNotFoundError:
+        return []
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files of a folder and of those inside, sorted by path, links to files among them. OSError."""
+    if is_bucket(folder):
+        scheme = str(folder).partition("://")[0]
+        found = [epath.Path(f"{scheme}://{name}") for name in filesystem(folder).find(str(folder))]
+        return sorted(path for path in found if path != folder)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file. OSError."""
+    status = path.stat()
+    return status.length if is_bucket(path) else status.st_size
+
+
+def read_ranges(path: Path, starts: list[int], size: int) -> list[bytes]:
+    """`size` bytes of a file from each start on; of a bucket's several at a time. OSError."""
+    if is_bucket(path):
+        several = len(starts)
+        return filesystem(path).cat_ranges([str(path)] * several, starts, [start + size for start in starts])
+    with path.open("rb") as file:
+        return [file.read(size) for start in starts if file.seek(start) is not None]
+
+
+def remove_tree(folder: Path) -> None:
+    """A folder with all that it holds. OSError."""
+    if is_bucket(folder):
+        with contextlib.suppress(FileNotFoundError):
+            filesystem(folder).rm(str(folder), recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
+def move_tree(folder: Path, target: Path) -> None:
+    """A folder with all that it holds, under another name. In a bucket each file is copied there, and then all are
+    removed here: a kill between the two leaves both. OSError."""
+    if is_bucket(folder):
+        system = filesystem(folder)
+        for path in files_in(folder):
+            system.copy(str(path), str(target / path.relative_to(folder)))
+        remove_tree(folder)
+    else:
+        shutil.move(folder, target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The bytes of a file, on whichever side it lies. OSError."""
+    with source.open("rb") as before, target.open("wb") as after:
+        shutil.copyfileobj(before, after, 2**24)
+
+
+@contextlib.contextmanager
+def local_folder(folder: Path, *, without: str = "") -> Iterator[pathlib.Path]:
+    """A folder as one on this machine's disk: itself or, of a bucket's, a copy for as long as the `with` is open, but
+    for files whose name matches the pattern `without`. OSError."""
+    if isinstance(folder, pathlib.Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dppo_jax-") as name:
+        for path in files_in(folder):
+            if not (without and fnmatch(path.name, without)):
+                target = pathlib.Path(name, path.relative_to(folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copy_file(path, target)
+        yield pathlib.Path(name)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[pathlib.Path]:
+    """A name on this machine's disk to write a file at, which is at `path` when the `with` closes without an error: a
+    kill leaves the old one, or none. OSError."""
+    if isinstance(path, pathlib.Path):
+        partial = path.with_name(f"{path.name}.part")
+        yield partial
+        partial.replace(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dppo_jax-") as name:
+        partial = pathlib.Path(name, path.name)
+        yield partial
+        copy_file(partial, path)
 
 def read_text(path: Path) -> str:
     """The whole file, UTF-8. UserError where it cannot be read, or is none."""
@@ -85,7 +267,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def parse_json(
@@ -142,6 +324,5 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: a kill leaves the old one. OSError."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -12,7 +12,6 @@ both included. Killed and started again, it goes on.
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from dppo_jax.data.shares import Chosen, choose, table_of
 from dppo_jax.devices import peers
 from dppo_jax.devices.hosts import is_writer
 from dppo_jax.errors import UserError, writing
-from dppo_jax.files import is_file, make_folder
+from dppo_jax.files import Path, is_file, make_folder
 from dppo_jax.storage.results import ABOUT, about_of, read_table, write_table
 from experiments.eval import evaluated
 from experiments.run import cli

@@ -6,7 +6,6 @@ python -m experiments.eval --config configs/eval/aime_2024.py --policy ORG/NAME 
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from dppo_jax.devices import peers
 from dppo_jax.devices.hosts import is_writer
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path
 from experiments.run import cli, policy
 from experiments.run.evaluation import Evaluation
 from experiments.run.results import Results, about, begun

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from dppo_jax.data.prompts import PromptStream, encode_completion
 from dppo_jax.data.tasks import load_task
 from dppo_jax.devices import hosts, peers
 from dppo_jax.errors import UserError
-from dppo_jax.files import user_path
+from dppo_jax.files import Path, user_path
 from dppo_jax.losses import zero_outside_mask
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan

@@ -11,7 +11,6 @@ table (.md), its numbers (.json) and the curves (.png).
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError, nearest
+from dppo_jax.files import Path
 from dppo_jax.storage.run_log import Scalars, read_scalars
 from experiments import sweep
 from experiments.plot import Curve, bootstrap_interval, draw

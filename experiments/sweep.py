@@ -11,13 +11,13 @@ optimizer.learning_rate, and names the runs LOSS_xRATE.
 
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from dppo_jax.devices import peers
 from dppo_jax.errors import UserError, lookup, run_main
+from dppo_jax.files import Path
 from dppo_jax.losses import LOSSES
 from experiments.run import checks, cli, ranges
 from experiments.run.evaluation import Evaluation

@@ -11,12 +11,12 @@ as if it had never stopped. On several hosts (docs/pods.md) each prepares and sc
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dppo_jax.devices import hosts, peers
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path
 from dppo_jax.storage.run_log import summary_table
 from experiments.run import cli
 from experiments.run.evaluation import Evaluation

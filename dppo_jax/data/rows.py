@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from dppo_jax.data.shapes import (
     shown,
 )
 from dppo_jax.data.shards import shards
-from dppo_jax.errors import UserError, first_line, lookup
-from dppo_jax.files import parse_json
+from dppo_jax.errors import UserError, first_line, lookup, reason
+from dppo_jax.files import Path, parse_json, to_path
 from dppo_jax.rewards.verifiers import VERIFIERS
 
 DEEPEST = 64  # lists and objects inside one another: a row also travels to reward workers
@@ -75,7 +74,7 @@ def jsonl_task(name: str, files: Sequence[Path], size: int | None, verifier: str
         try:
             lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # without a byte-order mark
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+            raise UserError(f"{file} cannot be read: {reason(error)}") from None
         full = [(f"{file}, row {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
         if not full:
             raise UserError(f"{file} holds no rows")
@@ -122,7 +121,7 @@ def _table(file: Path, size: int | None, reading: Reading) -> tuple[dict[str, li
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+        with file.open("rb") as stored, pyarrow.parquet.ParquetFile(stored, page_checksum_verification=True) as opened:
             count, names = opened.metadata.num_rows, list(opened.schema_arrow.names)
             table = opened.read() if size != 0 else None
             count = count if table is None else table.num_rows
@@ -158,7 +157,7 @@ def task_name(path: str | None, files: Sequence[Path]) -> str:
     """What a task is called in sentences: its file, or its folder or pattern and how many files that is."""
     if len(files) == 1:
         return files[0].name
-    return f"{Path(path or '.').name} ({len(files)} files)"
+    return f"{to_path(path or '.').name} ({len(files)} files)"
 
 
 def _parse(line: bytes, where: str) -> Any:

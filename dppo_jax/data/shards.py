@@ -3,12 +3,10 @@
 import glob
 import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
 
 from dppo_jax.data.shapes import shown
-from dppo_jax.errors import UserError
-from dppo_jax.files import user_path
+from dppo_jax.errors import UserError, reason
+from dppo_jax.files import Path, files_in, filesystem, is_bucket, to_path, user_path
 
 _SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "eval"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -24,14 +22,14 @@ def shards(kind: str, path: str) -> list[Path]:
     if _is("file", place):
         return [place]
     if _is("dir", place):
-        files = _visible(place, place.glob(f"*.{kind}")) or _visible(place, place.rglob(f"*.{kind}"))
+        files = _visible(place, kind)
         if not files:
             raise UserError(f"data.path: the folder {shown(path, 200)} holds no *.{kind}, and no folder inside does")
         _check_splits(place, files)
         return files
     if glob.has_magic(str(place)):
         try:
-            found = sorted(map(Path, glob.glob(str(place), recursive=True)))
+            found = _matching(place)
         except (OSError, re.error):
             found = []
         files = [file for file in found if _is("file", file)]
@@ -50,15 +48,22 @@ def _is(what: str, path: Path) -> bool:
         return False
 
 
-def _visible(folder: Path, files: Iterable[Path]) -> list[Path]:
+def _matching(pattern: Path) -> list[Path]:
+    """What a pattern matches, sorted."""
+    if is_bucket(pattern):
+        scheme = str(pattern).partition("://")[0]
+        return sorted(to_path(f"{scheme}://{name}") for name in filesystem(pattern).glob(str(pattern)))
+    return sorted(map(to_path, glob.glob(str(pattern), recursive=True)))
+
+
+def _visible(folder: Path, kind: str) -> list[Path]:
+    """A folder's own files of a kind or, where it has none, those of all folders inside."""
     try:
-        return sorted(
-            file
-            for file in files
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        )
+        files = [file for file in files_in(folder) if file.suffix == f".{kind}"]
     except OSError as error:
-        raise UserError(f"data.path: {os.fspath(folder)!r:.200} cannot be read: {error.strerror}") from None
+        raise UserError(f"data.path: {os.fspath(folder)!r:.200} cannot be read: {reason(error)}") from None
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return [file for file in files if file.parent == folder] or files
 
 
 def _check_splits(folder: Path, files: list[Path]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import make_folder, user_path
+from dppo_jax.files import is_bucket, make_folder, user_path
 
 BACKEND = "/jax/core/compile/backend_compile_duration"
 CACHED = "/jax/compilation_cache/cache_hits"
@@ -23,7 +23,7 @@ def keep_compiled(folder: str) -> None:
     try:
         path = user_path(folder, "compile_cache")
         make_folder(path)
-        if not os.access(path, os.W_OK | os.X_OK):
+        if not (is_bucket(path) or os.access(path, os.W_OK | os.X_OK)):
             raise UserError(f"the folder {str(path)!r} cannot be written")
     except UserError as error:
         reason = str(error).removeprefix("compile_cache = ")

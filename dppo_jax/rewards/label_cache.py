@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import make_folder, user_path
+from dppo_jax.files import disk_path, make_folder
 
 LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
 # modules beside this one that decide what is found
@@ -37,7 +37,7 @@ class LabelCache:
         if not folder:
             return
         try:
-            place = user_path(folder, "label_cache")
+            place = disk_path(folder, "label_cache")
             make_folder(place)
             if not os.access(place, os.W_OK | os.X_OK):
                 raise UserError(f"the folder {str(place)!r} cannot be written")

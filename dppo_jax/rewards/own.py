@@ -13,7 +13,7 @@ from typing import Any
 
 from dppo_jax.data.examples import Example
 from dppo_jax.errors import UserError, first_line, nearest
-from dppo_jax.files import user_path
+from dppo_jax.files import disk_path
 
 KEY = "reward.function"
 LARGEST = 3e38  # of a reward: what float32 can hold
@@ -53,7 +53,7 @@ def own_reward(text: str) -> OwnReward:
 
 def own_file(path: str, key: str) -> str:
     """The file's whole path; UserError where there is none. `key` is the config's."""
-    file = user_path(path, key)
+    file = disk_path(path, key)
     try:
         exists = file.is_file()
     except OSError:  # a name that is too long

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+
+from dppo_jax.files import Path, files_in, read_ranges, size_of
 
 WHOLE = 2**28  # bytes: of a larger file the beginning, the end and samples between are read
 BLOCK, BLOCKS = 2**20, 256
@@ -13,23 +14,23 @@ def of_weights(directory: Path) -> str:
     """Of the safetensors files of a model directory, by name, size and bytes."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
+        size = size_of(path)
         digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            if size <= WHOLE:
+        if size <= WHOLE:
+            with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            for number in range(BLOCKS):
-                file.seek((size - BLOCK) * number // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
+            continue
+        starts = [(size - BLOCK) * number // (BLOCKS - 1) for number in range(BLOCKS)]
+        for part in read_ranges(path, starts, BLOCK):
+            digest.update(part)
     return digest.hexdigest()[:16]
 
 
 def of_files(folder: Path) -> str:
     """Of all files of a folder, by name and bytes."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
+    for path in files_in(folder):
+        with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder)} {content}\n".encode())
     return digest.hexdigest()[:16]

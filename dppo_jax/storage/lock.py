@@ -3,6 +3,9 @@
 The lock is a file with host, process and start time, held by the operating system (flock) as long as the process lives:
 whatever ends it frees the lock. Where another machine wrote it last, its lock may not be visible here, so the holder
 also writes the file anew every few seconds, and whoever wants it watches whether that goes on. No clock is compared.
+
+A bucket has no locks. There the file is made only where there is none, and what was left by a run that is gone is
+watched in the same way, unless it is of a process of this machine that is gone.
 """
 
 import contextlib
@@ -13,14 +16,16 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from dppo_jax.errors import UserError, writing
+from dppo_jax.errors import UserError, of_bucket, writing
+from dppo_jax.files import Path, filesystem, is_bucket
 
 NAME = "run.lock"
 BEAT_S = 5.0  # seconds between two writings
+BUCKET_BEAT_S = 15.0  # the same in a bucket, which counts requests
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S %Z")  # this process
 WATCH_S = 45.0  # how long another machine's lock is watched; attributes may be cached so long on a network's disk
 
@@ -28,6 +33,10 @@ WATCH_S = 45.0  # how long another machine's lock is watched; attributes may be 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder, which must exist, while the `with` is open. UserError where another process has it."""
+    if is_bucket(folder):
+        with _locked_in_bucket(folder / NAME):
+            yield
+        return
     path = folder / NAME
     stop = threading.Event()
     file = _hold(path)
@@ -45,6 +54,59 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             file.close()
+
+
+@contextlib.contextmanager
+def _locked_in_bucket(path: Path) -> Iterator[None]:
+    token, stop = uuid.uuid4().hex, threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not stop.wait(BUCKET_BEAT_S):
+            count += 1
+            with contextlib.suppress(Exception):  # a bucket that fails is for the run's other files to report
+                path.write_text(_about(count, token))
+
+    _make_in_bucket(path, _about(0, token))
+    beats = threading.Thread(target=beat, daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beats.join()
+        with contextlib.suppress(Exception):
+            path.unlink()
+
+
+def _make_in_bucket(path: Path, text: str) -> None:
+    """Returns when the file is there and is ours."""
+    while True:
+        try:
+            with writing(path.parent):
+                filesystem(path).pipe_file(str(path), text.encode(), mode="create")
+            return
+        except UserError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+        holder = _read(path)
+        if not (holder.get("host") == socket.gethostname() and _is_gone(holder.get("process"))):
+            _watch(path)
+        with contextlib.suppress(FileNotFoundError), writing(path.parent):
+            path.unlink(missing_ok=True)
+
+
+def _is_gone(process: Any) -> bool:
+    """Whether no process of this machine has this number, or we have it ourselves, after another one that had it."""
+    if not isinstance(process, int) or process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _hold(path: Path) -> TextIO:
@@ -74,7 +136,7 @@ def _hold(path: Path) -> TextIO:
 def _watch(path: Path) -> None:
     """Returns where no other machine's run is alive behind the file. UserError where one is."""
     before = _read(path)
-    if before.get("host", socket.gethostname()) == socket.gethostname():
+    if not is_bucket(path) and before.get("host", socket.gethostname()) == socket.gethostname():
         return  # nobody's, or of a process of this machine that is gone
     holder = _holder(before)
     print(f"{path} was left by a run {holder}; looking for {WATCH_S:.0f} s whether it goes on", file=sys.stderr)
@@ -96,8 +158,7 @@ def _beat(file: TextIO, stop: threading.Event) -> None:
 
 def _write(file: TextIO, beat: int) -> None:
     """Who holds the lock. A disk that is full is for the run's other files to report."""
-    about = {"host": socket.gethostname(), "process": os.getpid(), "started": STARTED, "beat": beat}
-    text = json.dumps(about)
+    text = _about(beat)
     with contextlib.suppress(OSError):
         file.seek(0)
         file.write(text)
@@ -105,15 +166,22 @@ def _write(file: TextIO, beat: int) -> None:
         file.flush()
 
 
+def _about(beat: int, token: str = "") -> str:
+    """What the file says."""
+    about = {"host": socket.gethostname(), "process": os.getpid(), "started": STARTED, "beat": beat}
+    return json.dumps(about | ({"token": token} if token else {}))
+
+
 def _read(path: Path) -> dict:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except Exception as error:
+        if not (isinstance(error, OSError | ValueError) or of_bucket(error)):
+            raise
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
 def _holder(about: dict) -> str:
-    """The process that holds the lock, for a sentence."""
     """The process that holds the lock, for a sentence."""
     return f"process {about.get('process', '?')} on {about.get('host', '?')}, begun {about.get('started', '?')}"

@@ -4,10 +4,9 @@ Until all batches are there they lie beside it, in FILE.parts, each whole or not
 those that are missing. The file's metadata say what it is a function of.
 """
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
@@ -15,7 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from dppo_jax.errors import UserError, first_line, writing
-from dppo_jax.files import is_file, make_folder, read_json_object, write_text
+from dppo_jax.files import Path, is_file, make_folder, read_json_object, remove_tree, write_text, written_whole
 
 ABOUT = b"dppo_jax"  # the key of the file's metadata, a JSON object
 WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -78,13 +77,12 @@ class ResultsFile:
     def finish(self, about: Mapping[str, Any], names: Sequence[str]) -> None:
         """Makes the file of the parts of these sets, in their order, and removes those. WriteError."""
         schema = SCHEMA.with_metadata({ABOUT: json.dumps(about, allow_nan=False)})
-        partial = self.path.with_name(f"{self.path.name}.part")
-        with writing(self.path):
+        with writing(self.path), written_whole(self.path) as partial:
             with pyarrow.parquet.ParquetWriter(partial, schema, **WRITTEN) as writer:
                 for path in (path for name in names for path in self._parts_of(name)):
                     writer.write_table(read_table(path).replace_schema_metadata(schema.metadata))
-            partial.replace(self.path)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(self.parts)
 
     def _parts_of(self, name: str) -> list[Path]:
         found = [path for path in self.parts.glob("*.parquet") if path.stem.rpartition("-")[0] == name]
@@ -93,15 +91,14 @@ class ResultsFile:
 
 def write_table(path: Path, table: pyarrow.Table) -> None:
     """Writes a parquet file whole or not at all. OSError."""
-    partial = path.with_name(f"{path.name}.part")
-    pyarrow.parquet.write_table(table, partial, **WRITTEN)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        pyarrow.parquet.write_table(table, partial, **WRITTEN)
 
 
 def read_table(path: Path) -> pyarrow.Table:
     """The whole of a parquet file, its checksums verified. UserError."""
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True) as file:
             return file.read()
     except Exception as error:  # a damaged file may make the library raise errors of any class
         raise UserError(
@@ -112,7 +109,8 @@ def read_table(path: Path) -> pyarrow.Table:
 def about_of(path: Path) -> dict[str, Any]:
     """What a parquet file of ours says that it is a function of. UserError for another file."""
     try:
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        with path.open("rb") as opened:
+            metadata = pyarrow.parquet.read_schema(opened).metadata or {}
         about = json.loads(metadata[ABOUT])
     except Exception:
         raise UserError(f"{path} is there and is no file of this command: name another") from None

@@ -8,11 +8,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from dppo_jax.errors import UserError, writing
-from dppo_jax.files import make_folder, read_json_object, write_text
+from dppo_jax.files import make_folder, read_json_object, to_path, write_text
 
 NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
@@ -70,7 +69,7 @@ def changed(
 
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Stores the config, nested, in workdir/config.json, whole or not at all. UserError, WriteError."""
-    path = Path(workdir) / NAME
+    path = to_path(workdir) / NAME
     make_folder(path.parent)
     with writing(path):
         write_text(path, json.dumps(plain(config), indent=2, allow_nan=False) + "\n")
@@ -78,7 +77,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_config` stored. Raises UserError where there is none, or it is no JSON object."""
-    path = Path(workdir) / NAME
+    path = to_path(workdir) / NAME
     if not path.exists():
         raise UserError(f"run folder {str(workdir)!r} holds no {NAME}")
     return read_json_object(path)

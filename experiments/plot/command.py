@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import make_folder, user_path
+from dppo_jax.errors import UserError, nearest, writing
+from dppo_jax.files import make_folder, user_path, written_whole
 from experiments.plot.figure import draw, remarks
 from experiments.plot.runs import group_runs
 from experiments.run.cli import Parser
@@ -44,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for sentence in remarks(curves, args.tags):
         print(sentence, file=sys.stderr)
     make_folder(out.parent)
-    try:
-        figure.savefig(out, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {args.out!r}: {error.strerror}") from None
+    with writing(out), written_whole(out) as partial:
+        figure.savefig(partial, dpi=150, format=out.suffix[1:].lower())
     print(f"wrote {out}")
 
 

@@ -4,10 +4,10 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dppo_jax.errors import UserError, nearest
+from dppo_jax.files import Path, is_bucket, to_path
 from dppo_jax.storage.run_config import flatten, read_config
 from dppo_jax.storage.run_log import EVENTS, Scalars, read_scalars
 
@@ -28,13 +28,13 @@ def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
     key: dotted name of the config key that names the curves. None: loss.name, or the folder of a run without it.
     With "seed", seeds are curves of their own.
     """
-    paths = {Path(folder).resolve(): folder for folder in folders}
+    paths = {_resolved(to_path(folder)): folder for folder in folders}
     folder_of = {path.parent if path.name == EVENTS else path: folder for path, folder in paths.items()}
     unique = list(folder_of)
-    shared = os.path.commonpath([p.parent for p in unique])
     names = [p.name for p in unique]
     if len(set(names)) < len(names):
-        names = [str(p.relative_to(shared)) for p in unique]
+        shared = os.path.commonprefix([f"{p.parent}/" for p in unique]).rpartition("/")[0]
+        names = [str(p).removeprefix(f"{shared}/") for p in unique]
     runs = [read_scalars(folder) for folder in folder_of.values()]
     configs = [_config(path, folder, key) for path, folder in folder_of.items()]
     members: dict[str, list[int]] = {}
@@ -42,6 +42,10 @@ def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
         members.setdefault(_curve_key(path, config, key), []).append(i)
     labels = _labels(list(members.values()), names, configs, NAMED_BY if key is None else key)
     return [Curve(label, [runs[i] for i in group]) for label, group in zip(labels, members.values(), strict=True)]
+
+
+def _resolved(path: Path) -> Path:
+    return path if is_bucket(path) else path.resolve()
 
 
 def _config(path: Path, folder: str, key: str | None) -> dict[str, Any] | None:

@@ -8,14 +8,13 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import check_text, user_path
+from dppo_jax.files import Path, check_text, disk_path, to_path, user_path
 from dppo_jax.losses import LOSSES, hyperparameters
 
 
@@ -31,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """The `type` of an option that names a file or a folder: ~ expanded, addresses of buckets refused."""
+    """The `type` of an option that names a file or a folder: ~ expanded, or the address of one in a bucket."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     try:
@@ -153,10 +152,10 @@ def file_and_argument(text: str) -> tuple[str, str | None]:
             raise UserError(f"--config {text} has no argument after its colon; write FILE:ARGUMENT, or FILE alone")
         return path, argument if count < len(parts) else None
     path = re.split(r"(?<=\.py):", text)[0]
-    user_path(path, "--config")
+    disk_path(path, "--config")
     if os.path.isdir(os.path.expanduser(path)):
         raise UserError(f"--config {short(path)} is a folder; name a file in it")
-    hint, table, name = "the project's are in configs/", f"{Path(path).parent}.py", Path(path).stem
+    hint, table, name = "the project's are in configs/", f"{to_path(path).parent}.py", to_path(path).stem
     if os.path.isfile(table):  # FOLDER/NAME.py, where FOLDER.py:NAME may be meant
         try:
             run_config(table, name)

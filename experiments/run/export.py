@@ -1,12 +1,12 @@
 """The trained policy, in Hugging Face files."""
 
-from pathlib import Path
 
 import jax
 
 from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import to_host
 from dppo_jax.errors import writing
+from dppo_jax.files import Path
 from dppo_jax.models import save_hf
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.models.peft import save_adapters

@@ -5,7 +5,6 @@ A run that goes on is compared with what its checkpoint says of it, and several 
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from configs import base
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path, disk_path
 from dppo_jax.models.companions import CONFIG, TOKENIZER
 from dppo_jax.rewards.own import own_reward
 from dppo_jax.storage import fingerprints
@@ -70,7 +70,7 @@ def identity(setup: Setup, streams: Mapping[str, PromptStream]) -> Identity:
 
 def _reward(function: str) -> str:
     """Of the file of reward.function."""
-    return fingerprints.of_text(Path(own_reward(function).path).read_text(errors="replace")) if function else ""
+    return fingerprints.of_text(disk_path(own_reward(function).path).read_text(errors="replace")) if function else ""
 
 
 def _of_reward_model(setup: Setup) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +15,7 @@ from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
 from dppo_jax.devices.compilations import keep_compiled
 from dppo_jax.devices.sharding import check_divisible, make_mesh
 from dppo_jax.errors import UserError
-from dppo_jax.files import user_path
+from dppo_jax.files import Path, user_path
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.decoder import abstract_params, param_axes
 from dppo_jax.models.hf import load_config

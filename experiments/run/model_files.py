@@ -3,12 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import user_path
+from dppo_jax.files import Path, user_path
 from dppo_jax.storage import hub
 
 

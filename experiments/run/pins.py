@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path
 from dppo_jax.storage import hub
 from dppo_jax.storage.run_config import NAME, flatten, read_config
 from experiments.run.check_data import data_sections

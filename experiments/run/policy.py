@@ -1,7 +1,6 @@
 """The policy that is evaluated: a model directory, a name on the hub, or what a run has trained."""
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 from dppo_jax import lora
 from dppo_jax.devices.sharding import check_divisible, laid_out, named_shardings
 from dppo_jax.errors import UserError
-from dppo_jax.files import user_path
+from dppo_jax.files import Path, user_path
 from dppo_jax.models.decoder import Params, abstract_params, param_axes
 from dppo_jax.models.hf import load_params
 from dppo_jax.storage import fingerprints, hub

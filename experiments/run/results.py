@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from dppo_jax.data.prompts import PromptStream
 from dppo_jax.devices import hosts
 from dppo_jax.errors import UserError
 from dppo_jax.evaluate import OUTCOMES, Samples
-from dppo_jax.files import is_file
+from dppo_jax.files import Path, is_file
 from dppo_jax.rewards.votes import vote
 from dppo_jax.storage.checkpoint import agree
 from dppo_jax.storage.lock import locked

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from dppo_jax.devices import hosts
 from dppo_jax.devices.hosts import Share
 from dppo_jax.devices.sharding import check_divisible, laid_out, local_bytes, named_shardings
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import choose, length_multiple
 from dppo_jax.models.hf import Classifier, load_classifier

@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from dppo_jax.devices.chips import memory_of
 from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
+from dppo_jax.files import Path
 from dppo_jax.losses import bind_loss, required_fields, token_kl, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig

@@ -2,19 +2,18 @@
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from dppo_jax.devices.hosts import is_writer
-from dppo_jax.errors import UserError
-from dppo_jax.files import make_folder
+from dppo_jax.errors import UserError, of_bucket
+from dppo_jax.files import Path, absolute, is_bucket, make_folder, names_in, to_path
 from dppo_jax.storage.checkpoint import manifest
 from dppo_jax.storage.checkpoint.read import (
     ITEM,
@@ -23,7 +22,7 @@ from dppo_jax.storage.checkpoint.read import (
     compare,
     find_newest,
     newest_by_size,
-    quiet,
+    prepare,
     reason,
     restore_item,
     saved_tree,
@@ -56,9 +55,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, *, keep: int):
-        self._folder = (Path(workdir) / "checkpoints").absolute()
+        self._folder = absolute(to_path(workdir) / "checkpoints")
         self._keep = keep
-        quiet()
+        prepare(self._folder)
         make_folder(self._folder)
         _check_writable(self._folder)
         self._newest: Newest | None = None  # None: not looked for yet
@@ -90,7 +89,7 @@ class Checkpoints:
             to = f"{ASIDE}/{self._set_aside(number).name}"
             told = f"checkpoint {number} is damaged ({fault}) and now lies in {to}"
             notes.append(f"{told}; going on from checkpoint {step}")
-        if step is None and aside.is_dir() and (names := sorted(os.listdir(aside))):
+        if step is None and aside.is_dir() and (names := names_in(aside)):
             notes.append(f"no checkpoint is left, only {ASIDE}/{names[-1]}: starting at step 0")
         return Newest(step, notes)
 
@@ -136,7 +135,7 @@ class Checkpoints:
             return
         self._saving = step, json.loads(json.dumps(about or {}))
         try:
-            gone = not self._folder.is_dir()
+            gone = not (is_bucket(self._folder) or self._folder.is_dir())
             if is_writer() and not gone:
                 self._delete_old()
             self._saver.save(
@@ -200,7 +199,7 @@ class Checkpoints:
         """Waits until all is on disk, and deletes older steps than the newest `keep`. UserError as in `check`."""
         try:
             self.wait()
-            if is_writer() and self._folder.is_dir():
+            if is_writer() and (is_bucket(self._folder) or self._folder.is_dir()):
                 self._delete_old()
         finally:
             self._shut()
@@ -227,7 +226,9 @@ class Checkpoints:
         """In the background, on process 0, when all files of the step are written, before its folder has its name."""
         assert self._saving is not None
         step, about = self._saving
-        (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        folder = self._folder / str(step)
+        if not is_bucket(folder):
+            (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
         manifest.seal(folder, step, about)
 
     def _failed(self, error: Exception) -> UserError:
@@ -236,7 +237,8 @@ class Checkpoints:
         step, self._saving = self._saving[0], None
         if is_writer():
             _delete_left(self._folder, told=False)  # threads may still be writing into it
-        why = reason(error) if self._folder.is_dir() else "the folder was deleted or moved"
+        there = is_bucket(self._folder) or self._folder.is_dir()
+        why = reason(error) if there else "the folder was deleted or moved"
         newest = newest_by_size(self._folder)
         self._newest = Newest(newest, [])
         rest = "there is no whole one" if newest is None else f"the newest whole one is of step {newest}"
@@ -264,9 +266,16 @@ class Checkpoints:
 def _check_writable(folder: Path) -> None:
     """UserError where no folder with a file can be made and removed: better now than after hours."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as probe:
-            Path(probe, "file").write_text("x")
-    except OSError as error:
+        if is_bucket(folder):
+            probe = folder / f".probe-{uuid.uuid4().hex}"
+            probe.write_text("x")
+            probe.unlink()
+            return
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as made:
+            to_path(f"{made}/file").write_text("x")
+    except Exception as error:
+        if not (isinstance(error, OSError) or of_bucket(error)):
+            raise
         raise UserError(f"the folder {str(folder)!r} cannot be written to: {reason(error)}") from None
 
 
@@ -280,6 +289,6 @@ def _delete(path: Path, *, told: bool = True) -> None:
 
 def _delete_left(folder: Path, *, told: bool = True) -> None:
     """What a kill or a failed save left half written."""
-    if folder.is_dir():
+    if is_bucket(folder) or folder.is_dir():
         for name in manifest.entries(folder).left:
             _delete(folder / name, told=told)

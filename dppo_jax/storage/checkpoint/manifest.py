@@ -1,22 +1,33 @@
 """Whether a checkpoint on disk is whole: every file's size and SHA-256, written into the step's folder with it.
 
 `seal` runs before orbax renames the finished folder to its step, so that a step is there with its manifest or not at
-all. What earlier versions wrote has none: a flipped bit in their arrays cannot be told. Nothing here imports jax.
+all. What earlier versions wrote has none: a flipped bit in their arrays cannot be told. In a bucket (`buckets`) the
+manifest has the bucket's own checksums. Nothing here imports jax.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from dppo_jax.errors import UserError
-from dppo_jax.files import read_json_object
+from dppo_jax.errors import UserError, of_bucket, reason
+from dppo_jax.files import (
+    Path,
+    files_in,
+    is_bucket,
+    move_tree,
+    names_in,
+    read_json_object,
+    remove_tree,
+    size_of,
+    to_path,
+    write_text,
+)
+from dppo_jax.storage.checkpoint.buckets import COMMIT, stored_files
 
 NAME = "manifest.json"
 MARK = {"manifest": NAME}  # an entry of orbax's metadata of a step: says that the step has a manifest
@@ -37,15 +48,20 @@ class Entries(NamedTuple):
 
 
 def entries(folder: Path) -> Entries:
-    """By name alone. UserError where the folder cannot be read."""
+    """By name alone; in a bucket a step that is not whole yet is left. UserError where the folder cannot be read."""
     try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise UserError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from None
-    steps = sorted(int(name) for name in names if _STEP.fullmatch(name))
+        names = names_in(folder)
+    except Exception as error:
+        if not (isinstance(error, OSError) or of_bucket(error)):
+            raise
+        raise UserError(f"the folder {str(folder)!r} cannot be read: {reason(error)}") from None
+    steps = [name for name in names if _STEP.fullmatch(name)]
     left = [name for name in names if _LEFT.fullmatch(name)]
     others = [name for name in names if not _STEP.fullmatch(name) and not _LEFT.fullmatch(name)]
-    return Entries(steps, left, others)
+    if is_bucket(folder):
+        part = [name for name in steps if not all((folder / name / last).exists() for last in (NAME, COMMIT))]
+        steps, left = [name for name in steps if name not in part], left + part
+    return Entries(sorted(map(int, steps)), left, others)
 
 
 def is_step(name: str) -> bool:
@@ -55,21 +71,27 @@ def is_step(name: str) -> bool:
 
 def seal(folder: Path, step: int, about: dict[str, Any]) -> None:
     """Writes the manifest of a step's folder, whose files are all there, to disk. OSError."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name not in (NAME, _METADATA)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(lambda name: _digest(folder / name), names))
-    sizes = [(folder / name).stat().st_size for name in names]
-    body = {
-        "step": step,
-        "about": about,
-        "metadata": _metadata(folder / _METADATA),
-        "files": dict(zip(names, zip(sizes, digests, strict=True), strict=True)),
-    }
+    metadata, files = _metadata(folder / _METADATA), _files(folder)
+    body = {"step": step, "about": about, "metadata": metadata, "files": files}
+    text = json.dumps(body | {"sha256": _of_body(body)})
+    if is_bucket(folder):
+        write_text(folder / NAME, text)
+        return
     with open(folder / NAME, "w", encoding="utf-8") as file:
-        json.dump(body | {"sha256": _of_body(body)}, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _files(folder: Path) -> dict[str, Sequence[Any]]:
+    """Size and checksum of every file but those that are written after the others."""
+    last = (NAME, _METADATA, COMMIT)
+    if is_bucket(folder):
+        return {name: about for name, about in sorted(stored_files(folder).items()) if name not in last}
+    names = [name for name in (str(path.relative_to(folder)) for path in files_in(folder)) if name not in last]
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(lambda name: _digest(folder / name), names))
+    return {name: (size_of(folder / name), digest) for name, digest in zip(names, digests, strict=True)}
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -85,7 +107,8 @@ def sealed(folder: Path) -> bool:
 def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
     """What is wrong with a step's folder, its file named from the run's folder on; None: nothing is.
 
-    Every byte is read, or with read=False the files' sizes alone. Without a manifest the arrays' bytes are not checked.
+    Every byte is read, or with read=False the files' sizes alone; in a bucket its own checksums tell. Without a
+    manifest the arrays' bytes are not checked.
     """
     try:
         if not folder.is_dir():
@@ -101,7 +124,7 @@ def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
             return f"{_shown_path(folder / _METADATA)}: its entries are not those written"
         return _first_damaged(folder, body["files"], read)
     except OSError as error:
-        return f"{_shown_path(Path(error.filename or folder))} cannot be read: {error.strerror}"
+        return f"{_shown_path(to_path(error.filename or folder))} cannot be read: {reason(error)}"
     except UserError as error:
         return str(error)
 
@@ -120,6 +143,8 @@ def _without_manifest(folder: Path) -> str | None:
 
 def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
     """The first file that is not as it was written."""
+    if is_bucket(folder):
+        return _first_replaced(folder, files)
     for name, (size, _) in files.items():
         path = folder / name
         if not path.exists():
@@ -137,6 +162,19 @@ def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str
             if digest != found_digest:
                 pool.shutdown(cancel_futures=True)
                 return f"{_shown_path(folder / name)}: its bytes are not those written"
+    return None
+
+
+def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
+    """The same in a bucket."""
+    stored = stored_files(folder)
+    for name, (size, checksum) in files.items():
+        if name not in stored:
+            return f"{_shown_path(folder / name)} is missing"
+        if stored[name][0] != size:
+            return f"{_shown_path(folder / name)} has {stored[name][0]} bytes, not the {size} written"
+        if stored[name][1] != checksum:
+            return f"{_shown_path(folder / name)}: its bytes are not those written"
     return None
 
 
@@ -183,20 +221,26 @@ def _shown_path(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """A file, a link, or a folder with all that it holds; by another name first, lest a kill leave half. OSError."""
-    if path.is_dir() and not path.is_symlink():
+    """A file, a link, or a folder with all that it holds; by another name first, lest a kill leave half. In a bucket
+    what makes a step whole goes first. OSError."""
+    if is_bucket(path):
+        for name in (COMMIT, NAME):
+            (path / name).unlink(missing_ok=True)
+        remove_tree(path)
+    elif path.is_dir() and not path.is_symlink():
         if not _LEFT.fullmatch(path.name):
             path = path.rename(path.with_name(f"{path.name}.deleted"))
-        shutil.rmtree(path)
+        remove_tree(path)
     else:
         path.unlink()
 
 
 def set_aside(folder: Path, destination: Path) -> Path:
     """Moves a step's folder into `destination`, under its name or the next free one; returns the new path. OSError."""
-    destination.mkdir(exist_ok=True)
+    if not is_bucket(destination):
+        destination.mkdir(exist_ok=True)
     target, number = destination / folder.name, 1
-    while os.path.lexists(target):
+    while target.exists() or (not is_bucket(target) and os.path.lexists(target)):
         target, number = destination / f"{folder.name}.{number}", number + 1
-    shutil.move(folder, target)
+    move_tree(folder, target)
     return target

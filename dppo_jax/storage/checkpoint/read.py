@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,8 +20,10 @@ from jax.experimental import multihost_utils
 
 from dppo_jax.devices.hosts import is_writer
 from dppo_jax.errors import UserError, first_line
+from dppo_jax.files import Path, absolute, is_bucket, to_path
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.storage.checkpoint import manifest
+from dppo_jax.storage.checkpoint.buckets import teach_orbax_s3
 
 T = TypeVar("T")
 
@@ -152,8 +153,11 @@ def reason(error: BaseException) -> str:
     return os.strerror(int(match[1] or match[2])) if match else first_line(error)
 
 
-def quiet() -> None:
-    """Keeps to itself what orbax logs, and what late callbacks of a failed save say."""
+def prepare(folder: Path) -> None:
+    """Before orbax is used: it knows the kind of the folder, and keeps to itself what it logs and what late callbacks
+    of a failed save say."""
+    if str(folder).startswith("s3://"):
+        teach_orbax_s3()
     logging.getLogger("absl").addFilter(_not_orbax)
     logging.getLogger("asyncio").addFilter(_retrieved)
     if sys.unraisablehook is not _unless_late:
@@ -165,7 +169,7 @@ _hooks: list[Callable[[Any], Any]] = []
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
+    return "orbax" not in record.pathname.split(os.sep)
 
 
 def _retrieved(record: logging.LogRecord) -> bool:
@@ -193,8 +197,8 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
     trains beside its layers (the deviation of its noise) is left out. Nothing is moved or written; damaged steps that
     are passed over are told on stderr. UserError if none is whole, or they are of other shapes.
     """
-    quiet()
     folder, chosen_step = _place(directory)
+    prepare(folder)
     unreadable: dict[int, str] = {}
     while True:
         step = _choose(folder, chosen_step, unreadable)
@@ -214,12 +218,12 @@ def step_folder(directory: str | Path) -> Path:
 
 def _place(directory: str | Path) -> tuple[Path, int | None]:
     """The folder of checkpoints, and the step that is named. UserError."""
-    directory = Path(directory).absolute()
+    directory = absolute(to_path(directory))
     if manifest.is_step(directory.name) and directory.parent.name == "checkpoints":
         folder, chosen_step = directory.parent, int(directory.name)
     else:
         folder, chosen_step = directory / "checkpoints", None
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         refuse_part_of_a_sweep(directory)
         raise UserError(f"{directory} holds no checkpoints; give a run's folder, or its checkpoints/STEP")
     return folder, chosen_step
@@ -228,8 +232,10 @@ def _place(directory: str | Path) -> tuple[Path, int | None]:
 def refuse_part_of_a_sweep(workdir: Path) -> None:
     """UserError for the folder of one run of a sweep, whose checkpoints are further up. What stands there and cannot be
     read is no sweep's that this user could go on with."""
-    workdir = Path(workdir).absolute()
+    workdir = absolute(to_path(workdir))
     for sweep in workdir.parents[:2]:
+        if is_bucket(sweep) and len(sweep.parts) < 3:  # above the bucket
+            break
         name = str(workdir.relative_to(sweep))
         if any(name in _runs_of(folder) for folder in sweep.glob("checkpoints/*") if manifest.is_step(folder.name)):
             raise UserError(
