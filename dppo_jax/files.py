@@ -80,6 +80,8 @@ def _prepare(scheme: str) -> None:
             f"(or dppo_jax[{extra}])"
         )
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask each bucket for its kind
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs takes it; TensorStore has a name of its own for it
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator if "://" in emulator else f"http://{emulator}")
     import fsspec
 
     for name in ("gs", "gcs", "s3"):  # other processes write too: what a folder holds is asked each time
@@ -190,8 +192,7 @@ def files_in(folder: Path) -> list[Path]:
 
 def size_of(path: Path) -> int:
     """Bytes of a file. OSError."""
-    status = path.stat()
-    return status.length if is_bucket(path) else status.st_size
+    return path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
 
 
 def read_ranges(path: Path, starts: list[int], size: int) -> list[bytes]:

@@ -18,10 +18,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import Path
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.storage.run_log import Scalars, read_scalars
 from experiments import sweep
-from experiments.plot import Curve, bootstrap_interval, draw
+from experiments.plot import Curve, bootstrap_interval, draw, save
 from experiments.run import checks, cli
 from experiments.sweep import Run, config_of
 from experiments.train import train as train_one
@@ -181,13 +181,12 @@ def main(description: str, arms: Sequence[Arm]) -> None:
     train(config, [by_name[name] for name in chosen], arguments.workdir, seeds, separate=arguments.separate)
     runs = {name: read(arguments.workdir, by_name[name], seeds) for name in chosen}
     result = summary(runs, plain)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out.parent)
     text = markdown(result)
-    arguments.out.with_suffix(".md").write_text(text)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw([Curve(name, runs_of_arm) for name, runs_of_arm in runs.items()], SMOOTH, TAGS).savefig(
-        arguments.out.with_suffix(".png"), dpi=120
-    )
+    write_text(arguments.out.with_suffix(".md"), text)
+    write_text(arguments.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    figure = draw([Curve(name, runs_of_arm) for name, runs_of_arm in runs.items()], SMOOTH, TAGS)
+    save(figure, arguments.out.with_suffix(".png"))
     print(text, end="")
 
 

@@ -5,11 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import is_file, read_json_object, shown, user_path
+from dppo_jax.files import Path, is_file, local_folder, read_json_object, shown, user_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 READABLE = ("tokenizer.json", "vocab.json")  # one of them is enough
@@ -37,14 +36,22 @@ PROBE = " Q:  what's 12 + 3456?\n\n\tIt's x_1, THE na\u00efve \u6771\u4eac...\r\
 
 
 def load_tokenizer(directory: str | os.PathLike[str]):
-    """The tokenizer of a local Hugging Face directory. Nothing is downloaded and no code in it is run.
+    """The tokenizer of a Hugging Face directory. Nothing comes from the hub and no code in it is run.
 
     Raises: UserError for what is not there, or cannot be read, or contradicts itself.
     """
     folder = user_path(directory, "tokenizer")
-    name = str(directory)
-    if not os.path.isdir(folder):
-        raise UserError(f"tokenizer: there is no directory {name!r}")
+    if not folder.is_dir():
+        raise UserError(f"tokenizer: there is no directory {str(directory)!r}")
+    with local_folder(folder, without="*.safetensors") as local:
+        try:
+            return _load(local, str(directory))
+        except UserError as error:
+            raise UserError(str(error).replace(str(local), str(folder))) from error
+
+
+def _load(folder: Path, name: str) -> Any:
+    """Of a folder on this machine's disk; `name` is its directory's, for sentences."""
     present = [file for file in TOKENIZER_FILES if is_file(folder / file)]
     if not present:
         raise UserError(f"tokenizer: {name!r} holds none of {', '.join(TOKENIZER_FILES)}")

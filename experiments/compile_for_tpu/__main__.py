@@ -30,6 +30,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from dppo_jax.devices import chips  # noqa: E402
 from dppo_jax.errors import UserError, lookup, run_main  # noqa: E402
+from dppo_jax.files import make_folder, write_text  # noqa: E402
 from dppo_jax.models import ModelConfig  # noqa: E402
 from experiments.compile_for_tpu import report, steps, whole_rollout  # noqa: E402
 from experiments.compile_for_tpu.lengths import drawn_from  # noqa: E402
@@ -76,7 +77,7 @@ def compile_all(
                 failures.append(report.too_large(step.name, str(error)))
                 continue
             if hlo:
-                (hlo / f"{step.name}.txt").write_text(program.as_text())
+                write_text(hlo / f"{step.name}.txt", program.as_text())
             step_facts.append(report.facts(config, model, step, program, seconds, chip, mesh.size))
             print(report.text(step_facts[-1]), flush=True)
     if failures:
@@ -113,11 +114,11 @@ def main() -> None:
     if arguments.layers:
         model = dataclasses.replace(model, num_layers=arguments.layers)
     if arguments.hlo:
-        arguments.hlo.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.hlo)
     only = tuple(arguments.steps)
     step_facts = compile_all(config, model, arguments.topology, only, arguments.hlo, arguments.lengths)
     if arguments.json:
-        arguments.json.write_text(json.dumps(step_facts, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(step_facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

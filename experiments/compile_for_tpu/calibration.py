@@ -13,7 +13,6 @@ from experiments.compile_for_tpu.__main__ import compile_all  # noqa: F401  firs
 # isort: split
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax.devices import chips
 from dppo_jax.errors import run_main
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.pages import PAGE, count_for
@@ -172,7 +172,7 @@ def main() -> None:
     parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out)
     file = arguments.out / "calibration.json"
     before = json.loads(file.read_text()) if file.is_file() else []
     rows: list[dict[str, Any]] = []
@@ -182,9 +182,9 @@ def main() -> None:
         told = f"predicted {rows[-1]['predicted']}, measured {case.measured}"
         print(f"{case.step} {case.model} {case.shape}: {told}", flush=True)
         rest = [entry for entry in before if entry not in rows]
-        file.write_text(json.dumps(rows + rest, indent=2) + "\n")
-    file.write_text(json.dumps(rows, indent=2) + "\n")
-    (arguments.out / "calibration.md").write_text(table(rows))
+        write_text(file, json.dumps(rows + rest, indent=2) + "\n")
+    write_text(file, json.dumps(rows, indent=2) + "\n")
+    write_text(arguments.out / "calibration.md", table(rows))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ scheduler could take notice, it goes on in one stride: an end of a row, a page t
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import to_path
 from dppo_jax.models import cache as blocks
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rollout import resumed_tokens
@@ -71,7 +71,7 @@ def drawn_from(text: str, count: int, limit: int, seed: int = 0) -> np.ndarray:
     with a deviation of 1.
     """
     kind, *numbers = text.split(":")
-    if text and kind not in ("lognormal", "uniform") and Path(text).is_dir():
+    if text and kind not in ("lognormal", "uniform") and to_path(text).is_dir():
         return drawn_from(f"lognormal:{logged_mean(text)}:{SIGMA}", count, limit, seed)
     try:
         first, second = map(float, numbers)

@@ -10,9 +10,10 @@ from experiments.compile_for_tpu.__main__ import compile_all  # first: it sets j
 
 # isort: split
 import dataclasses
-from pathlib import Path
 
 from dppo_jax.errors import run_main
+from dppo_jax.files import Path, make_folder, write_text
+from experiments.plot import save
 from experiments.run import cli
 from experiments.trace import model_config
 
@@ -41,8 +42,8 @@ def main() -> None:
         config.eval.prompts = shards * config.mesh.expert
         step_facts = compile_all(config, model, topology, ("train",))[0]
         rows.append((chips, dict(config.mesh), step_facts))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "scaling.md").write_text(table(rows))
+    make_folder(arguments.out)
+    write_text(arguments.out / "scaling.md", table(rows))
     plot(rows, arguments.out / "scaling.png")
     print(table(rows))
 
@@ -84,7 +85,7 @@ def plot(rows, path: Path) -> None:
         axis.set(xscale="log", xlabel="chips", ylabel=label, ylim=(0, 1.15 * max(values)))
         axis.set_xticks(chips, [f"{n:,}" for n in chips])
         axis.minorticks_off()
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ only are one curve: their mean, in its 95% bootstrap interval. A curve is named 
 
 from experiments.plot.command import main
 from experiments.plot.curves import bootstrap_interval, exponential_average, moving_average
-from experiments.plot.figure import draw
+from experiments.plot.figure import draw, save
 from experiments.plot.runs import Curve, group_runs
 
-__all__ = ["Curve", "bootstrap_interval", "draw", "exponential_average", "group_runs", "main", "moving_average"]
+__all__ = [
+    "Curve", "bootstrap_interval", "draw", "exponential_average", "group_runs", "main", "moving_average", "save",
+]  # fmt: skip

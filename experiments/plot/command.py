@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dppo_jax.errors import UserError, nearest, writing
-from dppo_jax.files import make_folder, user_path, written_whole
-from experiments.plot.figure import draw, remarks
+from dppo_jax.errors import UserError, nearest
+from dppo_jax.files import user_path
+from experiments.plot.figure import draw, remarks, save
 from experiments.plot.runs import group_runs
 from experiments.run.cli import Parser
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = draw(curves, smooth, args.tags)
     for sentence in remarks(curves, args.tags):
         print(sentence, file=sys.stderr)
-    make_folder(out.parent)
-    with writing(out), written_whole(out) as partial:
-        figure.savefig(partial, dpi=150, format=out.suffix[1:].lower())
+    save(figure, out, dpi=150)
     print(f"wrote {out}")
 
 

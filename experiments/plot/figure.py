@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dppo_jax.errors import UserError, nearest
+from dppo_jax.errors import UserError, nearest, writing
+from dppo_jax.files import Path, make_folder, written_whole
 from dppo_jax.storage.panels import PANELS, Panel, evaluations
 from experiments.plot.curves import bootstrap_interval, described, smoothed
 from experiments.plot.runs import Curve
@@ -96,6 +97,13 @@ def draw(curves: Sequence[Curve], smooth: float = 1, tags: Sequence[str] = ()) -
     if footer := _footer(curves, panels, smooth):
         figure.supxlabel(footer, fontsize=8, color=INK)
     return figure
+
+
+def save(figure: Figure, path: Path, *, dpi: int = 120) -> None:
+    """Writes a figure whole or not at all, as its name's ending says. UserError."""
+    make_folder(path.parent)
+    with writing(path), written_whole(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix[1:].lower())
 
 
 def _footer(curves: Sequence[Curve], panels: Sequence[Panel], smooth: float) -> str:

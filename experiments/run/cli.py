@@ -25,6 +25,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         self.register("type", Path, path)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(re.sub("^argument (--[a-z_-]+): must ", r"\1 must ", short(message)))
 

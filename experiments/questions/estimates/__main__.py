@@ -7,7 +7,6 @@ the one that drew the batch, and its estimates. Writes DIR/estimates.json, .md a
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,9 @@ from ml_collections import ConfigDict
 
 from dppo_jax.divergences import binary_kl, binary_tv, sampled_in_topk, topk_kl, topk_tv
 from dppo_jax.errors import run_main
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.types import TopKPair
+from experiments.plot import save
 from experiments.probe import Probe
 from experiments.run import cli
 from experiments.run.model_files import model_directory
@@ -152,7 +153,7 @@ def draw(tokens: dict[str, Any], result: dict[str, Any], path: Path) -> None:
                 row[1].plot(labels, shares, "o-", label=name)
         row[1].set(xlabel="μ of the sampled token", ylabel="share of the exact divergence", ylim=(0, 1.05))
         row[1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -168,9 +169,9 @@ def main() -> None:
     )
     tokens = measure(config, arguments.updates)
     result = summary(config, tokens) | {"updates": arguments.updates}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "estimates.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "estimates.md").write_text(markdown(result))
+    make_folder(arguments.out)
+    write_text(arguments.out / "estimates.json", json.dumps(result, indent=1) + "\n")
+    write_text(arguments.out / "estimates.md", markdown(result))
     draw(tokens, result, arguments.out / "estimates.png")
     print(markdown(result), end="")
 

@@ -8,7 +8,6 @@ DIR/mismatch.json and .png.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +18,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import run_main
+from dppo_jax.files import Path, make_folder, write_text
+from experiments.plot import save
 from experiments.probe import Probe
 from experiments.run import cli
 
@@ -78,7 +79,7 @@ def draw(tokens: dict[str, np.ndarray], result: dict[str, Any], path: Path) -> N
     diff_axis.set(xlabel="μ, probability at the rollout", ylabel="|π − μ|")
     diff_axis.legend()
     figure.suptitle(f"{result['tokens']} tokens, mean |π − μ| {result['abs_prob_diff_mean']:.2e}")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -89,8 +90,8 @@ def main() -> None:
     )
     tokens = measure(config)
     result = summary(tokens)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "mismatch.json").write_text(json.dumps(result, indent=1) + "\n")
+    make_folder(arguments.out)
+    write_text(arguments.out / "mismatch.json", json.dumps(result, indent=1) + "\n")
     draw(tokens, result, arguments.out / "mismatch.png")
     print(json.dumps(result, indent=1))
 

@@ -14,12 +14,13 @@ or with `pauses`: tokens that say nothing after every state (pause tokens, 2310.
 """
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from dppo_jax.files import Path
 
 MODULUS, STEPS = 13, 10
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()

@@ -8,9 +8,9 @@ under --workdir show.
 """
 
 import sys
-from pathlib import Path
 
 from dppo_jax.errors import lookup, run_main
+from dppo_jax.files import Path
 from dppo_jax.losses import LOSSES
 from experiments.questions.survival.report import report
 from experiments.run import cli

@@ -8,7 +8,6 @@ nothing to do with one another.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import run_main
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.types import LossInputs
 from experiments.probe import Probe
 from experiments.run import cli
@@ -73,8 +73,8 @@ def main() -> None:
         },
     )
     result = measure(config, arguments.losses, arguments.batches)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "pull.json").write_text(json.dumps(result, indent=1) + "\n")
+    make_folder(arguments.out)
+    write_text(arguments.out / "pull.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

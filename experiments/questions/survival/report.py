@@ -1,7 +1,6 @@
 """What the cells of a survival map show."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,8 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
+from experiments.plot import save
 from experiments.study import LAST, by_step, mean_and_interval, outcome
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
@@ -124,7 +125,7 @@ def draw(cell_list: list[dict[str, Any]], path: Path) -> None:
                 axis.set_xlabel("rollout rounded to", fontsize=8)
         row[0].set_ylabel(f"lag {lag}\nlearning rate", fontsize=8)
     figure.colorbar(image, ax=panels, label=f"mean reward, last {LAST} steps", shrink=0.8)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -132,8 +133,8 @@ def report(workdir: Path, out: Path) -> str:
     """Writes map.json, map.md and map.png into `out`; returns the table."""
     cell_list = cells(workdir)
     text = markdown(cell_list)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "map.json").write_text(json.dumps(cell_list, indent=1) + "\n")
-    (out / "map.md").write_text(text)
+    make_folder(out)
+    write_text(out / "map.json", json.dumps(cell_list, indent=1) + "\n")
+    write_text(out / "map.md", text)
     draw(cell_list, out / "map.png")
     return text

@@ -11,7 +11,6 @@ a tokenizer without one gets one that writes the texts as they are.
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import optax
 from dppo_jax.data.conversations import Conversations
 from dppo_jax.data.tokenizer import load_tokenizer
 from dppo_jax.errors import UserError, run_main
-from dppo_jax.files import is_file, make_folder
+from dppo_jax.files import Path, is_file, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import Classifier, classifier_architecture, load_params, save_classifier
 from dppo_jax.optimizer import make_optimizer, make_schedule

@@ -9,11 +9,11 @@ tokenizer. Worst logit error allowed: 1e-4 of the largest logit. Exit status 1 w
 
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from dppo_jax.errors import UserError, run_main
+from dppo_jax.files import Path
 from experiments.run.cli import Parser
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit

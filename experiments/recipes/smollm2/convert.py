@@ -12,7 +12,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dppo_jax.errors import UserError, run_main
+from dppo_jax.files import Path, make_folder
 from experiments.run.cli import Parser
 
 CONTROL = 3  # GGUF's token type for special tokens; 1 is an ordinary one
@@ -207,7 +207,7 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer = build_tokenizer(meta)
     token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "config.json").unlink(missing_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
