@@ -242,6 +242,8 @@ def get_config() -> ConfigDict:
     c.log.transcripts = 8  # transcripts shown
     c.log.regions = ()  # losses whose masks are measured beside the one that trains, with their loss_defaults
     c.log.tokens = 0  # steps between tables of the tokens most often masked; 0: never
+    c.log.profile_step = -1  # the step of which WORKDIR/tb has a trace, for TensorBoard's Profile tab; -1: none
+    c.log.wandb = ""  # a project of Weights & Biases that takes the log too (pip install wandb); "": none
 
     c.compile_cache = "~/.cache/dppo_jax"  # what was compiled is kept here for later runs; "": nowhere
     c.label_cache = "~/.cache/dppo_jax/labels"  # which labels math_verify can read is kept here; "": nowhere

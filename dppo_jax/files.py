@@ -248,6 +248,17 @@ def local_folder(folder: Path, *, without: str = "") -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def local_file(path: Path) -> Iterator[pathlib.Path]:
+    """A file on this machine's disk: itself or, of a bucket's, a copy for as long as the `with` is open. OSError."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dppo_jax-") as name:
+        copy_file(path, pathlib.Path(name, path.name))
+        yield pathlib.Path(name, path.name)
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[pathlib.Path]:
     """A name on this machine's disk to write a file at, which is at `path` when the `with` closes without an error: a
     kill leaves the old one, or none. OSError."""

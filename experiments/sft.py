@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -273,13 +274,19 @@ def _loop(setup: Setup, rows: Rows, packer: Packer, learner: Learner, record: Re
     """Every step that is left to do, and the last measurement."""
     steps = setup.config.steps
     for step in range(record.start, steps):
-        scalars = held_out.at(step, learner)
-        batch, plan, tokens = packer(*rows.stream.batch(step))
-        metrics = jax.device_get(learner.update(batch, plan, {}))
+        record.begin(step)
+        with record.phases("evaluation"):
+            scalars = held_out.at(step, learner)
+        with record.phases("train"):
+            began = time.perf_counter()
+            batch, plan, tokens = packer(*rows.stream.batch(step))
+            metrics = jax.device_get(learner.update(batch, plan, {}))
+            seconds = time.perf_counter() - began
         found = metrics_lib.summary(metrics)
         scalars |= {name: found[name] for name in ("sft/loss", "grad_norm")}
         scalars |= {"sft/tokens": float(tokens), "train/occupancy": packing.occupancy(plan)}
-        record.tuned(step, scalars | {"learning_rate": float(setup.learning_rate(step))}, metrics)
+        scalars["learning_rate"] = float(setup.learning_rate(step))
+        record.tuned(step, scalars, metrics, plan, seconds)
         record.save_if_due(step + 1, NothingDrawn(), learner)
     record.finish([held_out.at(steps, learner)])
 

@@ -33,20 +33,26 @@ from experiments.trace import trace
 
 def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluation: Evaluation) -> None:
     """Every step that is left to do, of one run or of several together."""
-    steps = runs.base.config.steps
+    steps, phase = runs.base.config.steps, record.phases
     for step in range(record.start, steps):
-        scores = evaluation.at(step, learner)
-        sampler.start(step)  # prompts -> rollout, on the devices; nothing where it was drawn early
-        record.write()  # the last step's log, meanwhile
-        samples = sampler.collect(step)  # waits for the rollout; its replies go to the verifiers
-        batch = learner.assemble(samples)  # with the other policies' log-probabilities
-        replies = sampler.rewards(samples)  # verified and shaped
-        batch = learner.advantages(batch, replies)
-        plans, metrics = [], []
-        for plan in learner.minibatches(step, replies):  # made on the host, during the update before
-            plans.append(plan)
-            metrics.append(learner.update(batch, plan, samples.drawing.params))
-            sampler.publish(learner.params, learner.frozen)
+        record.begin(step)
+        with phase("evaluation"):
+            scores = evaluation.at(step, learner)
+        with phase("rollout"):
+            sampler.start(step)  # prompts -> rollout, on the devices; nothing where it was drawn early
+            record.write()  # the last step's log, meanwhile
+            samples = sampler.collect(step)  # waits for the rollout; its replies go to the verifiers
+        with phase("train"):
+            batch = learner.assemble(samples)  # with the other policies' log-probabilities
+        with phase("reward"):
+            replies = sampler.rewards(samples)  # verified and shaped
+        with phase("train"):
+            batch = learner.advantages(batch, replies)
+            plans, metrics = [], []
+            for plan in learner.minibatches(step, replies):  # made on the host, during the update before
+                plans.append(plan)
+                metrics.append(learner.update(batch, plan, samples.drawing.params))
+                sampler.publish(learner.params, learner.frozen)
         record.step(step, samples, plans, metrics, scores)
         record.save_if_due(step + 1, sampler, learner)
     record.finish(evaluation.at(steps, learner))

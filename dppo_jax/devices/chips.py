@@ -26,12 +26,23 @@ CHIPS = {
 }
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
+# The same of GPUs, dense, by what JAX calls them; with the name's beginning alone.
+GPU_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+
 
 def of_topology(topology: str) -> Chip:
     """The chip of "v5p:4x4x4". UserError for one that is not in the table."""
     if ":" not in topology:
         raise UserError(f"topology {topology!r} is not CHIP:SHAPE, such as v5p:4x4x4 or v6e:8x8")
     return lookup(CHIPS, topology.split(":")[0], "chip")
+
+
+def peak_of(device) -> float | None:
+    """Operations that a device does in a second in bfloat16, at most; None for a CPU, and where it is not known."""
+    kind = device.device_kind
+    if kind in KINDS:
+        return CHIPS[KINDS[kind]].flops
+    return next((flops for name, flops in GPU_FLOPS.items() if kind.startswith(name)), None)
 
 
 def memory_of(device) -> int | None:

@@ -1,8 +1,4 @@
-"""What a run leaves behind for its reader: TensorBoard events, config.json, a progress line, a closing table.
-
-Events go into DIR/tb: `tensorboard --logdir DIR` shows the run "tb", `tensorboard --logdir PARENT` shows "DIR/tb" for
-each folder, and every run is one row of the HParams tab. (TensorBoard finds no metrics for the row of a run named ".",
-as it would be with events in DIR itself.) The Custom Scalars tab shows the panels of the figures, grouped.
+"""What a run leaves behind for its reader: a log in every sink, a progress line, a closing table; and reading it back.
 
 Steps count from 0: step s is written when s + 1 training steps are done, and a run that resumes with s of them done
 writes step s next.
@@ -10,7 +6,6 @@ writes step s next.
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import string
@@ -18,22 +13,19 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import SessionLog as ReadSessionLog
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from dppo_jax.errors import UserError, WriteError, writing
-from dppo_jax.files import make_folder
-from dppo_jax.storage import panels
-from dppo_jax.storage.run_config import flatten
+from dppo_jax.errors import UserError, WriteError
+from dppo_jax.files import local_file, to_path
+from dppo_jax.storage.loggers import Sink
+from dppo_jax.storage.loggers.jsonl import JsonLines
+from dppo_jax.storage.loggers.tensorboard import TensorBoard, event_files
+from dppo_jax.storage.loggers.wandb import WandB
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
 
@@ -44,7 +36,8 @@ TABLE_TAGS = (
     "mismatch/abs_prob_diff_mean",
     "trust_region/masked",
 )
-EVENTS = "tb"  # the folder of event files inside a run's folder
+# Tags of the machine: how fast it was, and how full. They differ from run to run; all others do not.
+MACHINE = ("time/", "time_share/", "throughput/", "memory/")
 
 
 class Transcript(NamedTuple):
@@ -59,15 +52,16 @@ class Transcript(NamedTuple):
 class RunLog:
     """Writes one run's log. A process with `is_writer=False` calls the same methods, and nothing happens.
 
-    hparams: the config, nested or flat; shown in the HParams tab under dotted names.
+    hparams: the config, nested or flat.
     resume_step: the first step that this process writes; 0 for a new run. What an earlier process wrote at this step
-        or later is hidden from every reader, so this process must write it again.
+        or later is hidden or taken out, so this process must write it again.
     total_steps: where the progress bar ends.
     shows_progress: whether a bar is drawn, where stderr is a terminal.
     plain_every: where stderr is no terminal, one line per so many steps; by default about twenty lines in all.
+    wandb: the project of Weights & Biases that takes the log too; "": none.
 
-    Events are written in the calling thread, and each call of `scalars` syncs all of them to disk before it returns:
-    a kill leaves no gap before the checkpoint that the run resumes from, and a full disk is an error, not a hang.
+    Each call of `scalars` syncs all that was written to disk before it returns: a kill leaves no gap before the
+    checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -80,31 +74,22 @@ class RunLog:
         is_writer: bool = True,
         shows_progress: bool = True,
         plain_every: int | None = None,
+        wandb: str = "",
     ):
-        self.workdir = Path(workdir)
-        self._events: EventsWriter | None = None
+        self.workdir = to_path(workdir)
+        self._sinks: list[Sink] = []
         self._bar: tqdm | None = None
         self.is_writer = is_writer
-        self._resume_step, self._total = resume_step, total_steps
+        self._total = total_steps
         self._plain_every = max(1, total_steps // 20) if plain_every is None else plain_every
         self._reported = (resume_step - 1, time.monotonic())  # the last step shown, and when
         if not is_writer:
             return
-        folder = self.workdir / EVENTS
-        make_folder(folder)
-        # Readers take files in the order of their names. A number of our own leads, since a clock may have been set
-        # back since the last start; r puts it after the names of runs that were begun without numbers.
-        with writing(folder):
-            self._events = EventsWriter(str(folder / f"events.r{_next_number(folder):06d}"))
-        # Readers drop what came before at this step or later. A new run needs it too: TensorBoard's own loader takes
-        # the first start in a run for its beginning, and drops nothing there.
-        self._write(Event(step=resume_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
-        # No experiment summary: TensorBoard would take its columns from the first run alone, and runs with other
-        # losses have other hyperparameters. Without one it takes the union over the runs, and every scalar as a metric.
-        _, session_start, self._session_end = summary.hparams(_sortable(hparams), {})
-        self._add(resume_step, session_start)
-        if resume_step == 0:
-            self._add(0, summary.custom_scalars(panels.layout()))
+        self._sinks.append(TensorBoard(self.workdir, hparams=hparams, resume_step=resume_step))
+        self._sinks.append(JsonLines(self.workdir, resume_step=resume_step, tell=self.note))
+        if wandb:
+            begun = dict(hparams=hparams, resume_step=resume_step, tell=self.note)
+            self._sinks.append(WandB(self.workdir, project=wandb, **begun))
         if shows_progress and sys.stderr.isatty():
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(
@@ -120,20 +105,18 @@ class RunLog:
             self.close(finished=kind is None)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes {tag: value}; a value is anything that float() takes."""
-        self._add(step, Summary(value=[Summary.Value(tag=t, simple_value=float(v)) for t, v in values.items()]))
-        if self._events is not None:
-            with writing(self.workdir):
-                self._events.flush()
-                os.stat(self.workdir / EVENTS)  # a folder that was removed takes what is written, and keeps nothing
+        """Writes {tag: value}, once a step and last; a value is anything that float() takes."""
+        numbers = {tag: float(value) for tag, value in values.items()} if self._sinks else {}
+        for sink in self._sinks:
+            sink.scalars(int(step), numbers)
 
     def histogram(self, step: int, tag: str, counts: Any, edges: Any) -> None:
         """Writes a histogram that was binned elsewhere: counts [n] over edges [n+1], increasing.
 
-        The outermost edges may be infinite: an open bin is drawn as wide as its neighbour. The stored sum and sum of
-        squares take every count at the middle of its bin. Counts that are all zero write nothing.
+        The outermost edges may be infinite: an open bin is drawn as wide as its neighbour. Counts that are all zero
+        write nothing.
         """
-        if self._events is None:
+        if not self._sinks:
             return
         c, e = np.asarray(counts, np.float64), np.array(edges, np.float64)
         if c.ndim != 1 or e.shape != (c.size + 1,) or not np.all(np.diff(e) > 0):
@@ -142,17 +125,14 @@ class RunLog:
             e[0] = 2 * e[1] - e[2]
         if np.isposinf(e[-1]):
             e[-1] = 2 * e[-2] - e[-3]
-        if not c.any():
-            return
-        nonempty = np.flatnonzero(c)
-        middle = (e[:-1] + e[1:]) / 2
-        low, high = float(e[nonempty[0]]), float(e[nonempty[-1] + 1])
-        moments = float(c.sum()), float(c @ middle), float(c @ middle**2)
-        self._add(step, summary.histogram_raw(tag, low, high, *moments, e[1:].tolist(), c.tolist()))
+        if c.any():
+            for sink in self._sinks:
+                sink.histogram(int(step), tag, c, e)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
-        """Writes Markdown for the Text tab, where it appears as `<tag>/text_summary`; see `transcript_table`."""
-        self._add(step, summary.text(tag, markdown.encode("utf-8", "replace").decode()))
+        """Writes Markdown; see `transcript_table`."""
+        for sink in self._sinks:
+            sink.text(int(step), tag, markdown.encode("utf-8", "replace").decode())
 
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows step, reward, masked fraction, loss, seconds a step on stderr: a bar, or a plain line now and then."""
@@ -181,26 +161,14 @@ class RunLog:
             tqdm.write(sentence, file=sys.stderr)
 
     def close(self, finished: bool = True) -> None:
-        """Closes file and bar; `finished` marks the run as a success in the HParams tab. A second call does nothing."""
+        """Closes sinks and bar; `finished` says that the run came to its end. A second call does nothing."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if self._events is not None:
-            events, end = self._events, Event(step=self._resume_step, wall_time=time.time(), summary=self._session_end)
-            self._events = None
-            with writing(self.workdir):
-                if finished:
-                    events.write_event(end)
-                events.close()
-
-    def _add(self, step: int, contents: Summary) -> None:
-        if self._events is not None:
-            self._write(Event(step=int(step), wall_time=time.time(), summary=contents))
-
-    def _write(self, event: Event) -> None:
-        assert self._events is not None
-        with writing(self.workdir):
-            self._events.write_event(event)
+        sinks, self._sinks = self._sinks, []
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another one raises
+            for sink in reversed(sinks):
+                stack.callback(sink.close, finished)
 
 
 def transcript_table(rows: Iterable[Transcript], limit: int = 2000) -> str:
@@ -231,32 +199,7 @@ def _character(c: str) -> str:
     return "".join(f"&#{ord(x)};" if x in string.punctuation else x for x in c)
 
 
-# --- hyperparameters ---
-
-
-def _sortable(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat hyperparameters that the HParams tab can show and sort: it takes no infinity, and no column of mixed types.
-
-    Infinity becomes the largest float64; NaN is left out, as TensorBoard leaves out None.
-    """
-    flat = {k: v for k, v in flatten(hparams).items() if v == v}
-    largest = sys.float_info.max
-    return {k: min(max(v, -largest), largest) if isinstance(v, float) else v for k, v in flat.items()}
-
-
 # --- reading back ---
-
-
-def event_files(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """The event files of a run's folder, or of its tb folder, in the order they were begun."""
-    folder = Path(run_dir)
-    return sorted([*folder.glob(f"{EVENTS}/events*tfevents.*"), *folder.glob("events*tfevents.*")])
-
-
-def _next_number(folder: Path) -> int:
-    """Larger than that of every event file in the folder."""
-    matches = (re.match(r"events\.r([0-9]+)\.", file.name) for file in event_files(folder))
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
@@ -264,7 +207,7 @@ def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
 
     A record cut short by a kill ends its file, not the reading. Raises UserError where there is nothing to read.
     """
-    folder = Path(run_dir)
+    folder = to_path(run_dir)
     if not folder.is_dir():
         raise UserError(f"run folder {str(run_dir)!r} does not exist")
     files = event_files(folder)
@@ -274,7 +217,9 @@ def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
         raise UserError(f"run folder {str(run_dir)!r} holds no TensorBoard event file{hint}")
     series: dict[str, dict[int, float]] = {}
     for file in files:
-        for event in LegacyEventFileLoader(str(file)).Load():
+        with local_file(file) as local:
+            events = list(LegacyEventFileLoader(str(local)).Load())
+        for event in events:
             if event.session_log.status == ReadSessionLog.START:
                 for points in series.values():
                     for step in [s for s in points if s >= event.step]:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from dppo_jax.errors import UserError, nearest, run_main
+from dppo_jax.models.config import config_from_hf
+from dppo_jax.models.flops import weight_flops
 from experiments.benchmark.processor import processor
 from experiments.benchmark.worker import Worker
-from experiments.benchmark.workloads import WORKLOADS, Workload
+from experiments.benchmark.workloads import WORKLOADS, Workload, hf_config
 from experiments.run.cli import Parser, whole
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +75,8 @@ PAIRS = (
 
 def flops(workload: Workload, train: bool) -> float:
     """Floating-point operations of a token: 2 for every weight in a product, 6 when trained; attention left out."""
-    w = workload
-    attention = w.hidden_size * w.head_dim * (2 * w.num_heads + 2 * w.num_kv_heads)
-    layer = attention + 3 * w.hidden_size * w.intermediate_size
-    return (6 if train else 2) * (w.num_layers * layer + w.vocab_size * w.hidden_size)
+    model = config_from_hf(hf_config(workload), "the benchmark's")
+    return (3 if train else 1) * weight_flops(model, tokens=1, predicted=1)
 
 
 class Bench:

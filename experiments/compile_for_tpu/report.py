@@ -11,41 +11,29 @@ from ml_collections import ConfigDict
 
 from dppo_jax.devices.chips import GIB, Chip
 from dppo_jax.models import ModelConfig
+from dppo_jax.models.flops import attention_flops, forward_flops, trained_flops, weight_flops
 from dppo_jax.models.moe import FIRST
 from experiments.compile_for_tpu.hlo import Instruction, Module
 from experiments.compile_for_tpu.steps import Step
-
-
-def layer_weights(model: ModelConfig) -> float:
-    """Weights of a layer's products that a token meets."""
-    d, mlp = model.hidden_size, 3 * model.hidden_size * model.intermediate_size
-    attention = 2 * d * model.head_dim * (model.num_heads + model.num_kv_heads)
-    return attention + (mlp * model.experts_per_token + d * model.num_experts if model.num_experts else mlp)
-
-
-def attention_flops(model: ModelConfig, length: int) -> float:
-    """Of one row's causal attention in one layer, forward."""
-    return 2.0 * length * length * model.num_heads * model.head_dim
+from experiments.run.setup import Setup
 
 
 def flops(config: ConfigDict, model: ModelConfig, step: Step) -> tuple[float, float]:
     """(of the model, as counted for MFU; of the program, with what is computed again), over all chips."""
-    length = config.data.max_prompt_len + config.rollout.max_new_tokens
-    if step.name == "prefill":
-        length = config.data.max_prompt_len
-    layers, head = 2.0 * layer_weights(model) * model.num_layers, 2.0 * model.vocab_size * model.hidden_size
-    mixing = model.num_layers * attention_flops(model, length) / length
+    prompt, response = config.data.max_prompt_len, config.rollout.max_new_tokens
+    length = prompt + response
     if step.name == "train":
-        again = 0 if config.policy.remat == "none" else 1
-        predicted = step.tokens * config.rollout.max_new_tokens / length
-        useful = 3 * (layers * step.tokens + head * predicted) + 3.5 * mixing * step.tokens
-        recomputed = again * mixing + (layers if config.policy.remat == "full" else 0)
-        return useful, useful + recomputed * step.tokens + head * predicted
+        rows, again = step.tokens / length, 0 if config.policy.remat == "none" else 1
+        useful = trained_flops(Setup(config, model).trained_model, length, response)
+        layers, head = weight_flops(model, length, 0), weight_flops(model, 0, response)
+        # The kernel's backward pass makes the scores anew: half of a forward pass.
+        attention = (0.5 + again) * attention_flops(model, 0, length)
+        recomputed = attention + head + (layers if config.policy.remat == "full" else 0)
+        return rows * useful, rows * (useful + recomputed)
     if step.name == "prefill":
-        forward = (layers + mixing) * step.tokens
+        forward = step.tokens / prompt * forward_flops(model, 0, prompt, 1)
         return forward, forward
-    attended = 2.0 * length * model.num_heads * model.head_dim * model.num_layers * 2
-    forward = (layers + head + attended) * step.tokens
+    forward = step.tokens * forward_flops(model, length - 1, length, 1)
     return forward, forward
 
 

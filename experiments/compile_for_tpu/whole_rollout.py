@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 from dppo_jax import packing
 from dppo_jax.devices.chips import Chip
 from dppo_jax.models import ModelConfig
+from dppo_jax.models.flops import forward_flops
 from dppo_jax.models.pages import PAGE, count_for, per_block
 from dppo_jax.rollout import Rollout, resumed_tokens
 from experiments.compile_for_tpu import lengths
 from experiments.compile_for_tpu.lengths import Decoding, Flight, Settings
-from experiments.compile_for_tpu.report import attention_flops, layer_weights
 from experiments.run.memory import page_bytes
 from experiments.run.rollouts import training_rollout
 from experiments.run.setup import Setup
@@ -72,7 +72,7 @@ def _resume_seconds(config: ConfigDict, model: ModelConfig, settings: Settings, 
     prompts = (c.in_flight + 1) * c.prompts
 
     def operations(rows: int, length: int) -> float:
-        return rows * (2.0 * layer_weights(model) * length + attention_flops(model, length))
+        return rows * forward_flops(model, 0, length, 0)
 
     resumed = operations(settings.shards, resumed_tokens(length, c.max_new_tokens))
     return prefill["predicted_seconds"] * resumed / operations(prompts, length)

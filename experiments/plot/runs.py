@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import Path, is_bucket, to_path
+from dppo_jax.storage.loggers.tensorboard import EVENTS
 from dppo_jax.storage.run_config import flatten, read_config
-from dppo_jax.storage.run_log import EVENTS, Scalars, read_scalars
+from dppo_jax.storage.run_log import Scalars, read_scalars
 
 NAMED_BY = "loss.name"
 MOST_KEYS = 2  # with more keys that differ, curves of one name are told apart by folders

@@ -139,6 +139,7 @@ NUMBERS: Mapping[str, Range] = {
     "log.samples": COUNT,
     "log.transcripts": COUNT,
     "log.tokens": COUNT,
+    "log.profile_step": Range(0, INT32, also=-1),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,11 +12,11 @@ import numpy as np
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
 from dppo_jax.data.prompts import PromptStream
-from dppo_jax.devices import hosts, peers
+from dppo_jax.devices import hosts, peers, usage
 from dppo_jax.devices.compilations import Compilations
 from dppo_jax.errors import UserError, WriteError
 from dppo_jax.evaluate import all_failed
-from dppo_jax.files import make_folder
+from dppo_jax.files import Path, make_folder
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import load_params
@@ -30,10 +29,13 @@ from experiments.run import checks
 from experiments.run.evaluation import Evaluation
 from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere, same_runs
 from experiments.run.learner import Learner
+from experiments.run.phases import Phases
+from experiments.run.profile import Profile
 from experiments.run.report import Report
 from experiments.run.runs import Runs
 from experiments.run.samples import Samples
 from experiments.run.setup import Setup
+from experiments.run.throughput import Throughput
 
 Scalars = dict[str, float]
 
@@ -83,6 +85,9 @@ class Record:
         self._logs: list[RunLog] = []
         self._reports: list[Report] = []
         self._told_cut = False
+        self._throughputs = [Throughput(setup) for setup in runs.setups]
+        self._profile: Profile | None = None
+        self.phases = Phases()
         self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
         self.start = 0
 
@@ -126,6 +131,13 @@ class Record:
         self._refuse_unless_sound(learner, step)
         if self.unfinished:
             self._open_logs(notes)
+        if self.unfinished and hosts.is_writer():
+            c, folder = self._config, self._folders[0].path
+            self._profile = Profile(
+                c.log.profile_step, folder, start=self.start, total_steps=c.steps, tell=self.note
+            )
+            self._stack.callback(self._profile.close)
+        self.phases = Phases()
         return self.start
 
     @property
@@ -174,11 +186,10 @@ class Record:
                 total_steps=config.steps,
                 is_writer=is_writer,
                 shows_progress=not self._logs,
+                wandb=setup.config.log.wandb,
             )
             self._logs.append(self._stack.enter_context(log))
             self._reports.append(Report(log, folder.path, config.log, lambda token: text.tokenizer.decode([token])))
-            if self.start == 0:
-                log.scalars(0, folder.counts)
         for sentence in dict.fromkeys((*notes, *(remark for folder in self._folders for remark in folder.remarks))):
             self.note(sentence)
         setup = self._runs.base
@@ -192,8 +203,17 @@ class Record:
         """A line on stderr."""
         self._logs[0].note(sentence)
 
+    def begin(self, step: int) -> None:
+        """Before anything of a step is done."""
+        if self._profile:
+            self._profile.begin(step)
+
     def write(self) -> None:
         """The last step's log, while the devices are busy."""
+        with self.phases("log"):
+            self._write()
+
+    def _write(self) -> None:
         try:
             written = [found for report in self._reports if (found := report.flush())]
             if written:
@@ -217,12 +237,24 @@ class Record:
 
         UserError where a gradient is not finite: training stops there.
         """
-        by_run = list(zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True))
+        with self.phases("train"):
+            by_run = list(zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True))
         samples.mark("trained")
+        with self.phases("log"):
+            self._take(step, samples, plans, by_run, scores)
+
+    def _take(
+        self,
+        step: int,
+        samples: Samples,
+        plans: Sequence[Plan],
+        by_run: Sequence[Sequence[Metrics]],
+        scores: Sequence[Scalars],
+    ) -> None:
         totals = [metrics_lib.merge(*measured) for measured in by_run]
         update = (step + 1) * self._runs.base.updates_per_step - 1
         rates = [float(setup.learning_rate(update)) for setup in self._runs.setups]
-        common = samples.seconds() | {"time/compile": self._compile_seconds(step)}
+        common = samples.seconds() | self._common(step)
         of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)
         for number, (measured, own, planned, evaluated) in enumerate(of_run):
             setup, total = self._runs.setups[number], totals[number]
@@ -236,12 +268,14 @@ class Record:
                 **evaluated,
                 "rollout/resampled": float(own.redrawn),
                 **{f"rollout/{name}": value for name, value in own.work.items()},
+                **own.occupancy(setup.num_slots),
                 "response/length_mean": float(own.drawn.mean()),
                 "response/truncated": float(own.truncated.mean()),
                 "train/occupancy": packing.occupancy(*planned),
                 "learning_rate": rates[number],
                 **common,
-                "throughput/tokens_per_s": float((1 + own.redrawn) * own.drawn.sum()) / samples.whole_seconds(),
+                **self._throughputs[number].scalars(samples, own, planned),
+                **self._counts(step, number),
             }
             self._refuse_unless_finite(step, self._folders[number], scalars["grad_norm"], measured[0])
             if fault := all_failed(own.counts, (1 + own.redrawn) * len(own.lengths)):
@@ -258,11 +292,24 @@ class Record:
                 )
             self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.shown_rewards)
 
-    def tuned(self, step: int, scalars: Scalars, metrics: Metrics) -> None:
+    def tuned(self, step: int, scalars: Scalars, metrics: Metrics, plan: Plan, seconds: float) -> None:
         """Writes a step of experiments.sft, which draws nothing. UserError where its gradient is not finite."""
         self._refuse_unless_finite(step, self._folders[0], scalars["grad_norm"], metrics)
-        self._logs[0].scalars(step, scalars | {"time/compile": self._compile_seconds(step)})
-        self._logs[0].progress(step, scalars)
+        with self.phases("log"):
+            scalars |= self._throughputs[0].tuned(plan, seconds) | self._common(step) | self._counts(step, 0)
+            self._logs[0].scalars(step, scalars)
+            self._logs[0].progress(step, scalars)
+
+    def _common(self, step: int) -> Scalars:
+        """What a step took and the machines' memory, once its devices are done; of all runs together."""
+        shares = self.phases.shares()
+        if self._profile:
+            self._profile.end()
+        return {"time/compile": self._compile_seconds(step), **shares, **usage.memory()}
+
+    def _counts(self, step: int, number: int) -> Mapping[str, float]:
+        """What is logged of the data, at the first step."""
+        return {} if step else self._folders[number].counts
 
     def _of(self, folder: RunFolder) -> str:
         """Which of several runs a sentence is about."""
@@ -294,6 +341,10 @@ class Record:
 
         UserError where it was, and where the log or the checkpoint could not be written.
         """
+        with self.phases("checkpoint"):
+            self._save_if_due(done, sampler, learner)
+
+    def _save_if_due(self, done: int, sampler: Drawn, learner: Learner) -> None:
         c = self._config
         due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0)
         stopping = peers.asked_to_stop(done)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax.data.examples import Example
 from dppo_jax.errors import writing
-from dppo_jax.files import make_folder
+from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.metrics import PROB_DIFF_EDGES, RATIO_EDGES
 from dppo_jax.storage.run_log import RunLog, Transcript, transcript_table
 
@@ -65,7 +64,7 @@ class Report:
             make_folder(self._folder)
             lines = [json.dumps(transcript._asdict(), ensure_ascii=False) for transcript in transcripts]
             with writing(self._folder):
-                (self._folder / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                write_text(self._folder / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
         self._log.scalars(step, scalars)
         return step, scalars
 

@@ -166,7 +166,7 @@ class Sampler:
         replies, pending = [], []
         none: np.ndarray = np.zeros(0, np.float32)
         of_run = zip(self._streams, self._origins(step, drawing), self._work(drawing), host, strict=True)
-        for stream, origin, work, (tokens, mask, lengths, truncated) in of_run:
+        for stream, origin, (work, live), (tokens, mask, lengths, truncated) in of_run:
             of_group, prompt_lengths = stream.of_groups(origin)
             group_size = self._config.rollout.group_size
             examples = [of_group[number] for number in self.prompt_share.owned for _ in range(group_size)]
@@ -174,7 +174,7 @@ class Sampler:
             pairs = dict(zip(self.row_share.owned.tolist(), zip(examples, texts, strict=True), strict=True))
             unscored = self._config.data.verifier == UNSCORED and not self._config.reward.function
             replies.append(
-                Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, unscored=unscored)
+                Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, live=live, unscored=unscored)
             )
             if not self._talks:
                 pending.append(self._scorer.submit(texts, examples))
@@ -183,18 +183,19 @@ class Sampler:
         samples = Samples(drawing, replies, pending)
         return self._conversed(samples) if self._talks else samples
 
-    def _work(self, drawing: Drawing) -> list[dict[str, float]]:
-        """By run, what a rollout cost and how old it is, by the log's names."""
+    def _work(self, drawing: Drawing) -> list[tuple[dict[str, float], float | None]]:
+        """By run, what a rollout cost and how old it is, by the log's names; and, if known, `Replies.live`."""
         count, finished = len(self._runs), drawing.finished
         ages = [dict(age_mean=float(drawing.age), age_max=float(drawing.age), in_flight=0.0)] * count
         if finished is not None:
             fields = dict(age_mean=finished.age_mean, age_max=finished.age_max, in_flight=finished.rows_left)
             ages = [{name: float(x) for name, x in run.items()} for run in self._runs.apart(jax.device_get(fields))]
         if drawing.work is None:
-            return ages
+            return [(age, None) for age in ages]
         works = self._runs.apart(jax.device_get(drawing.work))
         return [
-            age | {name: float(getattr(work, name)) for name in WORK} for age, work in zip(ages, works, strict=True)
+            (age | {name: float(getattr(work, name)) for name in WORK}, float(work.live))
+            for age, work in zip(ages, works, strict=True)
         ]
 
     def rewards(self, samples: Samples) -> list[Replies]:

@@ -31,6 +31,7 @@ class Replies:
     counts: dict[str, int]  # the verifier's: killed, failed, ...
     work: dict[str, float]  # what the rollout cost, and how old its tokens are, by the name of the log's tag
     terms: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[B] of the reward, by the log's tag
+    live: float | None = None  # decode steps of all its slots in which they had a row; None: not known
     fault: str = ""  # why reward.function failed on a reply of this host
     redrawn: int = 0  # further batches that were drawn for this step
     unscored: bool = False  # no verifier: what is shown of the rewards is the whole
@@ -41,6 +42,11 @@ class Replies:
     def shown_rewards(self) -> np.ndarray:
         """Of the log and the transcripts, f32[B]."""
         return self.shaped_rewards if self.unscored else self.verified
+
+    def occupancy(self, slots: int) -> dict[str, float]:
+        """{"rollout/occupancy": the share of these slots that had a row, over all decode steps}, if it is known."""
+        steps = self.work.get("decode_steps", 0.0)
+        return {} if self.live is None else {"rollout/occupancy": self.live / max(steps * slots, 1.0)}
 
     @property
     def drawn(self) -> np.ndarray:
@@ -128,6 +134,7 @@ def merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int) 
         terms={name: host(of(before, name), of(more, name)) for name in (*before.terms, *more.terms)},
         fault=before.fault or more.fault,
         work=before.work | {name: before.work[name] + more.work[name] for name in WORK},
+        live=None if before.live is None or more.live is None else before.live + more.live,
         redrawn=before.redrawn + 1,
         unscored=before.unscored,
     )

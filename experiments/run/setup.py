@@ -251,6 +251,13 @@ class Setup:
         """Of one device, if it says."""
         return memory_of(jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0])
 
+    @property
+    def num_slots(self) -> int:
+        """Rows that the training rollout decodes at a time, at most."""
+        c = self.config.rollout
+        rows = (c.in_flight + 1) * c.prompts * c.group_size
+        return min(c.slots or rows, rows)
+
     # --- parameters ---
 
     @property
