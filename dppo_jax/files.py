@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import re
@@ -82,6 +83,7 @@ def _prepare(scheme: str) -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask each bucket for its kind
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs takes it; TensorStore has a name of its own for it
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator if "://" in emulator else f"http://{emulator}")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
     import fsspec
 
     for name in ("gs", "gcs", "s3"):  # other processes write too: what a folder holds is asked each time
@@ -95,15 +97,17 @@ def filesystem(path: Path) -> Any:
     return fsspec.filesystem(str(path).partition("://")[0])
 
 
-def user_path(path: str | os.PathLike[str], key: str = "path") -> Path:
+def user_path(path: str | os.PathLike[str], key: str = "path", *, reach: bool = True) -> Path:
     """The path with ~ expanded; nothing need be there. `key`: the flag or config key that gave it, for the sentence.
+    reach: whether a bucket is asked for it.
 
     Raises: UserError as `check_path`, for a ~ of nobody, and for a path that cannot be asked for: too long a name, a
     folder above it that is closed to us, a bucket without credentials.
     """
     text = check_path(path, key)
     if "://" in text[:5]:
-        return _reached(to_path(text.rstrip("/")), key)
+        found = to_path(text.rstrip("/"))
+        return _reached(found, key) if reach else found
     try:
         expanded = pathlib.Path(text).expanduser()
     except RuntimeError:  # no HOME, or no such user

@@ -103,7 +103,7 @@ def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
     of_data = (f"{name}.path" for name in data_sections(c))
     for key in ("policy.path", "policy.shape", "reward.model.path", "teacher.path", "sft.held_out", *of_data):
-        user_path(value(c, key), key)
+        user_path(value(c, key), key, reach=False)
     for key in ("compile_cache", "label_cache"):
         check_path(value(c, key), key)  # of other faults those who use it only warn
 

@@ -357,8 +357,8 @@ def test_a_path_of_several_files_or_of_home(tmp_path, monkeypatch):
     for path in ("a.jsonl,b.jsonl", "part-*.jsonl", "['a.jsonl']"):
         with pytest.raises(UserError, match="there is no file .*; it names one file, a folder of them, or a pattern"):
             load_task("jsonl", path=path, verifier="exact_match")
-    with pytest.raises(UserError, match="data.path = 'gs://b/rows.jsonl': gs:// addresses"):
-        load_task("jsonl", path="gs://b/rows.jsonl", verifier="exact_match")
+    with pytest.raises(UserError, match="data.path = 'hdfs://b/rows.jsonl': hdfs:// addresses"):
+        load_task("jsonl", path="hdfs://b/rows.jsonl", verifier="exact_match")
     with pytest.raises(UserError, match="data.path = 'xxx.*: File name too long"):
         load_task("jsonl", path="x" * 10_000, verifier="exact_match")
     (tmp_path / "rows.jsonl").write_text(GOOD)

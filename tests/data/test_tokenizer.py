@@ -163,7 +163,7 @@ def test_no_code_of_a_directory_is_run(directory, family):
 def test_paths_that_are_none(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_tokenizer("~/tiny").eos_token_id == 0
-    assert "gs:// addresses" in refusal(load_tokenizer, "gs://bucket/model")
+    assert "hdfs:// addresses" in refusal(load_tokenizer, "hdfs://node/model")
     (directory / "tokenizer.json").unlink()
     os.mkfifo(directory / "tokenizer.json")  # opened, it would wait for ever
     assert refusal(load_tokenizer, directory).endswith("tokenizer.json is neither a file nor a link to one")

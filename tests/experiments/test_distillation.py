@@ -139,7 +139,7 @@ REFUSED = {
     "loss 'distill' needs a teacher: set teacher.path": dict(teacher__path=""),
     "loss 'distill' needs a teacher: ": dict(loss__name="cispo", log__regions=("distill",), teacher__path=""),
     "model directory /no/teacher does not exist": dict(teacher__path="/no/teacher"),
-    "teacher.path = 'gs://bucket/x': gs:// addresses are neither": dict(teacher__path="gs://bucket/x"),
+    "teacher.path = 'hdfs://node/x': hdfs:// addresses are neither": dict(teacher__path="hdfs://node/x"),
     "teacher.revision = 'v1' is of a model on the hub, and teacher.path = ": dict(teacher__revision="v1"),
     "teacher.revision = 'v1' is of teacher.path, which is empty": dict(
         loss__name="cispo", data__verifier="last_number", teacher__path="", teacher__revision="v1"
