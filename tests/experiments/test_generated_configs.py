@@ -107,7 +107,8 @@ GOOD: dict[str, list[Any]] = {
     "label_cache": ["", "~/somewhere", "/dev/null/x"],
 }
 # Values that a key may or may not take.
-ODD_TEXT = ["", " ", "x" * 5000, "a\nb", "hdfs://x/y", "gs:/x/y", "~nobody_at_all/x", "~", "\0", "cispoo", "ppo_clip", "-1"]
+ODD_PATHS = ["hdfs://x", "gs:/x/y", "~nobody_at_all/x", "~", "\0"]
+ODD_TEXT = ["", " ", "x" * 5000, "a\nb", *ODD_PATHS, "cispoo", "ppo_clip", "-1"]
 ODD_NUMBERS = [0, 1, -1, 2, 3, 1e-45, 1e38, 2**31, 2**20, INF, NAN]
 ODD = [*ODD_TEXT, *ODD_NUMBERS, None, True, (), ("cispo",), ("q", "up"), {"a": 1}, "{}"]
 
