@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import os
+import pathlib
 import re
 import runpy
 import sys
@@ -23,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.register("type", Path, path)
+        for kind in (Path, pathlib.Path):
+            self.register("type", kind, path)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         return super().add_argument(*names, **options)

@@ -12,6 +12,7 @@ OF_THE_MACHINE = {
     "dppo_jax/rewards/label_cache.py": "on a disk alone",
     "dppo_jax/data/chat.py": "/proc, and the project",
     "dppo_jax/storage/hub.py": "the hub's cache",
+    "experiments/run/cli.py": "the type of a flag",
     "experiments/benchmark/worker.py": "/proc",
     "experiments/benchmark/peer_torch.py": "a peer's own model",
     "experiments/benchmark/processor.py": "/proc",
