@@ -28,15 +28,30 @@ class PackShape(NamedTuple):
 class Plan:
     """Where the tokens of a minibatch of b samples go: I microbatches, the first `num_microbatches` of which hold any.
 
-    A sample's tokens are numbered from 0, its prompt first.
+    It has a few numbers for each sample and for each row, since every device holds all of it; `microbatch` finds the
+    place of each token. Packed rows are counted over all microbatches.
     """
 
     batch_rows: Int32[Array, "b"]  # each sample's row of the TrainBatch
-    sample_of: Int32[Array, "I M T"]  # the sample that a token belongs to, 0 .. b-1; -1: no token
-    offset: Int32[Array, "I M T"]  # the token's number in its sample
-    response_columns: Int32[Array, "I M Q"]  # columns of the row's response tokens, in order; 0 beyond the last
-    responses_per_row: Int32[Array, "I M"]  # response tokens in the row
+    rows: Int32[Array, "b"]  # its packed row; I M: it has no token
+    columns: Int32[Array, "b"]  # the column of its first token
+    response_columns: Int32[Array, "b"]  # the column of its first response token
+    responses_before: Int32[Array, "b"]  # response tokens that stand before it in its packed row
+    tokens_per_row: Int32[Array, "I M"]
+    responses_per_row: Int32[Array, "I M"]
     num_microbatches: Int32[Array, ""]  # microbatches that hold any token
+    shape: PackShape = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Places:
+    """Where the tokens of one microbatch go. A sample's tokens are numbered from 0, its prompt first."""
+
+    batch_rows: Int32[Array, "b"]  # each sample's row of the TrainBatch; samples are those of the minibatch
+    sample_of: Int32[Array, "M T"]  # the sample that a token belongs to, 0 .. b-1; -1: no token
+    offset: Int32[Array, "M T"]  # the token's number in its sample
+    response_columns: Int32[Array, "M Q"]  # columns of the row's response tokens, in order; 0 beyond the last
+    responses_per_row: Int32[Array, "M"]  # response tokens in the row
 
 
 def pack_shape(
@@ -97,74 +112,89 @@ def plan(
     prompts = np.where(responses > 0, prompts, 0)  # a sample without a response is not computed
     bins = assign(prompts, responses, shape) if packed else [[sample] for sample in range(len(rows))]
     capacity = math.ceil(len(rows) / shape.rows)
-    sample: np.ndarray = np.full((capacity * shape.rows, shape.length), -1, np.int32)
-    offset: np.ndarray = np.zeros(sample.shape, np.int32)
-    columns: np.ndarray = np.zeros((len(sample), shape.responses), np.int32)
-    filled: np.ndarray = np.zeros(len(sample), np.int32)
+    row_of: np.ndarray = np.full(len(rows), capacity * shape.rows, np.int32)
+    columns, before = np.zeros_like(row_of), np.zeros_like(row_of)
+    tokens: np.ndarray = np.zeros(capacity * shape.rows, np.int32)
+    filled = np.zeros_like(tokens)
     for row, members in enumerate(bins):
-        at = 0
         for member in members:
-            first, end = at + prompts[member], at + prompts[member] + responses[member]
-            sample[row, at:end] = member
-            offset[row, at:end] = np.arange(end - at)
-            columns[row, filled[row] : filled[row] + responses[member]] = np.arange(first, end)
-            filled[row] += responses[member]
-            at = end
+            if responses[member]:
+                row_of[member], columns[member], before[member] = row, tokens[row], filled[row]
+                tokens[row] += prompts[member] + responses[member]
+                filled[row] += responses[member]
 
-    def cut(x: np.ndarray) -> np.ndarray:
-        return x.reshape(capacity, shape.rows, *x.shape[1:])
-
-    num_microbatches = np.int32(math.ceil(len(bins) / shape.rows))
-    return Plan(np.asarray(rows, np.int32), cut(sample), cut(offset), cut(columns), cut(filled), num_microbatches)
+    return Plan(
+        batch_rows=np.asarray(rows, np.int32),
+        rows=row_of,
+        columns=columns,
+        response_columns=(columns + prompts).astype(np.int32),
+        responses_before=before,
+        tokens_per_row=tokens.reshape(capacity, -1),
+        responses_per_row=filled.reshape(capacity, -1),
+        num_microbatches=np.int32(math.ceil(len(bins) / shape.rows)),
+        shape=shape,
+    )
 
 
 def occupancy(*plans: Plan) -> float:
     """The share of real tokens among the positions that the model computes under these plans."""
-    real = sum(int((plan.sample_of >= 0).sum()) for plan in plans)
-    return real / sum(int(plan.num_microbatches) * math.prod(plan.sample_of.shape[1:]) for plan in plans)
+    real = sum(int(plan.tokens_per_row.sum()) for plan in plans)
+    return real / sum(int(plan.num_microbatches) * plan.shape.rows * plan.shape.length for plan in plans)
 
 
-def microbatch(plan: Plan, number: Int32[Array, ""]) -> Plan:
-    """The plan with microbatch `number` alone: [M, T] and [M, Q] in place of [I, M, T] and [I, M, Q].
-
-    `batch_rows` and `num_microbatches` stay those of the minibatch.
-    """
+def microbatch(plan: Plan, number: Int32[Array, ""]) -> Places:
+    """The places of the tokens of microbatch `number`."""
+    shape, samples = plan.shape, jnp.arange(len(plan.batch_rows), dtype=jnp.int32)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
-    return Plan(
-        plan.batch_rows,
-        take(plan.sample_of),
-        take(plan.offset),
-        take(plan.response_columns),
-        take(plan.responses_per_row),
-        plan.num_microbatches,
+    row = plan.rows - number * shape.rows
+    row = jnp.where(row < 0, shape.rows, row)  # of another microbatch: dropped, and not counted from the end
+
+    def last_begun(first: Int32[Array, "b"], width: int):
+        """Of each column, the sample that was the last to begin, and how many columns ago."""
+        column = jnp.arange(width, dtype=jnp.int32)
+        begun = jnp.zeros((shape.rows, width), jnp.int32).at[row, first].set(samples + 1, mode="drop")
+        start = jax.lax.cummax(jnp.where(begun > 0, column, 0), axis=1)
+        return jnp.take_along_axis(begun, start, axis=1) - 1, column - start
+
+    sample, offset = last_begun(plan.columns, shape.length)
+    real = jnp.arange(shape.length) < take(plan.tokens_per_row)[:, None]
+    of_response, since = last_begun(plan.responses_before, shape.responses)
+    responses_per_row = take(plan.responses_per_row)
+    is_response = jnp.arange(shape.responses) < responses_per_row[:, None]
+    return Places(
+        batch_rows=plan.batch_rows,
+        sample_of=jnp.where(real, sample, -1),
+        offset=jnp.where(real, offset, 0),
+        response_columns=jnp.where(is_response, jnp.asarray(plan.response_columns)[of_response] + since, 0),
+        responses_per_row=responses_per_row,
     )
 
 
-def _sources(batch: TrainBatch, plan: Plan):
+def _sources(batch: TrainBatch, places: Places):
     """Of each response column [M, Q]: its row of the batch, its column among the responses, and whether it is one."""
-    at = jnp.take_along_axis(plan.sample_of, plan.response_columns, axis=1)
-    mask = jnp.arange(plan.response_columns.shape[1]) < plan.responses_per_row[:, None]
-    row = jnp.asarray(plan.batch_rows)[jnp.maximum(at, 0)]
+    at = jnp.take_along_axis(places.sample_of, places.response_columns, axis=1)
+    mask = jnp.arange(places.response_columns.shape[1]) < places.responses_per_row[:, None]
+    row = jnp.asarray(places.batch_rows)[jnp.maximum(at, 0)]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
-    column = jnp.take_along_axis(plan.offset, plan.response_columns, axis=1) - prompt
+    column = jnp.take_along_axis(places.offset, places.response_columns, axis=1) - prompt
     return row, jnp.where(mask, column, 0), mask
 
 
-def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> PackedBatch:
-    """One microbatch; `plan` comes from `microbatch`, `weights` are those of the minibatch's samples."""
-    real = plan.sample_of >= 0
-    sample = jnp.maximum(plan.sample_of, 0)
-    row = jnp.asarray(plan.batch_rows)[sample]
+def pack(batch: TrainBatch, weights: Float32[Array, "b R"], places: Places) -> PackedBatch:
+    """One microbatch; `places` come from `microbatch`, `weights` are those of the minibatch's samples."""
+    real = places.sample_of >= 0
+    sample = jnp.maximum(places.sample_of, 0)
+    row = jnp.asarray(places.batch_rows)[sample]
     width = batch.prompt_tokens.shape[1]
     prompt = jnp.sum(batch.prompt_mask, axis=1, dtype=jnp.int32)[row]
     # Prompts end in column P - 1, responses start in column P.
-    column = jnp.where(real, width - prompt + plan.offset, 0)
+    column = jnp.where(real, width - prompt + places.offset, 0)
     tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)[row, column]
     experts = None
     if batch.experts is not None:
         experts = jnp.concatenate([batch.prompt_experts, batch.experts], axis=1)[row, column]
 
-    source, column, mask = _sources(batch, plan)
+    source, column, mask = _sources(batch, places)
     if batch.own is not None:  # what an environment said is context
         mask &= batch.own[source, column]
 
@@ -174,14 +204,14 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
         values = x[source, column]
         return jnp.where(mask.reshape(mask.shape + (1,) * (values.ndim - 2)), values, 0)
 
-    at = jnp.take_along_axis(sample, plan.response_columns, axis=1)
+    at = jnp.take_along_axis(sample, places.response_columns, axis=1)
     advantages = batch.advantages
     per_token = advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], batch.tokens.shape)
     return PackedBatch(
         tokens=tokens,
-        segments=jnp.where(real, plan.sample_of + 1, 0),
-        positions=plan.offset,
-        columns=plan.response_columns,
+        segments=jnp.where(real, places.sample_of + 1, 0),
+        positions=places.offset,
+        columns=places.response_columns,
         targets=take(batch.tokens),
         mask=mask,
         weights=jnp.where(mask, weights[at, column], 0.0),
@@ -197,16 +227,16 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], plan: Plan) -> Packe
     )
 
 
-def take(batch: TrainBatch, plan: Plan, values: Shaped[Array, "B R"]) -> Shaped[Array, "M Q"]:
+def take(batch: TrainBatch, places: Places, values: Shaped[Array, "B R"]) -> Shaped[Array, "M Q"]:
     """Values [B, R] of the response tokens at their positions [M, Q] in one microbatch; 0 beyond a row's last."""
-    row, column, mask = _sources(batch, plan)
+    row, column, mask = _sources(batch, places)
     return jnp.where(mask, values[row, column], 0)
 
 
-def unpack(batch: TrainBatch, plan: Plan, values: Array, into: Array) -> Array:
+def unpack(batch: TrainBatch, places: Places, values: Array, into: Array) -> Array:
     """The inverse of `take`: `into` [B, R, ...] with one microbatch's values [M, Q, ...] at their response tokens.
 
     Rows of `into` that have no sample in the microbatch stay as they are.
     """
-    row, column, mask = _sources(batch, plan)
+    row, column, mask = _sources(batch, places)
     return into.at[jnp.where(mask, row, len(into)), column].set(values, mode="drop")

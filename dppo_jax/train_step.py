@@ -335,7 +335,7 @@ def make_update(
 
 def sum_of_microbatches(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
     """Gradients and metrics of every microbatch of a plan, added up."""
-    if plan.sample_of.shape[0] == 1:
+    if len(plan.tokens_per_row) == 1:
         return gradient(0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, 0))
 

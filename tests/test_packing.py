@@ -24,6 +24,7 @@ from experiments.benchmark.workloads import WORKLOADS, lengths
 from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params
 
 P, R, K = 5, 6, 3
+PIECE = jax.jit(lambda plan, number: packing.microbatch(plan, number))
 
 
 # --- layouts ---
@@ -78,18 +79,35 @@ def cases(draw):
     return rows, prompts, responses, shape
 
 
+def written_out(plan, prompts, responses):
+    """Places of all microbatches, a sample at a time: the sample of each token and its number in it, [I, M, T], and the
+    columns of response tokens [I, M, Q]. Lengths are those of the minibatch's samples."""
+    shape, count = plan.shape, plan.tokens_per_row.size
+    sample_of = np.full((count, shape.length), -1)
+    offset, columns = np.zeros((count, shape.length), int), np.zeros((count, shape.responses), int)
+    for sample, row in enumerate(plan.rows):
+        first, size, before = plan.columns[sample], prompts[sample] + responses[sample], plan.responses_before[sample]
+        if row == count:
+            continue
+        assert (sample_of[row, first : first + size] == -1).all(), "two samples in one place"
+        sample_of[row, first : first + size] = sample
+        offset[row, first : first + size] = np.arange(size)
+        columns[row, before : before + responses[sample]] = plan.response_columns[sample] + np.arange(responses[sample])
+    return tuple(x.reshape(len(plan.tokens_per_row), shape.rows, -1) for x in (sample_of, offset, columns))
+
+
 def check_plan(plan, rows, prompts, responses, shape):
     """Against the lengths of the minibatch's samples alone."""
     prompts, responses = prompts[rows], responses[rows]
     np.testing.assert_array_equal(plan.batch_rows, rows)
     pieces = math.ceil(len(rows) / shape.rows)
-    assert plan.sample_of.shape == plan.offset.shape == (pieces, shape.rows, shape.length)
-    assert plan.response_columns.shape == (pieces, shape.rows, shape.responses)
-    assert plan.responses_per_row.shape == (pieces, shape.rows)
+    assert plan.tokens_per_row.shape == plan.responses_per_row.shape == (pieces, shape.rows)
     assert {x.dtype for x in jax.tree.leaves(plan)} == {np.dtype("int32")}
 
-    sample, offset = plan.sample_of.reshape(-1, shape.length), plan.offset.reshape(-1, shape.length)
-    columns, used = plan.response_columns.reshape(-1, shape.responses), plan.responses_per_row.reshape(-1)
+    whole = written_out(plan, prompts, responses)
+    sample, offset, columns = (x.reshape(pieces * shape.rows, -1) for x in whole)
+    used = plan.responses_per_row.reshape(-1)
+    np.testing.assert_array_equal((sample >= 0).sum(axis=1), plan.tokens_per_row.reshape(-1))
     seen: list[int] = []
     for row in range(len(sample)):
         # Contiguous: in a row, each sample is one run, its tokens numbered in order; -1 only behind the last.
@@ -108,7 +126,7 @@ def check_plan(plan, rows, prompts, responses, shape):
         np.testing.assert_array_equal(columns[row], np.pad(response_columns, (0, shape.responses - used[row])))
     assert sorted(seen) == list(range(len(rows))), "every sample once, whole, in one row"
 
-    filled = (plan.sample_of >= 0).any(axis=(1, 2))
+    filled = (whole[0] >= 0).any(axis=(1, 2))
     np.testing.assert_array_equal(filled, np.arange(pieces) < plan.num_microbatches)
 
 
@@ -119,12 +137,10 @@ def test_every_token_stands_once_in_its_order_and_rows_hold_what_they_can(case):
 
 @given(cases())
 def test_without_packing_every_sample_has_a_row_of_its_own(case):
-    rows, _, _, shape = case
     plan = packing.plan(*case, packed=False)
     check_plan(plan, *case)
-    first = plan.sample_of.reshape(-1, shape.length)[:, 0]
-    np.testing.assert_array_equal(first, np.pad(np.arange(len(rows)), (0, len(first) - len(rows)), constant_values=-1))
-    assert plan.num_microbatches == len(plan.sample_of)
+    np.testing.assert_array_equal(plan.rows, np.arange(len(case[0])))
+    assert not plan.columns.any() and plan.num_microbatches == len(plan.tokens_per_row)
 
 
 @given(cases())
@@ -132,11 +148,9 @@ def test_packing_needs_no_more_pieces_and_shares_rows_that_it_can_share(case):
     packed, separate = packing.plan(*case), packing.plan(*case, packed=False)
     assert packed.num_microbatches <= separate.num_microbatches
     shape = case[3]
-    rows = [row[row >= 0] for row in packed.sample_of.reshape(-1, shape.length)]
-    used = packed.responses_per_row.reshape(-1)
-    used_rows = [i for i, row in enumerate(rows) if len(row)]
-    for i, j in itertools.combinations(used_rows, 2):
-        fits = len(rows[i]) + len(rows[j]) <= shape.length and used[i] + used[j] <= shape.responses
+    sizes, used = packed.tokens_per_row.reshape(-1), packed.responses_per_row.reshape(-1)
+    for i, j in itertools.combinations(np.flatnonzero(sizes), 2):
+        fits = sizes[i] + sizes[j] <= shape.length and used[i] + used[j] <= shape.responses
         assert not fits, "two rows in use that one could hold"
 
 
@@ -144,15 +158,33 @@ def test_a_plan_by_hand():
     """Five samples in rows of eight tokens, five of them response tokens: 8 | 4 + 3 | 4 + 2; 4 + 4 would have six."""
     prompts, responses = np.array([1, 1, 3, 1, 1]), np.array([1, 3, 5, 3, 2])
     plan = packing.plan(np.arange(5), prompts, responses, PackShape(2, 8, 5))
-    assert plan.sample_of.tolist() == [
+    assert plan.rows.tolist() == [2, 1, 0, 2, 1]
+    assert plan.columns.tolist() == [4, 0, 0, 0, 4]
+    assert plan.tokens_per_row.tolist() == [[8, 7], [6, 0], [0, 0]]
+    pieces = [jax.device_get(PIECE(plan, number)) for number in range(3)]
+    assert [piece.sample_of.tolist() for piece in pieces] == [
         [[2, 2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 4, 4, 4, -1]],
         [[3, 3, 3, 3, 0, 0, -1, -1], [-1] * 8],
         [[-1] * 8, [-1] * 8],
     ]
-    assert plan.offset[0, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
-    assert plan.response_columns[:2].tolist() == [[[3, 4, 5, 6, 7], [1, 2, 3, 5, 6]], [[1, 2, 3, 5, 0], [0] * 5]]
-    assert plan.responses_per_row.tolist() == [[5, 5], [4, 0], [0, 0]]
+    assert pieces[0].offset[1].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert pieces[0].response_columns.tolist() == [[3, 4, 5, 6, 7], [1, 2, 3, 5, 6]]
+    assert pieces[1].response_columns.tolist() == [[1, 2, 3, 5, 0], [0] * 5]
+    assert [piece.responses_per_row.tolist() for piece in pieces] == [[5, 5], [4, 0], [0, 0]]
     assert plan.num_microbatches == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=7, max_size=7), st.booleans())
+def test_the_device_writes_a_plan_out(lengths, packed):
+    """Also where samples have no response, and so no place."""
+    prompts, responses = np.array(lengths).T
+    plan = packing.plan(np.arange(7), prompts, responses, PackShape(2, 9, 6), packed=packed)
+    of_samples = np.where(responses > 0, prompts, 0)
+    for number, want in enumerate(zip(*written_out(plan, of_samples, responses), strict=True)):
+        got = jax.device_get(PIECE(plan, number))
+        for mine, other in zip((got.sample_of, got.offset, got.response_columns), want, strict=True):
+            np.testing.assert_array_equal(mine, other)
+        np.testing.assert_array_equal(got.responses_per_row, plan.responses_per_row[number])
 
 
 def test_occupancy_by_hand():
@@ -217,7 +249,6 @@ def plan(rows, packed):
     return packing.plan(rows, batch().prompt_mask.sum(axis=1), batch().mask.sum(axis=1), SHAPE, packed=packed)
 
 
-PIECE = jax.jit(lambda plan, number: packing.microbatch(plan, number))
 PACK = jax.jit(packing.pack)
 UNPACK = jax.jit(packing.unpack)
 

@@ -130,7 +130,7 @@ def run(sizes, devices, folder, case: Case):
             "start": start,
             "pieces": pieces,
             "row_pieces": [parts(rollout.tokens), parts(batch.behavior_logp), parts(batch.advantages)],
-            "train_pieces": [[int(plan.num_microbatches), len(plan.sample_of)] for plan in plans],
+            "train_pieces": [[int(plan.num_microbatches), len(plan.tokens_per_row)] for plan in plans],
             "compiled": [generate._cache_size(), update._cache_size()],
         }
 
