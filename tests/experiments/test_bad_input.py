@@ -367,7 +367,8 @@ def test_a_model_without_a_tokenizer(refusal, model):
     [
         (dict(architectures=["MambaForCausalLM"], model_type="mamba"), "unsupported architecture 'MambaForCausalLM'"),
         (dict(hidden_act="gelu"), "hidden_act"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+        (dict(rope_scaling={"rope_type": "mrope", "factor": 4.0}), "mrope"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling of type 'yarn' lacks the field 'factor'"),
         (dict(attention_sink=True), "attention_sink"),
     ],
 )
