@@ -329,8 +329,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         again = config_from_hf(d, "config.json")
     except UserError as error:
         raise UserError(f"this {family} cannot be written: {error}") from None
-    of_run = dict(lora=config.lora, quantization=config.quantization)
-    again = dataclasses.replace(again, rope=dataclasses.replace(again.rope, long=config.rope.long), **of_run)
+    rope = dataclasses.replace(again.rope, long=config.rope.long)
+    again = dataclasses.replace(again, rope=rope, lora=config.lora, quantization=config.quantization)
     for name in (field.name for field in dataclasses.fields(config)):
         if getattr(again, name) != (value := getattr(config, name)):
             raise UserError(f"{name} = {shown(value)} cannot be written for model_type {family!r}")

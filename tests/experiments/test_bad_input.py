@@ -379,6 +379,20 @@ def test_a_model_that_is_not_supported(refusal, model, fields, sentence):
 
 
 @pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        # What transformers would do beyond them depends on each pass's own length.
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 33}, 66),
+    ],
+)
+def test_rows_beyond_what_the_rope_reaches(refusal, model, rope, positions):
+    edit(model / "config.json", rope_scaling=rope)
+    said = refusal(f"--config.policy.path={model}", "--config.rollout.max_new_tokens=60")
+    assert said == f"data.max_prompt_len + rollout.max_new_tokens = 8 + 60 exceeds the model's {positions} positions"
+
+
+@pytest.mark.parametrize(
     ("row", "sentence"),
     [
         ('{"prompt": "1+1="}', "row 2: has no 'answer'; keys: ['prompt']"),
