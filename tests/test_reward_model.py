@@ -17,7 +17,7 @@ from tests.helpers.fixtures import HURRIED_FLAGS
 from tests.helpers.places import GOLDEN, ROOT
 
 MODELS = GOLDEN / "reward_models"
-FAMILIES = ("llama", "qwen3", "gemma2")
+FAMILIES = ("llama", "qwen3", "gemma2", "mistral")
 TOLERANCE = 1e-4
 
 

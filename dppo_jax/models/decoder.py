@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma-2, in Flax NNX at the edges.
+"""One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral and Gemma-2, in Flax NNX at the edges.
 
 `Decoder` is split once: parameters are a plain nested dict from then on, and `as_module(config, params)` gives back the
 module inside a jitted function. Training scans the layers (stacked parameters); rollout unrolls them (`unstack`), so

@@ -29,6 +29,18 @@ def value(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
+def longest_response(config: ConfigDict, section: str) -> str:
+    """The key that holds the length of the responses to a data section's prompts."""
+    own = section != "data" and config.eval.max_new_tokens is not None
+    return "eval.max_new_tokens" if own else "rollout.max_new_tokens"
+
+
+def longest_row(config: ConfigDict) -> int:
+    """How many tokens a row of the run may have, in training and evaluation."""
+    sections = data_sections(config)
+    return max(data.max_prompt_len + value(config, longest_response(config, name)) for name, data in sections.items())
+
+
 def check_data(c: ConfigDict) -> None:
     """UserError, one sentence."""
     for key in ("policy.commit", "reward.model.commit", "teacher.commit"):

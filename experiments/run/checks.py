@@ -24,7 +24,7 @@ from dppo_jax.rewards import own, shaping
 from dppo_jax.rollout import check_stop
 from dppo_jax.storage.loggers.wandb import check_installed
 from dppo_jax.weights import WEIGHTS
-from experiments.run.check_data import check_data, data_sections, value
+from experiments.run.check_data import check_data, data_sections, longest_response, value
 from experiments.run.check_scores import check_scores
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup
@@ -322,17 +322,11 @@ def check_length(config: ConfigDict, model: ModelConfig) -> None:
     """Refuses prompts and responses that together are longer than the model's positions."""
     for name, data in data_sections(config).items():
         key = longest_response(config, name)
-        if data.max_prompt_len + value(config, key) > model.max_position:
+        if data.max_prompt_len + value(config, key) > model.longest_row:
             raise UserError(
                 f"{name}.max_prompt_len + {key} = {data.max_prompt_len} + {value(config, key)} exceeds the model's "
-                f"{model.max_position} positions"
+                f"{model.longest_row} positions"
             )
-
-
-def longest_response(config: ConfigDict, section: str) -> str:
-    """The key that holds the length of the responses to a data section's prompts."""
-    own = section != "data" and config.eval.max_new_tokens is not None
-    return "eval.max_new_tokens" if own else "rollout.max_new_tokens"
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:

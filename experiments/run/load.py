@@ -80,9 +80,9 @@ def load_teacher(setup: Setup) -> Setup | None:
             f"{setup.model.vocab_size}: it could not score every token that the policy may draw"
         )
     longest = config.data.max_prompt_len + config.rollout.max_new_tokens
-    if longest > model.max_position:
+    if longest > model.longest_row:
         raise UserError(
-            f"data.max_prompt_len + rollout.max_new_tokens = {longest} tokens, more than the {model.max_position} "
+            f"data.max_prompt_len + rollout.max_new_tokens = {longest} tokens, more than the {model.longest_row} "
             f"positions of the teacher in {teacher.path}"
         )
     if setup.mesh is not None:

@@ -32,11 +32,12 @@ def load_reward_model(setup: Setup, examples: Iterable[Example], stack: ExitStac
         return None
     c, directory = setup.config, model_directory(setup.config, SECTION)
     loaded = load_classifier(directory, c.reward.model.dtype)
-    if c.reward.model.max_len > loaded.config.max_position:
+    if c.reward.model.max_len > loaded.config.longest_row:
         raise UserError(
-            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {loaded.config.max_position} "
+            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {loaded.config.longest_row} "
             "positions"
         )
+    loaded = loaded._replace(config=loaded.config.for_rows(c.reward.model.max_len))
     conversations = stack.enter_context(_conversations(setup, directory, loaded.config))
     conversations.check(examples)
     if setup.mesh is not None:

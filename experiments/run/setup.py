@@ -47,6 +47,7 @@ from dppo_jax.train_step import (
 )
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
+from experiments.run.check_data import longest_row
 from experiments.run.model_files import model_directory
 
 # Purposes of randomness, folded into the seed's key beside the step.
@@ -260,10 +261,11 @@ class Setup:
 
     # --- parameters ---
 
-    @property
+    @cached_property
     def model(self) -> ModelConfig:
+        """As it is for the longest row of the run."""
         assert self.given_model is not None, "this part of a setup needs a model"
-        return self.given_model
+        return self.given_model.for_rows(longest_row(self.config))
 
     @cached_property
     def trained_model(self) -> ModelConfig:

@@ -367,7 +367,8 @@ def test_a_model_without_a_tokenizer(refusal, model):
     [
         (dict(architectures=["MambaForCausalLM"], model_type="mamba"), "unsupported architecture 'MambaForCausalLM'"),
         (dict(hidden_act="gelu"), "hidden_act"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+        (dict(rope_scaling={"rope_type": "mrope", "factor": 4.0}), "mrope"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling of type 'yarn' lacks the field 'factor'"),
         (dict(attention_sink=True), "attention_sink"),
     ],
 )
@@ -375,6 +376,20 @@ def test_a_model_that_is_not_supported(refusal, model, fields, sentence):
     edit(model / "config.json", **fields)
     said = refusal(f"--config.policy.path={model}")
     assert str(model / "config.json") in said and sentence in said
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        # What transformers would do beyond them depends on each pass's own length.
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 33}, 66),
+    ],
+)
+def test_rows_beyond_what_the_rope_reaches(refusal, model, rope, positions):
+    edit(model / "config.json", rope_scaling=rope)
+    said = refusal(f"--config.policy.path={model}", "--config.rollout.max_new_tokens=60")
+    assert said == f"data.max_prompt_len + rollout.max_new_tokens = 8 + 60 exceeds the model's {positions} positions"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_what_is_refused_before_anything_is_read(tmp_path, tmp_path_factory):
     model = dataclasses.replace(TINY, model_type="qwen2", qk_norm=False, qkv_bias=True)
     save_hf(other, model, random_params(0, model), tokenizer())
     numbers = dict(epochs=1, batch=8, learning_rate=1e-3)
-    with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2"):
+    with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2, mistral"):
         make(tmp_path / "none.parquet", str(other), tmp_path / "out", **numbers)
     policy, file = str(tiny(tmp_path_factory) / "model"), tmp_path / "file"
     with pytest.raises(UserError, match="--replies: there is no file .*none.parquet$"):

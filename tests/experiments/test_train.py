@@ -1,5 +1,6 @@
 """The training loop: what it writes, that nothing is compiled twice, and that a kill changes nothing."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from dppo_jax.losses import LOSSES, corrects_mismatch, required_fields
 from dppo_jax.models import load_policy
+from dppo_jax.models.config import RopeConfig
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.storage.checkpoint import restore_params
 from dppo_jax.storage.run_config import plain, read_config
@@ -244,6 +246,23 @@ def test_every_step_and_row_draws_numbers_of_its_own(folder, tmp_path):
     assert len(first) == len(second) == 32
     assert sum(a[:1] == b[:1] for a, b in zip(first, second, strict=True)) < 16
     assert len(set(first)) > 24  # some are short: three in a hundred are empty
+
+
+def test_the_longest_row_of_a_run_chooses_the_factors_of_longrope(folder):
+    """In training and evaluation together: a token has one log-probability in a run."""
+    factors = (1.0,) * (TINY.head_dim // 2)
+    rope = RopeConfig(1e4, "longrope", original_max_position=20, short_factor=factors, long_factor=factors, long=True)
+    model = dataclasses.replace(TINY, rope=rope)
+
+    def is_long(**changes) -> bool:
+        setup = Setup(small_config(folder, data__max_prompt_len=8, **changes), model)
+        assert setup.trained_model.rope == setup.behavior_model.rope == setup.model.rope
+        return setup.model.rope.long
+
+    assert not is_long(rollout__max_new_tokens=12) and is_long(rollout__max_new_tokens=13)
+    for longest in (12, 13):
+        sets = {"hard": {**small_config(folder).data, "max_prompt_len": 8}}
+        assert is_long(rollout__max_new_tokens=4, eval__sets=sets, eval__max_new_tokens=longest) == (longest == 13)
 
 
 def test_minibatches_are_whole_groups_and_every_row_once_an_epoch(folder):

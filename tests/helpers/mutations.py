@@ -127,7 +127,7 @@ NO_SIZES = (32.0, "32", True, 0, -1, [32], {"a": 1}, 10**10, 2**64, 10**300, -(1
 
 def wrong_size(rng: random.Random, folder: Path) -> Outcome:
     fields = json.loads((folder / "config.json").read_text())
-    unread = {"sliding_window"} if fields["model_type"] != "gemma2" else set()
+    unread = {"sliding_window"} if fields["model_type"] not in ("gemma2", "mistral") else set()
     name = rng.choice([size for size in SIZES if size in fields and size not in unread])
     if name == "intermediate_size" and "num_experts" in fields:
         name = "moe_intermediate_size"  # the other is not read
@@ -154,7 +154,11 @@ def missing_size(rng: random.Random, folder: Path) -> Outcome:
     return refused("config.json", name)
 
 
-BAD_ROPE = (7, "linear", [1], True, {"rope_type": 7}, {"rope_type": ["linear"]}, {"rope_type": "yarn", "factor": 2.0},
+BAD_ROPE = (7, "linear", [1], True, {"rope_type": 7}, {"rope_type": ["linear"]}, {"rope_type": "yarn", "factor": 0},
+            {"rope_type": "yarn", "factor": 2.0, "beta_fast": 10**400}, {"rope_type": "yarn", "truncate": "no"},
+            {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1}, {"rope_type": "dynamic", "factor": "2"},
+            {"rope_type": "longrope", "short_factor": 1, "long_factor": [2]},
+            {"rope_type": "longrope", "short_factor": [[1]], "long_factor": {}}, {"rope_type": "mrope", "factor": 2.0},
             {"rope_type": "linear"}, {"rope_type": "linear", "factor": "2"}, {"rope_type": "linear", "factor": -1},
             {"rope_type": "linear", "factor": 10**400}, {"rope_type": "linear", "factor": float("nan")},
             {"rope_type": "default", "rope_theta": [1]}, {"rope_type": "default", "rope_theta": float("inf")},

@@ -73,7 +73,7 @@ def test_a_reward_model_is_no_policy():
         load_config(MODELS / "llama")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
 def test_a_saved_one_is_what_transformers_saved(family, tmp_path):
     """Tensors to the bit, and all that config.json says of the shape."""
     classifier = load_classifier(MODELS / family)
@@ -91,6 +91,6 @@ def test_a_saved_one_is_what_transformers_saved(family, tmp_path):
 def test_there_are_no_reward_models_of_every_family(tmp_path):
     classifier = load_classifier(MODELS / "llama")
     other = dataclasses.replace(classifier.config, model_type="qwen2")
-    with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2"):
+    with pytest.raises(UserError, match="there are no reward models of qwen2, only of llama, qwen3, gemma2, mistral"):
         save_classifier(tmp_path / "saved", Classifier(other, classifier.params, classifier.pad_id))
     assert not (tmp_path / "saved").exists()

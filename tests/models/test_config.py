@@ -2,35 +2,46 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from dppo_jax.errors import UserError
 from dppo_jax.models.config import (
     DEFAULTS,
     FIXED,
-    FIXED_GEMMA2,
     INERT,
-    READ,
-    READ_GEMMA2,
-    READ_MOE,
     RopeConfig,
     config_from_hf,
     config_to_hf,
     fixed_fields,
+    read_fields,
 )
+from dppo_jax.models.families import FIXED_OF
 from tests.helpers.places import GOLDEN
+from tests.helpers.variants import VARIANTS, write_variant
 
 MODELS = GOLDEN / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain", "mistral"]
 CLASSES = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
     "gemma2": Gemma2Config,
+    "mistral": MistralConfig,
+    "ministral": MinistralConfig,
 }
 NAMES = {
     "llama": "LlamaForCausalLM",
@@ -38,6 +49,8 @@ NAMES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
 }
 
 # The fields of published models' config.json, as far as they differ in kind.
@@ -104,6 +117,90 @@ PUBLISHED = {
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
         "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
     },
+    "DeepSeek-R1-Distill-Llama-8B": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256,
+    },
+    "Qwen3-Coder-30B-A3B-Instruct": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5472, "max_position_embeddings": 262144,
+        "max_window_layers": 28, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "qkv_bias": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.0,
+        "shared_expert_intermediate_size": 0, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.52.3", "use_cache": True, "use_qk_norm": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen3-30B-A3B-Thinking-2507": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 262144, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen3-8B with yarn, as its card says": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
+        "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "Qwen2.5-7B-Instruct with yarn, as its card says": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 3584,
+        "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2",
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
+    },
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "Mistral-7B-Instruct-v0.3": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768,
+    },
+    "Mistral-Nemo-Instruct-2407": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 131072,
+    },
+    "Ministral-8B-Instruct-2410": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 12288, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 100000000.0, "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.0.dev0", "use_cache": True, "vocab_size": 131072,
+    },
 }  # fmt: skip
 
 
@@ -136,18 +233,30 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
     """Every number that we read, as transformers reads it from the same file."""
     (tmp_path / "config.json").write_text(json.dumps(d))
     theirs, ours = AutoConfig.from_pretrained(tmp_path), read(d)
+    theirs.standardize_rope_params()  # as every model does before it reads them
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     rope = theirs.rope_parameters
-    assert ours.rope == RopeConfig(
+    kind, original = rope["rope_type"], rope.get("original_max_position_embeddings", 8192)
+    assert dataclasses.replace(ours.rope, attention_factor=1.0) == RopeConfig(  # which the golden values have
         theta=rope["rope_theta"],
-        kind=rope["rope_type"],
-        factor=rope.get("factor", 1.0),
+        kind=kind,
+        factor=rope.get("factor", theirs.max_position_embeddings / original if kind == "longrope" else 1.0),
         low_freq_factor=rope.get("low_freq_factor", 1.0),
         high_freq_factor=rope.get("high_freq_factor", 4.0),
-        original_max_position=rope.get("original_max_position_embeddings", 8192),
+        original_max_position=theirs.max_position_embeddings if kind == "dynamic" else original,
+        beta_fast=rope.get("beta_fast") or 32,
+        beta_slow=rope.get("beta_slow") or 1,
+        truncate=rope.get("truncate", True),
+        short_factor=tuple(rope.get("short_factor", ())),
+        long_factor=tuple(rope.get("long_factor", ())),
+        long=kind == "longrope" and theirs.max_position_embeddings > original,
     )
     attention_bias = getattr(theirs, "attention_bias", False)
     mixture, gemma = theirs.model_type == "qwen3_moe", theirs.model_type == "gemma2"
+    window = getattr(theirs, "sliding_window", None)
+    every = ["sliding_attention" if theirs.model_type == "mistral" and window else ""] * theirs.num_hidden_layers
+    kinds = getattr(theirs, "layer_types", None) or every
+    slides = gemma or "sliding_attention" in kinds
     assert dataclasses.asdict(ours) | {"rope": None} == {
         "model_type": theirs.model_type,
         "vocab_size": theirs.vocab_size,
@@ -170,8 +279,8 @@ def check_against_transformers(d: dict, tmp_path: Path) -> None:
         "norm_topk": mixture and theirs.norm_topk_prob,
         "query_scalar": theirs.query_pre_attn_scalar if gemma else None,
         "attn_softcap": theirs.attn_logit_softcapping if gemma else None,
-        "window": theirs.sliding_window if gemma else None,
-        "sliding": tuple(kind == "sliding_attention" for kind in theirs.layer_types) if gemma else (),
+        "window": window if slides else None,
+        "sliding": tuple(kind == "sliding_attention" for kind in kinds) if slides else (),
         "lora": None,  # these two are set by our configs, not by a model's files
         "quantization": None,
     }
@@ -206,12 +315,26 @@ def test_export_then_import_is_identity(family, tmp_path):
     check_against_transformers(written, tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    {"logit_softcap": 30.0}, {"o_bias": True}, {"qk_norm": True}, {"query_scalar": 8}, {"attn_softcap": 50.0},
-    {"window": 8, "sliding": (True, False)},
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_read_and_written_as_transformers_reads_them(name, tmp_path):
+    write_variant(name, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    written = json.loads(json.dumps(config_to_hf(read(fields))))
+    assert read(written) == read(fields) and hash(read(written)) == hash(read(fields))
+    for d in (fields, written):
+        check_against_transformers(d, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "change"), [
+    ("qwen2", {"logit_softcap": 30.0}), ("qwen2", {"o_bias": True}), ("qwen2", {"qk_norm": True}),
+    ("qwen2", {"query_scalar": 8}), ("qwen2", {"attn_softcap": 50.0}), ("qwen2", {"window": 8}),
+    ("qwen2", {"num_experts": 4, "experts_per_token": 2}), ("llama", {"window": 8, "sliding": (True, False)}),
+    ("llama", {"qkv_bias": False}), ("mistral", {"sliding": (True, False)}),
+    ("mistral", {"qkv_bias": True}), ("mistral", {"head_dim": 7}),
+    ("llama", {"rope": RopeConfig(1e4, factor=2.0)}), ("qwen3_moe", {"window": 8, "sliding": (True, True)}),
 ])  # fmt: skip
-def test_export_refuses_what_the_architecture_cannot_say(change):
-    config = dataclasses.replace(read(golden("qwen2")), **change)
+def test_export_refuses_what_the_architecture_cannot_say(family, change):
+    config = dataclasses.replace(read(golden(family)), **change)
     with pytest.raises(UserError, match=next(iter(change))):
         config_to_hf(config)
 
@@ -225,8 +348,14 @@ def test_export_refuses_half_a_gemma2(change):
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
 
 
-@pytest.mark.parametrize("block", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0},
-                                   {"rope_type": "llama3", **LLAMA3}])  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+YARN_ALL = YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False}
+
+
+@pytest.mark.parametrize("block", [
+    {"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, {"rope_type": "llama3", **LLAMA3}, YARN, YARN_ALL,
+    YARN | {"attention_factor": 0.5}, {"rope_type": "dynamic", "factor": 2.0}
+])  # fmt: skip
 def test_both_spellings_of_rope_are_the_same(block, tmp_path):
     for model_type in DEFAULTS:
         inside = minimal(model_type) | {"rope_parameters": {**block, "rope_theta": 5e5}}
@@ -259,11 +388,71 @@ def test_llama3_original_length_falls_back_as_in_transformers(tmp_path):
     check_against_transformers(d, tmp_path)
 
 
+def longrope(pairs: int, **fields) -> dict:
+    """A block with factors for so many frequencies."""
+    factors = {"short_factor": [1.0 + i / 9 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    return {"rope_type": "longrope", **factors, "original_max_position_embeddings": 512, **fields}
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_longrope_is_read_in_every_spelling(model_type, tmp_path):
+    """The original length in the block, beside it or in both."""
+    d = minimal(model_type) | {"head_dim": 8, "max_position_embeddings": 2048}
+    block = longrope(4)
+    inside = d | {"rope_parameters": block | {"rope_theta": 5e5}}
+    both = d | {"rope_scaling": block, "rope_theta": 5e5, "original_max_position_embeddings": 512}
+    beside = {**both, "rope_scaling": {k: v for k, v in block.items() if k != "original_max_position_embeddings"}}
+    assert read(inside) == read(both) == read(beside) == read(inside | both)
+    assert read(inside).rope.long and not read(inside | {"max_position_embeddings": 512}).rope.long
+    for fields in (inside, both, beside, json.loads(json.dumps(config_to_hf(read(inside))))):
+        check_against_transformers(fields, tmp_path)
+
+
+def test_the_longest_row_chooses_the_factors_of_longrope():
+    config = read(minimal("llama") | {"hidden_size": 256, "rope_scaling": longrope(4)})
+    assert config.rope.long and config.for_rows(513) == config
+    short = config.for_rows(512)
+    assert not short.rope.long and short.for_rows(2048) == config and config_to_hf(short) == config_to_hf(config)
+    other = read(minimal("llama"))
+    assert other.for_rows(9) == other
+
+
+def test_what_follows_from_other_numbers_of_rope():
+    """The attention factor as in the papers; what vLLM calls attn_factor multiplies it."""
+
+    def attention(**block) -> float:
+        return read(minimal("llama") | {"rope_scaling": YARN | block}).rope.attention_factor
+
+    assert attention() == pytest.approx(0.1 * math.log(4) + 1)
+    assert attention(mscale=1.5, mscale_all_dim=0.5) == pytest.approx(
+        (0.15 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    )
+    assert attention(mscale=1.5) == attention(mscale=1.5, mscale_all_dim=0) == attention()
+    assert attention(attn_factor=0.8782488562869419) == pytest.approx(1.0)
+    assert attention(attention_factor=0.7) == 0.7 and attention(factor=0.5) == 1.0
+    d = minimal("llama") | {"hidden_size": 256}
+    assert read(d | {"rope_scaling": longrope(4)}).rope.attention_factor == pytest.approx(
+        math.sqrt(1 + math.log(4) / math.log(512))
+    )
+    assert read(d | {"rope_scaling": longrope(4, factor=8)}).rope.attention_factor == pytest.approx(
+        math.sqrt(1 + math.log(8) / math.log(512))
+    )
+
+
+def test_yarn_has_positions_for_what_it_stretches_to():
+    """max_position_embeddings is often left as it was."""
+    assert read(PUBLISHED["Qwen3-8B with yarn, as its card says"]).longest_row == 131072
+    assert read(minimal("llama") | {"rope_scaling": YARN | {"factor": 1.0}}).longest_row == 2048
+    assert read(minimal("llama") | {"rope_scaling": {"type": "linear", "factor": 4.0}}).longest_row == 2048
+    assert read(minimal("llama") | {"rope_scaling": YARN | {"factor": 1e308}}).longest_row == 2**31 - 1
+
+
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mrope", "proportional", 7, ["linear"]])
+@pytest.mark.parametrize("kind", ["su", "mrope", "proportional", 7, ["linear"]])
 def test_other_rope_types_are_refused_by_name(name, kind):
     message = refusal(minimal("qwen2") | {name: {"rope_type": kind, "factor": 4.0}})
-    assert repr(kind) in message and name in message and "default, linear, llama3" in message
+    assert repr(kind) in message and name in message
+    assert message.endswith("supported: default, linear, llama3, yarn, longrope, dynamic")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -277,7 +466,25 @@ def test_other_rope_types_are_refused_by_name(name, kind):
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
     ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
     ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "original_max_position_embeddings": 9}, ["9", "leave it"]),
+    ({"rope_scaling": YARN, "original_max_position_embeddings": 9}, ["9", "'yarn'", "leave it"]),
+    ({"original_max_position_embeddings": 9}, ["9", "'default'", "leave it"]),
     ({"rope_scaling": "linear"}, ["rope_scaling", "object"]),
+    ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "lacks", "'factor'"]),
+    ({"rope_scaling": YARN | {"factr": 2.0}}, ["'factr'", "attention_factor, attn_factor, beta_fast"]),
+    ({"rope_scaling": YARN | {"beta_fast": 0.5}}, ["rope_scaling.beta_fast 0.5", "beta_slow 1.0"]),
+    ({"rope_scaling": YARN | {"beta_slow": 1e-300}}, ["beta_slow 1e-300", "0.001 and 1000000"]),
+    ({"rope_scaling": YARN | {"truncate": 1}}, ["rope_scaling.truncate", "true or false"]),
+    ({"rope_scaling": YARN | {"mscale": -1.0, "mscale_all_dim": 1.0}}, ["rope_scaling.mscale", "-1.0"]),
+    ({"rope_scaling": YARN | {"attention_factor": 0}}, ["rope_scaling.attention_factor", "positive"]),
+    ({"rope_scaling": YARN | {"attention_factor": 1.0, "attn_factor": 1.0}}, ["attn_factor", "leave one out"]),
+    ({"rope_scaling": YARN, "rope_theta": 1}, ["'yarn'", "rope_theta above 1"]),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, ["dynamic", "lacks", "'factor'"]),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}}, ["512", "2048"]),
+    ({"rope_scaling": longrope(1, original_max_position_embeddings=1)}, ["original_max_position", "2, not 1"]),
+    ({"rope_scaling": longrope(2)}, ["rope_scaling.short_factor", "head_dim / 2 = 1", "[1.0, 1.1"]),
+    ({"rope_scaling": longrope(1, long_factor=[0])}, ["rope_scaling.long_factor[0]", "positive"]),
+    ({"rope_scaling": longrope(1, long_factor=None)}, ["rope_scaling.long_factor", "missing"]),
+    ({"rope_scaling": longrope(1), "original_max_position_embeddings": 9}, ["512 in rope_scaling", "9 beside it"]),
     ({"rope_theta": 0}, ["rope_theta", "positive"]),
     ({"rope_theta": "1e6"}, ["rope_theta", "'1e6'"]),
 ])  # fmt: skip
@@ -287,19 +494,17 @@ def test_bad_rope_is_refused(change, words):
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
-@pytest.mark.parametrize("name", sorted({**FIXED, **FIXED_GEMMA2}))
+@pytest.mark.parametrize("name", sorted({*FIXED, *(name for fields in FIXED_OF.values() for name in fields)}))
 def test_fixed_fields_are_checked(model_type, name):
     """One that is listed as fixed is refused with any other value, and accepted with the supported ones."""
     fixed = fixed_fields(model_type)
     if name not in fixed:
-        if model_type == "gemma2":
-            assert name in READ_GEMMA2
-        else:
+        if name not in read_fields(model_type) and name not in INERT:
             assert "unknown" in refusal(minimal(model_type) | {name: True})
         return
     for value in fixed[name]:
         read(minimal(model_type) | {name: value})
-    for value in ("other", 0.5, True if name != "pretraining_tp" else 2):
+    for value in ("other", 0.5, 2 if name == "pretraining_tp" else fixed[name][0] is not True):
         message = refusal(minimal(model_type) | {name: value})
         assert name in message and repr(value) in message
 
@@ -319,18 +524,18 @@ def test_inert_fields_change_nothing(name):
     assert read(minimal("qwen3") | {name: 3}) == read(minimal("qwen3"))
 
 
-def test_the_three_lists_of_fields_are_disjoint():
-    assert not READ & FIXED.keys() and not READ & INERT and not INERT & FIXED.keys()
-    for model_type in DEFAULTS:
-        own = {"qwen3_moe": READ_MOE, "gemma2": READ_GEMMA2}.get(model_type, frozenset())
-        assert not own & fixed_fields(model_type).keys() and not own & (READ | INERT)
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_the_three_lists_of_fields_are_disjoint(model_type):
+    known = read_fields(model_type)
+    assert not known & fixed_fields(model_type).keys() and not known & INERT and not INERT & FIXED.keys()
+    assert DEFAULTS[model_type].keys() <= known
 
 
 @pytest.mark.parametrize("change, words", [
     ({"num_key_values_heads": 2}, ["'num_key_values_heads'", "nearest", "'num_key_value_heads'"]),
     ({"hiden_act": "silu"}, ["'hiden_act'", "'hidden_act'"]),
     ({"zzz": 1}, ["'zzz'"]),
-    ({"architectures": ["MistralForCausalLM"]}, ["'MistralForCausalLM'", "LlamaForCausalLM, Qwen2ForCausalLM"]),
+    ({"architectures": ["Phi3ForCausalLM"]}, ["'Phi3ForCausalLM'", "LlamaForCausalLM, Qwen2ForCausalLM"]),
     ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
     ({"architectures": []}, ["architecture []"]),
     ({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, ["LlamaForCausalLM", "'mistral'", "disagree"]),
@@ -395,6 +600,71 @@ def test_a_bad_mixture_is_refused(change, words):
 ])  # fmt: skip
 def test_a_bad_gemma2_is_refused(change, words):
     message = refusal(minimal("gemma2") | change)
+    assert all(word in message for word in words), message
+
+
+FULL, SLIDES = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_layers_of_a_qwen_slide_where_it_says_so(model_type, tmp_path):
+    """Of use_sliding_window alone nothing follows: there must be a window, and a layer from max_window_layers on."""
+    d = minimal(model_type) | {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8}
+    full = read(minimal(model_type) | {"num_hidden_layers": 4})
+    for change in ({}, {"max_window_layers": 4}, {"sliding_window": None, "max_window_layers": 0},
+                   {"layer_types": [FULL] * 4, "max_window_layers": 0},
+                   {"use_sliding_window": False, "max_window_layers": 0},
+                   {"use_sliding_window": None, "max_window_layers": 0}):  # fmt: skip
+        assert read(d | change) == full, change
+    config = read(d | {"max_window_layers": 1})
+    assert config == dataclasses.replace(full, window=8, sliding=(False, True, True, True))
+    mixed = d | {"layer_types": [SLIDES, FULL, FULL, SLIDES]}
+    assert read(mixed).sliding == (True, False, False, True)
+    for fields in (d, d | {"max_window_layers": 1}, mixed):
+        check_against_transformers(fields, tmp_path)
+        written = json.loads(json.dumps(config_to_hf(read(fields))))
+        assert read(written) == read(fields)
+        check_against_transformers(written, tmp_path)
+
+
+def test_layers_of_a_mistral_slide(tmp_path):
+    """All of them, or none; a Ministral's may differ."""
+    d = minimal("mistral") | {"num_hidden_layers": 3}
+    assert (read(d).window, read(d).sliding) == (4096, (True, True, True))
+    assert read(d | {"layer_types": [SLIDES] * 3}) == read(d)
+    full = read(d | {"sliding_window": None})
+    assert (full.window, full.sliding) == (None, ()) and read(config_to_hf(full)) == full
+    d = minimal("ministral") | {"num_hidden_layers": 3, "sliding_window": 8}
+    assert (read(d).window, read(d).sliding) == (8, (True, True, True))
+    assert read(d | {"layer_types": [FULL, SLIDES, FULL]}).sliding == (False, True, False)
+    assert read(d | {"layer_types": [FULL] * 3}) == read(d | {"sliding_window": None})
+    for change in ({}, {"sliding_window": None}, {"layer_types": [FULL, SLIDES, FULL]}):
+        check_against_transformers(d | change, tmp_path)
+        check_against_transformers(json.loads(json.dumps(config_to_hf(read(d | change)))), tmp_path)
+
+
+@pytest.mark.parametrize("model_type, change, words", [
+    ("qwen2", {"use_sliding_window": 1}, ["use_sliding_window", "true or false"]),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": "8"}, ["sliding_window", "'8'"]),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0.5}, ["max_window_layers", "0.5"]),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": -1}, ["max_window_layers", "-1"]),
+    ("qwen3", {"layer_types": [FULL, SLIDES]}, ["layer_types", "'full_attention' for each"]),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, ["use_sliding_window", "8", "supported: False"]),
+    ("llama", {"use_sliding_window": True}, ["use_sliding_window", "supported: False"]),
+    ("mistral", {"layer_types": [FULL, SLIDES]}, ["layer_types", "'sliding_attention' for each"]),
+    ("mistral", {"layer_types": [SLIDES] * 2, "sliding_window": None}, ["layer_types", "'full_attention' for each"]),
+    ("ministral", {"layer_types": [SLIDES] * 3}, ["layer_types", "2 layers"]),
+    ("mistral", {"sliding_window": 0}, ["sliding_window", "0"]),
+    ("mistral", {"use_sliding_window": False}, ["use_sliding_window", "leave it out"]),
+    ("mistral", {"attention_bias": True}, ["attention_bias", "supported: False"]),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 512}, ["shared_expert_intermediate_size", "supported: 0"]),
+    ("qwen3_moe", {"use_qk_norm": False}, ["use_qk_norm", "supported: True"]),
+    ("qwen3_moe", {"qkv_bias": True}, ["qkv_bias", "supported: False"]),
+    ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192,
+               "original_max_position_embeddings": 262144}}, ["dual_chunk_attention_config", "leave it out"]),
+])  # fmt: skip
+def test_bad_windows_and_fields_of_one_family_are_refused(model_type, change, words):
+    message = refusal(minimal(model_type) | change)
     assert all(word in message for word in words), message
 
 

@@ -24,7 +24,7 @@ from tests.helpers.mutations import ADAPTER_MUTATIONS, MODEL_MUTATIONS, Outcome
 from tests.helpers.places import GOLDEN
 
 MODELS = GOLDEN / "models"
-FAMILIES = ("tiny", "llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain")
+FAMILIES = ("tiny", "llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain", "mistral")
 CASES, SEED = 320, 12
 SECONDS, GIGABYTES = 10, 2
 SAMPLE = "?1+2=a b"

@@ -13,9 +13,10 @@ import pytest
 from dppo_jax.models import Policy, load_policy
 from dppo_jax.models.rotary import inverse_frequencies
 from tests.helpers.places import GOLDEN
+from tests.helpers.variants import VARIANTS, write_variant
 
 MODELS = GOLDEN / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma2_plain", "mistral"]
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -93,6 +94,7 @@ ROPE_CHANGES = {
     "qwen3_moe": [{"theta": 720.0}],
     "gemma2": [{"theta": 600.0}],
     "gemma2_plain": [{"theta": 960.0}],
+    "mistral": [{"theta": 600.0}],
 }  # fmt: skip
 
 
@@ -125,6 +127,68 @@ def test_settings_of_gemma2_reach_the_logits(field, value, tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
     assert worst_of(load_policy(str(tmp_path)), "gemma2") > 10 * TOLERANCE
+
+
+LONGEST = 40  # tokens of the golden rows
+
+
+def variant(name: str, folder, **changes) -> Policy:
+    """Of rows as long as the golden ones."""
+    policy = load_policy(str(write_variant(name, folder, **changes)))
+    return dataclasses.replace(policy, config=policy.config.for_rows(LONGEST))
+
+
+def worst_of_variant(policy: Policy, name: str) -> float:
+    """The largest error at the last positions of the row without padding, relative to the largest logit there."""
+    expected = golden()[name]
+    logits = np.asarray(policy.logits(policy.params, golden()["tokens"][:1]))[0, -len(expected) :]
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_transformers(name, tmp_path):
+    """Logits, frequencies, attention factor. The family's own config would not do, but for dynamic, which is plain."""
+    policy, family = variant(name, tmp_path), VARIANTS[name]["family"]
+    rope = policy.config.rope
+    assert worst_of_variant(policy, name) <= TOLERANCE
+    frequencies = inverse_frequencies(rope, policy.config.head_dim)
+    np.testing.assert_allclose(frequencies, golden()[f"{name}_inv_freq"], rtol=1e-6)
+    np.testing.assert_allclose(rope.attention_factor, golden()[f"{name}_attention_factor"], rtol=1e-6)
+    plain = worst(golden()[name][None], family, (slice(0, 1), slice(-len(golden()[name]), None)))
+    assert plain == 0 if name == "dynamic" else plain > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "changes"), {
+    "yarn": [{"factor": 3.0}, {"original_max_position": 256}, {"beta_fast": 16.0}, {"beta_slow": 0.5},
+             {"truncate": False}, {"theta": 600.0}, {"attention_factor": 1.0}, {"kind": "default"}],
+    "yarn_fields": [{"factor": 4.0}, {"original_max_position": 128}, {"beta_fast": 5.0}, {"beta_slow": 0.6},
+                    {"truncate": True}, {"theta": 600.0}, {"attention_factor": 1.1}, {"kind": "linear"}],
+    "longrope": [{"long": False}, {"attention_factor": 1.0}, {"theta": 600.0}, {"kind": "default"}],
+    "longrope_short": [{"long": True}, {"attention_factor": 1.0}],
+}.items())  # fmt: skip
+def test_no_setting_of_rope_could_be_forgotten(name, changes, tmp_path):
+    policy = variant(name, tmp_path)
+    for change in changes:
+        rope = dataclasses.replace(policy.config.rope, **change)
+        other = dataclasses.replace(policy, config=dataclasses.replace(policy.config, rope=rope))
+        assert worst_of_variant(other, name) > 10 * TOLERANCE, change
+
+
+@pytest.mark.parametrize("name", ["longrope", "longrope_short"])
+def test_factors_of_longrope_by_the_positions_alone(name, tmp_path):
+    """Without a word of a run they are the long ones, since rows may be as long as the model has positions."""
+    policy = load_policy(str(write_variant(name, tmp_path)))
+    assert policy.config.rope.long
+    assert (worst_of_variant(policy, name) <= TOLERANCE) == (name == "longrope")
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [
+    ("no_window", "sliding_window", 30), ("ministral", "sliding_window", 8), ("ministral", "layer_types", None),
+    ("qwen2_slides", "sliding_window", 9), ("qwen2_slides", "max_window_layers", 0),
+    ("qwen2_slides", "use_sliding_window", False),
+])  # fmt: skip
+def test_windows_reach_the_logits(name, field, value, tmp_path):
+    assert worst_of_variant(variant(name, tmp_path, **{field: value}), name) > 10 * TOLERANCE
 
 
 def test_bfloat16_is_near_and_is_not_float32():

@@ -4,7 +4,8 @@
 
 1. Every tests/golden/**/make_*.py runs with --check.
 2. Each golden model goes through load_params and save_hf. transformers must load the copy without a missing or
-   unexpected tensor, to the golden logits, with left padding; loosely where the weights are stored in bfloat16.
+   unexpected tensor, to the golden logits, with left padding; loosely where the weights are stored in bfloat16. So do
+   the variants of its config, on their row.
 3. Each model under assets/ must give the same logits here and in transformers.
 
 Prints a line per check with its worst error, relative to the largest logit, and exits 1 if one fails.
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from dppo_jax.models import load_policy, save_hf
 from dppo_jax.models.hf import load_params
+from tests.helpers.variants import VARIANTS, write_variant
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -81,7 +83,18 @@ def check_exports() -> list[tuple[str, str, bool]]:
                     rows.append((name, str(error), False))
                     continue
             rows.append(compare(name, logits, golden[directory.name], golden["mask"], limit))
-    return rows
+    return rows + [check_variant(name, golden) for name in VARIANTS]
+
+
+def check_variant(variant: str, golden: dict[str, np.ndarray]) -> tuple[str, str, bool]:
+    name, expected = f"save_hf {variant}", golden[variant]
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as copy:
+        save_hf(copy, *load_params(write_variant(variant, Path(scratch))))
+        try:
+            logits = transformers_logits(Path(copy), golden["tokens"][:1], golden["mask"][:1])[0, -len(expected) :]
+        except ValueError as error:
+            return name, str(error), False
+    return compare(name, logits, expected, np.ones(len(expected), bool), LIMITS["float32"])
 
 
 def check_assets() -> list[tuple[str, str, bool]]:

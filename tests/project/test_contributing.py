@@ -95,7 +95,7 @@ METHOD = '''    "mine": Method(
         {"loss.name": "bounded_log_ratio", **SEQUENCE},
     ),
 '''
-MISTRAL = '''    "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
+AQUILA = '''    "aquila": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
 '''
 PANEL = '''    "Mine": (Panel("Mean probability", ("policy/prob_mean",)),),
 '''
@@ -127,8 +127,8 @@ EDITS = {
         Edit("dppo_jax/environments/__init__.py", "ENVIRONMENTS", '    "echo": Echo,\n'),
     ],
     "A model family": [
-        Edit("dppo_jax/models/config.py", "ARCHITECTURES", '    "MistralForCausalLM": "mistral",\n'),
-        Edit("dppo_jax/models/config.py", "DEFAULTS", MISTRAL),
+        Edit("dppo_jax/models/families.py", "ARCHITECTURES", '    "AquilaForCausalLM": "aquila",\n'),
+        Edit("dppo_jax/models/families.py", "DEFAULTS", AQUILA),
     ],
     "A metric": [
         Edit("dppo_jax/metrics.py", "trust_region_metrics", '        "policy/prob_mean": mean(jnp.exp(logp), mask),\n'),
@@ -224,11 +224,11 @@ with Scorer(task, workers=1, time_limit_s=10.0) as scorer:
     scores, _ = scorer.submit(["again", "no"], list(task.examples)).result()
 found["An environment"] = [[example.prompt for example in task.examples], scores.tolist()]
 
-shutil.copytree(golden / "llama", here / "mistral")
+shutil.copytree(golden / "llama", here / "aquila")
 fields = json.loads((golden / "llama" / "config.json").read_text())
-fields |= dict(architectures=["MistralForCausalLM"], model_type="mistral")
-(here / "mistral" / "config.json").write_text(json.dumps(fields))
-one, other = load_policy(str(golden / "llama")), load_policy(str(here / "mistral"))
+fields |= dict(architectures=["AquilaForCausalLM"], model_type="aquila")
+(here / "aquila" / "config.json").write_text(json.dumps(fields))
+one, other = load_policy(str(golden / "llama")), load_policy(str(here / "aquila"))
 tokens = jnp.array([[1, 2, 3]])
 same = np.array_equal(one.logits(one.params, tokens), other.logits(other.params, tokens))
 found["A model family"] = [other.config.model_type, same]
@@ -257,7 +257,7 @@ WORKS = {
     ],
     "A shape of rows": ["1+1=", "2", "read as Mine (prompt: ask; answer: gold.text)"],
     "An environment": [["Say again: ", "Say again: "], [1.0, 0.0]],
-    "A model family": ["mistral", True],
+    "A model family": ["aquila", True],
     "A metric": [0.5, True],
     "A method": [
         "bounded_log_ratio",

@@ -38,6 +38,10 @@ def model(name: str) -> tuple[ModelConfig, dict]:
             loaded = load_policy(str(MODELS / name))
             assert loaded.config.attn_softcap and loaded.config.sliding is not None
             return dataclasses.replace(loaded.config, window=WINDOW), loaded.params
+        case "mistral":
+            loaded = load_policy(str(MODELS / name))
+            assert all(loaded.config.sliding)
+            return dataclasses.replace(loaded.config, window=WINDOW), loaded.params
     return policy(name)
 
 
@@ -88,6 +92,7 @@ CASES = [
     ("tiny", 1.0, dict(slots=3)),
     ("qwen2", 1.7, dict(slots=2, shards=2, unrolled=False)),
     ("gemma2", 1.0, dict(slots=3, unrolled=False)),
+    ("mistral", 1.0, dict(slots=3, unrolled=False)),
     ("moe", 1.0, dict(slots=4, record_experts=True, unrolled=False, shards=2)),
     pytest.param("llama", 0.0, dict(unrolled=False), marks=slow),
     pytest.param("qwen3", 0.5, dict(slots=3), marks=slow),
@@ -109,7 +114,7 @@ def test_pages_draw_what_blocks_draw(name, temperature, options):
     assert work.put_back == 0
     lengths = want.response_mask.sum(axis=1)
     assert len(set(lengths.tolist())) > 5
-    if name == "gemma2":
+    if name in ("gemma2", "mistral"):
         assert (np.repeat(EDGES[0], G) + lengths).max() > PAGE + WINDOW, "a row has a page that its window has left"
 
 

@@ -11,10 +11,15 @@ are zero on padding.
 
 golden.npz: tokens i32[3, 40], mask bool[3, 40] (rows without, with some and with much padding on the left), and
 for each family f32[3, 40, 96] logits under its name and its rotary inverse frequencies under <family>_inv_freq.
+
+VARIANTS are other configs for the weights of a family: what stands in variants.json under "changes", of which null
+takes a field away, in place of the family's own. golden.npz has f32[20, 96] logits of the last positions of the row
+without padding for each, its inverse frequencies, and under <variant>_attention_factor what multiplies cos and sin.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +32,9 @@ from transformers.utils import logging
 
 HERE = Path(__file__).parent
 VOCAB, LENGTH, PADDING = 96, 40, (0, 9, 29)
+LAST = 20  # positions that are kept of a variant
 TOLERANCE = 1e-6  # of the largest value
+VARIANTS = json.loads((HERE / "variants.json").read_text())
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -199,6 +206,23 @@ CONFIGS = {
         "attention_bias": True,
         "tie_word_embeddings": False,
     },
+    # All layers slide, in a window that bites; heads * head_dim is twice the hidden size; 4.x spelling.
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 0.03,
+        "rope_theta": 500.0,
+        "sliding_window": 7,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -247,8 +271,19 @@ def write_model(directory: Path, family: str) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def transformers_values(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits f32[B, T, V], each row run alone without its padding, zero there; rotary inverse frequencies f32[D/2]."""
+def write_variant(directory: Path, source: Path, changes: dict) -> None:
+    """The model of `source` with another config."""
+    shutil.copytree(source, directory)
+    fields = json.loads((source / "config.json").read_text()) | changes
+    fields = {name: value for name, value in fields.items() if value is not None or name == "sliding_window"}
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+def transformers_values(
+    directory: Path, tokens: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits f32[B, T, V], each row run alone without its padding, zero there; of rope's last forward pass the inverse
+    frequencies f32[D/2], and what cos and sin are multiplied by, f32[]."""
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float64,
@@ -266,7 +301,8 @@ def transformers_values(directory: Path, tokens: np.ndarray, mask: np.ndarray) -
             logits[row, mask[row]] = model.eval()(input_ids=ids[None]).logits[0].numpy()
     if not np.isfinite(logits).all():
         raise SystemExit(f"error: transformers gives logits for {directory} that are not finite")
-    return logits, model.model.rotary_emb.inv_freq.to(torch.float32).numpy()
+    rope = model.model.rotary_emb
+    return logits, rope.inv_freq.to(torch.float32).numpy(), np.float32(rope.attention_scaling)
 
 
 def make(root: Path) -> None:
@@ -277,7 +313,12 @@ def make(root: Path) -> None:
     golden = {"tokens": tokens, "mask": mask}
     for family in CONFIGS:
         write_model(root / family, family)
-        golden[family], golden[f"{family}_inv_freq"] = transformers_values(root / family, tokens, mask)
+        golden[family], golden[f"{family}_inv_freq"], _ = transformers_values(root / family, tokens, mask)
+    for name, variant in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            write_variant(Path(scratch) / name, root / variant["family"], variant["changes"])
+            logits, inv_freq, attention = transformers_values(Path(scratch) / name, tokens[:1], mask[:1])
+        golden |= {name: logits[0, -LAST:], f"{name}_inv_freq": inv_freq, f"{name}_attention_factor": attention}
     np.savez(root / "golden.npz", **golden)
 
 
