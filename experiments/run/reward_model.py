@@ -17,7 +17,7 @@ from dppo_jax.devices.sharding import check_divisible, laid_out, local_bytes, na
 from dppo_jax.errors import UserError
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import choose, length_multiple
-from dppo_jax.models.hf import Classifier, load_classifier
+from dppo_jax.models.hf import Classifier, load_classifier_config, place_classifier
 from dppo_jax.reward_model import batch_lengths, batches, end_of, make_score, score_axes, score_shapes
 from experiments.run.model_files import model_directory
 from experiments.run.setup import Setup
@@ -31,16 +31,17 @@ def load_reward_model(setup: Setup, examples: Iterable[Example], stack: ExitStac
     if not setup.terms.get("model"):
         return None
     c, directory = setup.config, model_directory(setup.config, SECTION)
-    loaded = load_classifier(directory, c.reward.model.dtype)
-    if c.reward.model.max_len > loaded.config.max_position:
+    model = load_classifier_config(directory)
+    if c.reward.model.max_len > model.max_position:
         raise UserError(
-            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {loaded.config.max_position} "
-            "positions"
+            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {model.max_position} positions"
         )
-    conversations = stack.enter_context(_conversations(setup, directory, loaded.config))
+    conversations = stack.enter_context(_conversations(setup, directory, model))
     conversations.check(examples)
     if setup.mesh is not None:
-        _check_mesh(setup.mesh, loaded.config, c.reward.model.rows)
+        _check_mesh(setup.mesh, model, c.reward.model.rows)
+    places = None if setup.mesh is None else named_shardings(setup.mesh, score_axes(model))
+    loaded = place_classifier(directory, places, c.reward.model.dtype)
     return RewardModel(setup, loaded, conversations)
 
 
@@ -53,7 +54,7 @@ class RewardModel:
         config, dtype, mesh = loaded.config, DTYPES[self._config.dtype], setup.mesh
         places = None if mesh is None else named_shardings(mesh, score_axes(config))
         self.device_bytes = local_bytes(laid_out(score_shapes(config, dtype), places))
-        self._params = jax.device_put(loaded.params, places)
+        self._params = loaded.params
         self._compiled = False
         self._score = {}
         for width in batch_lengths(self._config.max_len, length_multiple(setup.platform, self._config.max_len)):
