@@ -7,7 +7,7 @@ the stored dtype, and the devices cast it. Beside the parameters themselves ther
 import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,11 +131,13 @@ def place_leaf(leaf: Leaf, tensors: Tensors, dtype: Any, sharding: NamedSharding
     Nothing is sent between processes.
     """
     cut, several = _Cut.of(leaf, sharding), leaf.leading
+    if math.prod(end - first for first, end in cut.held) * np.dtype(dtype).itemsize <= BLOCK:
+        return _place_small(leaf, tensors, dtype, cut)
     axis = len(leaf.shape) - 1 if leaf.transposed else several  # of ours, which the rows of the tensors are
     own = cut.piece[axis]
     itemsize = READABLE[tensors[leaf.name((0,) * several)].dtype].itemsize
     rows = _rows_of((own, math.prod(cut.piece[several:]) // own), itemsize, BLOCK // cut.devices_here)
-    buffer = jax.jit(functools.partial(jnp.zeros, leaf.shape, dtype), out_shardings=sharding)()
+    buffer = _zeros(leaf.shape, dtype, sharding)()
     for lead in np.ndindex(*cut.piece[:several]):
         for row in range(0, own, rows):
             row = min(row, own - rows)  # the last block may lie over the one before it
@@ -145,6 +147,30 @@ def place_leaf(leaf: Leaf, tensors: Tensors, dtype: Any, sharding: NamedSharding
             start[:several], start[axis] = lead, row
             buffer = _put(buffer, block, start, sharding)
     return buffer
+
+
+@functools.lru_cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Callable[[], Array]:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+
+
+def _place_small(leaf: Leaf, tensors: Tensors, dtype: Any, cut: "_Cut") -> jax.Array:
+    """The same of a parameter that is no larger than a block: cast here, so that nothing is compiled for it."""
+    held: np.ndarray = np.empty([end - first for first, end in cut.held], dtype)
+    own = cut.held[leaf.leading :]
+    index = [slice(*bound) for bound in (own[::-1] if leaf.transposed else own)]
+    for at in np.ndindex(*held.shape[: leaf.leading]):
+        name = leaf.name([number + first for number, (first, _) in zip(at, cut.held, strict=False)])
+        tensor = tensors[name].read(index)
+        held[at] = tensor.T if leaf.transposed else tensor
+    if cut.sharding is None:
+        return jnp.asarray(held)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [piece.indices(size)[:2] for piece, size in zip(index, leaf.shape, strict=True)]
+        return held[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, cut.held, strict=True))]
+
+    return jax.make_array_from_callback(leaf.shape, cut.sharding, part)
 
 
 class _Cut(NamedTuple):

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from dppo_jax import lora
