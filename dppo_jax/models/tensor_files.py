@@ -182,7 +182,8 @@ class StreamWriter:
 
     def write(self, values: np.ndarray) -> None:
         """The next values, in the file's dtype."""
-        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        numbers = values.view(f"u{values.dtype.itemsize}")  # whose copies are faster
+        data = memoryview(np.ascontiguousarray(numbers).reshape(-1).view(np.uint8))
         self._left -= len(data)
         self._file.write(data)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from dppo_jax.errors import UserError
@@ -21,7 +21,7 @@ from dppo_jax.models.read_weights import INDEX, WEIGHTS
 from dppo_jax.models.tensor_files import Entry, StreamWriter, tensor_bytes
 
 LARGEST_FILE = 5 * 10**9  # bytes of tensors, unless one tensor alone has more
-BLOCK = 2**26  # bytes that are gathered at one time, over all devices of a process
+BLOCK = 2**25  # bytes that are gathered at one time
 SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 # (the parameters of all layers by name, the number of a layer) -> those of that layer
@@ -133,21 +133,17 @@ def _blocks(x: Any, axis: int, dtype: np.dtype, *, in_order: bool) -> Iterator[n
     """Parts of x along an axis, cast, one after another; not in order: the first of every shard, then the second."""
     sharding, size = _sharding(x), x.shape[axis]
     shards = _shards(sharding, axis)
-    elsewhere = isinstance(x, jax.Array) and not x.is_fully_addressable
-    here = max(1, jax.local_device_count()) if elsewhere else 1
-    per_index = math.prod(x.shape) // size * dtype.itemsize * here
+    per_index = math.prod(x.shape) // size * dtype.itemsize
     own = size // shards
     count = min(own, max(1, BLOCK // (per_index * shards)))
     for shard in range(shards if in_order and count < own else 1):
         for first in range(0, own, count):
             start = min(first, own - count)  # the last one may begin in the one before it
             if isinstance(x, jax.Array):
-                found = _cut(x, np.int32(start), count, axis, dtype, sharding, elsewhere)
-                if jax.process_index() != 0:
-                    found.block_until_ready()  # one at a time here as well
+                block = _on_writer(_cut(x, np.int32(start), count, axis, dtype, sharding))
+                if block is None:
                     yield np.empty(0, dtype)
                     continue
-                block = np.asarray(found)
             else:
                 block = np.moveaxis(np.moveaxis(x, axis, 0)[start : start + count], 0, axis).astype(dtype)
             by_shard = np.moveaxis(block, axis, 0).reshape(shards, count, *_without(block.shape, axis))
@@ -163,11 +159,9 @@ def _without(sizes: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return sizes[:axis] + sizes[axis + 1 :]
 
 
-@functools.partial(jax.jit, static_argnames=("count", "axis", "dtype", "sharding", "elsewhere"))
-def _cut(
-    x: Array, start: Array, count: int, axis: int, dtype: np.dtype, sharding: NamedSharding | None, elsewhere: bool
-) -> Array:
-    """Of every shard of x the part [start, start + count) along an axis, cast; everywhere, if it is `elsewhere` too."""
+@functools.partial(jax.jit, static_argnames=("count", "axis", "dtype", "sharding"))
+def _cut(x: Array, start: Array, count: int, axis: int, dtype: np.dtype, sharding: NamedSharding | None) -> Array:
+    """Of every shard of x the part [start, start + count) along an axis, cast."""
 
     def cut(x: Array, start: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, start, count, axis).astype(dtype)
@@ -175,9 +169,78 @@ def _cut(
     if sharding is None:
         return cut(x, start)
     mesh, spec = sharding.mesh, sharding.spec
-    found = jax.shard_map(cut, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False)(x, start)
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(found, whole) if elsewhere else found
+    return jax.shard_map(cut, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False)(x, start)
+
+
+Bounds = tuple[tuple[int, int], ...]  # of every axis, from where to where
+
+
+def _on_writer(x: jax.Array) -> np.ndarray | None:
+    """x in NumPy on the first process, and None on the others. All of them must call this.
+
+    Every piece of x is sent once, by one of the processes that hold it.
+    """
+    if x.is_fully_addressable:
+        return np.asarray(x) if jax.process_index() == 0 else None
+    senders = _senders(x.sharding, x.shape)
+    mine = senders[jax.process_index()]
+    held = {_bounds(shard.index, x.shape): shard.data for shard in x.addressable_shards}
+    most, piece_shape = max(map(len, senders)), x.sharding.shard_shape(x.shape)
+    pieces: np.ndarray = np.zeros((most, *piece_shape), x.dtype)
+    for piece, bounds in zip(pieces, mine, strict=False):
+        piece[...] = held[bounds]
+    x.block_until_ready()  # one at a time on every process
+    everyones = _sent(pieces.reshape(-1).view(np.uint8)) if any(senders[1:]) else pieces.reshape(-1).view(np.uint8)
+    if jax.process_index() != 0 or everyones is None:
+        return None
+    pieces = everyones.view(x.dtype).reshape(-1, most, *piece_shape)
+    found: np.ndarray = np.empty(x.shape, x.dtype)
+    for of_process, sent in zip(senders, pieces, strict=False):
+        for bounds, piece in zip(of_process, sent, strict=False):
+            found[tuple(slice(*bound) for bound in bounds)] = piece
+    return found
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+@functools.lru_cache
+def _senders(sharding: Sharding, shape: tuple[int, ...]) -> list[list[Bounds]]:
+    """The pieces that each process sends: all from the first, if it holds them all, and else as many from each."""
+    holders: dict[Bounds, set[int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        holders.setdefault(_bounds(index, shape), set()).add(device.process_index)
+    senders: list[list[Bounds]] = [[] for _ in range(jax.process_count())]
+    if all(0 in processes for processes in holders.values()):
+        senders[0] = sorted(holders)
+        return senders
+    for bounds, processes in sorted(holders.items()):
+        senders[min(processes, key=lambda number: (len(senders[number]), number))].append(bounds)
+    return senders
+
+
+def _sent(data: np.ndarray) -> np.ndarray | None:
+    """The bytes u8[n] of all processes, u8[processes n], on the first; None on the others. All must call this."""
+    processes, here = jax.process_count(), jax.local_device_count()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(processes, here), ("process", "device"))
+    rows = np.pad(data, (0, -len(data) % here)).reshape(1, here, -1)  # a device sends a part of them
+    apart = NamedSharding(mesh, PartitionSpec("process", "device"))
+    own = jax.make_array_from_callback((processes, *rows.shape[1:]), apart, lambda index: rows[:, index[1]])
+    everyones = _for_everyone(own, NamedSharding(mesh, PartitionSpec(None, "device")))
+    if jax.process_index() != 0:
+        everyones.block_until_ready()
+        return None
+    found: np.ndarray = np.empty(everyones.shape, np.uint8)
+    for shard in everyones.addressable_shards:
+        found[shard.index] = shard.data
+    return found.reshape(processes, -1)[:, : len(data)].reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _for_everyone(x: Array, sharding: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def write_weights(folder: Path, outgoing: Outgoing, dtype: np.dtype) -> None:
