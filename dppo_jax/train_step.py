@@ -376,13 +376,17 @@ def init_state(
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
     frozen: Params | None = None,
+    *,
+    owned: bool = False,
 ) -> TrainState:
-    """A fresh state around these parameters, laid out over the mesh if shardings are given."""
+    """A fresh state around these parameters, laid out over the mesh if shardings are given; around copies of them,
+    unless they are `owned`: nobody else uses them any more."""
     frozen = {} if frozen is None else frozen
     if shardings is None:
         return TrainState(params, optimizer.init(params), jnp.int32(0), frozen)
-    # Copies, since updates donate the state's arrays and the caller may go on using its own.
-    params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen), may_alias=False)
+    # Updates donate the state's arrays, and the caller may go on using its own.
+    may_alias = None if owned else False
+    params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen), may_alias=may_alias)
     make = jax.jit(
         lambda p: init_state(p, optimizer), out_shardings=dataclasses.replace(shardings, frozen={}), donate_argnums=0
     )

@@ -252,7 +252,7 @@ def tune(config: ConfigDict, workdir: Path) -> None:
             with peers.hearing_sigterm():
                 _loop(setup, rows, packer, learner, record, held_out)
             if config.checkpoint.export:
-                export(setup, learner.state, workdir)
+                export(setup, learner.params, learner.frozen, workdir)
         elif hosts.is_writer():
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     if hosts.is_writer():

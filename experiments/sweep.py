@@ -113,8 +113,8 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
             with peers.hearing_sigterm():
                 loop(together, sampler, learner, record, evaluation)
             if config.checkpoint.export:
-                for folder, setup, state in zip(folders, setups, together.apart(learner.state), strict=True):
-                    export(setup, state, folder.path)
+                for number, (folder, setup) in enumerate(zip(folders, setups, strict=True)):
+                    export(setup, together.alone(learner.params, number), {}, folder.path)
         else:
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     print(f"logs: {workdir}")

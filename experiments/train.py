@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             with peers.hearing_sigterm():
                 loop(runs, sampler, learner, record, evaluation)
             if config.checkpoint.export:
-                export(setup, learner.state, workdir)
+                export(setup, learner.params, learner.frozen, workdir)
         elif hosts.is_writer():
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     if hosts.is_writer():

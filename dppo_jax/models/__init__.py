@@ -11,10 +11,9 @@ from dppo_jax import token_head
 from dppo_jax.errors import UserError
 from dppo_jax.models.config import DTYPES, ModelConfig
 from dppo_jax.models.decoder import Params, forward, head_weight
-from dppo_jax.models.hf import load_params, save_hf
+from dppo_jax.models.hf import load_params, place_params, save_hf
 
-__all__ = ["DTYPES", "ModelConfig", "Policy", "load_policy", "save_hf"]
-
+__all__ = ["DTYPES", "ModelConfig", "Policy", "load_params", "load_policy", "save_hf"]
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,5 @@ def load_policy(directory: str, dtype: str = "float32") -> Policy:
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    config, params = load_params(directory)
-    return Policy(config, jax.tree.map(jnp.asarray, params), dtype)
+    config, params = place_params(directory)
+    return Policy(config, params, dtype)

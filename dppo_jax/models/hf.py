@@ -4,35 +4,46 @@ A linear layer's weight is [out, in] there and [in, out] here, and layers are st
 nothing else differs, so that save and load are inverse to the bit in float32.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding
 
-from dppo_jax.errors import UserError, first_line, lookup, nearest
+from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
 from dppo_jax.models import companions
 from dppo_jax.models.companions import CONFIG
 from dppo_jax.models.config import CLASSIFIERS, DTYPES, INERT, LARGEST, ModelConfig, config_from_hf, config_to_hf
 from dppo_jax.models.decoder import Params, abstract_params
+from dppo_jax.models.layout import LAYERS, Leaf, flat, nested
+from dppo_jax.models.read_weights import (
+    INDEX,
+    WEIGHTS,
+    check_tensor,
+    check_tensors,
+    open_directory,
+    place_leaf,
+    read_leaf,
+    refuse,
+    same_values,
+)
+from dppo_jax.models.tensor_files import READABLE, Stored, Tensors
+from dppo_jax.models.write_weights import SHARDS, OfLayer, Outgoing, check_leaves, write_weights
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SCORE = "score.weight"  # [labels, D], of a sequence classifier
-
-READABLE = {"F32", "BF16", "F16"}
-POINTER = b"version https://git-lfs"  # what stands in a file that was not fetched
 
 # Constants that older exports stored beside the weights.
 NOT_WEIGHTS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -80,6 +91,9 @@ class Classifier(NamedTuple):
     pad_id: int | None  # the token that is no end of a row, as its config.json says
 
 
+# --- in ---
+
+
 def load_config(directory: str | Path) -> ModelConfig:
     """The `ModelConfig` of a model directory; UserError where there is none or it is not supported."""
     path = folder(directory) / CONFIG
@@ -87,7 +101,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
-    """Reads a model directory.
+    """Reads a model directory, whole.
 
     Returns:
       its config, and its parameters as float32 numpy arrays in a nested dict, those of layers stacked [L, ...].
@@ -98,19 +112,57 @@ def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
         before anything is allocated.
     """
     config = load_config(directory)
-    directory = folder(directory)
-    tied_head = HF_NAMES["head"] if config.tie_embeddings else None
+    with _opened(folder(directory), config) as tensors:
+        return config, nested({leaf.path: read_leaf(leaf, tensors, np.float32) for leaf in layout_of(config)})
+
+
+def place_params(
+    directory: str | Path, shardings: Params | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """The same, on devices: as `shardings`, a tree of NamedShardings (None: the default device), in `dtype`, a key of
+    DTYPES. A process reads what its own devices hold, a block at a time. All processes must call this."""
+    config, numbers = load_config(directory), lookup(DTYPES, dtype, "dtype")
+    with _opened(folder(directory), config) as tensors:
+        return config, _placed(layout_of(config), tensors, numbers, shardings)
+
+
+def _placed(layout: Sequence[Leaf], tensors: Tensors, dtype: Any, shardings: Params | None) -> Params:
+    places = {} if shardings is None else flat(shardings)
+    return nested({leaf.path: place_leaf(leaf, tensors, dtype, places.get(leaf.path)) for leaf in layout})
+
+
+def stored_dtype(directory: str | Path) -> str:
+    """A key of DTYPES: what most of a model directory's weights are stored in. UserError as of `load_params`."""
     with ExitStack() as stack:
-        tensors = _open_tensors(directory, stack)
-        params = _read_params(tensors, config, directory)
-        if tied_head in tensors:
-            shape = params["embed"].shape
-            head: np.ndarray = read_tensor(tied_head, tensors, shape, transpose=False).astype(np.float32)
-            if not np.array_equal(head, params["embed"], equal_nan=True):
-                raise UserError(
-                    f"{directory} has tie_word_embeddings true, but {tied_head!r} differs from {HF_NAMES['embed']!r}"
-                )
-    return config, params
+        sizes: Counter[str] = Counter()
+        for tensor in open_directory(folder(directory), stack).values():
+            sizes[tensor.dtype] += int(np.prod(tensor.shape, dtype=np.float64))
+    readable = [name for name, _ in sizes.most_common() if name in READABLE]
+    return READABLE[readable[0]].name if readable else "float32"
+
+
+@contextmanager
+def _opened(directory: Path, config: ModelConfig) -> Iterator[Tensors]:
+    """The tensors of a policy, checked."""
+    with ExitStack() as stack:
+        tensors = open_directory(directory, stack)
+        _check(tensors, config, directory)
+        tied_head = tensors.get(HF_NAMES["head"]) if config.tie_embeddings else None
+        if tied_head and not same_values(tied_head, tensors[HF_NAMES["embed"]]):
+            raise UserError(
+                f"{directory} has tie_word_embeddings true, but {tied_head.name!r} differs from {HF_NAMES['embed']!r}"
+            )
+        yield tensors
+
+
+def _check(tensors: Tensors, config: ModelConfig, directory: Path) -> None:
+    """That they are those of the config, all and no others: by what the files' headers say."""
+    layout = layout_of(config)
+    others = check_tensors(tensors, layout, directory)
+    if config.tie_embeddings and HF_NAMES["head"] in others:
+        check_tensor(tensors[HF_NAMES["head"]], (config.vocab_size, config.hidden_size))
+        others.remove(HF_NAMES["head"])
+    refuse(tensors, [name for name in others if not NOT_WEIGHTS.search(name)])
 
 
 def load_classifier_config(directory: str | Path) -> ModelConfig:
@@ -126,45 +178,51 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> Classifier
     Its parameters are numpy arrays of `dtype`, a key of DTYPES. UserError as of `load_params`, and where there is no
     score, or one of several labels.
     """
+    numbers = np.dtype(lookup(DTYPES, dtype, "dtype"))
+    with _opened_classifier(directory) as (config, tensors, score, pad_id):
+        body = nested({leaf.path: read_leaf(leaf, tensors, numbers) for leaf in layout_of(config)})
+        return Classifier(config, {"body": body, "score": score.read()[0].astype(numbers)}, pad_id)
+
+
+def place_classifier(directory: str | Path, shardings: Params | None = None, dtype: str = "float32") -> Classifier:
+    """The same, on devices, as `place_params`: `shardings` are those of `reward_model.score_axes`."""
+    numbers = np.dtype(lookup(DTYPES, dtype, "dtype"))
+    with _opened_classifier(directory) as (config, tensors, score, pad_id):
+        body = _placed(layout_of(config), tensors, numbers, shardings and shardings["body"])
+        row = score.read()[0].astype(numbers)
+        if shardings is None:
+            return Classifier(config, {"body": body, "score": jax.numpy.asarray(row)}, pad_id)
+        of_score: NamedSharding = shardings["score"]
+        placed = jax.make_array_from_callback(row.shape, of_score, lambda index: row[index])
+        return Classifier(config, {"body": body, "score": placed}, pad_id)
+
+
+@contextmanager
+def _opened_classifier(directory: str | Path) -> Iterator[tuple[ModelConfig, Tensors, Stored, int | None]]:
+    """Config, the tensors of the body, the score's [1, D], and the padding token; all of it checked."""
     config, directory = load_classifier_config(directory), folder(directory)
-    fields, source, numbers = _config_fields(directory), directory / CONFIG, np.dtype(lookup(DTYPES, dtype, "dtype"))
+    fields, source = _config_fields(directory), directory / CONFIG
     pad_id = fields.get("pad_token_id")
     if pad_id is not None and (isinstance(pad_id, bool) or not isinstance(pad_id, int) or abs(pad_id) > LARGEST):
         raise UserError(f"{source}: pad_token_id must be a token's id or null, not {shown(pad_id)}")
     with ExitStack() as stack:
-        tensors = _open_tensors(directory, stack)
+        tensors = open_directory(directory, stack)
         if SCORE not in tensors:
             raise UserError(f"tensor {SCORE!r} is missing from {directory}: a reward model has it in place of a head")
         if HF_NAMES["head"] in tensors:
             raise UserError(f"{directory} has a head, {HF_NAMES['head']!r}, beside its {SCORE!r}: leave one out")
-        of_score = {SCORE: tensors.pop(SCORE)}
-        rows = of_score[SCORE][1].get_slice(SCORE).get_shape()[:1]
+        score = tensors.pop(SCORE)
         named = fields.get("id2label")
-        for labels in (*rows, len(named) if isinstance(named, dict) else fields.get("num_labels", 1)):
+        for labels in (*score.shape[:1], len(named) if isinstance(named, dict) else fields.get("num_labels", 1)):
             if labels != 1:
                 sentence = f"{directory} has {shown(labels)} labels: a reward model has one, whose score is the reward"
                 raise UserError(sentence)
-        body = _read_params(tensors, config, directory, numbers)
-        score = read_tensor(SCORE, of_score, (1, config.hidden_size), transpose=False).astype(numbers)[0]
-    return Classifier(config, {"body": body, "score": score}, pad_id)
+        _check(tensors, config, directory)
+        check_tensor(score, (1, config.hidden_size))
+        yield config, tensors, score, pad_id
 
 
-def _read_params(tensors: "Tensors", config: ModelConfig, directory: Path, dtype: Any = np.float32) -> Params:
-    """The parameters of a config from its tensors, which are checked before anything is allocated."""
-    shapes = _shapes(config)
-    _check_tensors(tensors, shapes, config, directory)
-    params: Params = {"layers": {}}
-    for path, shape in shapes.items():
-        names = list(_hf_names(path, config))
-        if path.startswith("layers/"):
-            stacked: np.ndarray = np.empty(shape, dtype)
-            tensor_shape = shape[_stacked_axes(path, config) :]
-            for target, name in zip(stacked.reshape(len(names), *tensor_shape), names, strict=True):
-                target[...] = read_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2)
-            params["layers"][path.removeprefix("layers/")] = stacked
-        else:
-            params[path] = read_tensor(names[0], tensors, shape, transpose=False).astype(dtype)
-    return params
+# --- out ---
 
 
 def save_hf(
@@ -176,12 +234,14 @@ def save_hf(
     *,
     eos_ids: Sequence[int] = (),
     source: str | Path | None = None,
+    of_layer: OfLayer | None = None,
 ) -> None:
     """Writes a model directory that `transformers` loads to the same logits, and that stops where this one stops.
 
     All is written under a temporary name inside `directory` and moved over at the end, config.json last, and an old
-    one is removed first if anything but the weights changes: a kill leaves a whole model, or one without config.json,
-    which nothing loads.
+    one is removed first if anything but the weights of one file changes: a kill leaves a whole model, or one without
+    config.json, which nothing loads. Weights of more than 5 GB are several files and an index. A tensor is gathered at
+    a time; all processes must call this, and the first writes.
 
     Args:
       directory: made if need be; a model in it is replaced, with its generation_config.json, and with its tokenizer
@@ -194,11 +254,14 @@ def save_hf(
       source: the model directory that the policy began as. Its tokenizer's files and its generation_config.json are
         copied as they are, the latter with those of `eos_ids` that it lacks, and what its config.json says besides
         the shape goes into the new one; `tokenizer` then only completes its token ids.
+      of_layer: (params["layers"], number) -> the parameters of that layer, where they are not what `params` says:
+        with adapters merged. Compiled.
 
     Raises:
       UserError: an unknown dtype, a config that its architecture cannot say, or params that do not fit the config.
     """
-    _save(directory, config_to_hf(config), _unstack(config, params), tokenizer, dtype, eos_ids=eos_ids, source=source)
+    fields, outgoing = config_to_hf(config), _outgoing(config, params, dtype, of_layer)
+    _save(directory, fields, outgoing, tokenizer, dtype, eos_ids=eos_ids, source=source)
 
 
 def classifier_architecture(config: ModelConfig) -> str:
@@ -219,15 +282,27 @@ def save_classifier(
     architecture = classifier_architecture(classifier.config)
     fields = config_to_hf(classifier.config)
     fields |= {"architectures": [architecture], "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    score = (SCORE, np.asarray(classifier.params["score"])[None])
-    body = _unstack(classifier.config, classifier.params["body"])
-    _save(directory, fields, [*body, score], tokenizer, dtype, tokens={"pad_token_id": classifier.pad_id})
+    params = {**classifier.params["body"], SCORE: np.asarray(classifier.params["score"])[None]}
+    score = Leaf(SCORE, params[SCORE].shape, SCORE, transposed=False)
+    outgoing = _outgoing(classifier.config, params, dtype, also=(score,))
+    _save(directory, fields, outgoing, tokenizer, dtype, tokens={"pad_token_id": classifier.pad_id})
+
+
+def _outgoing(
+    config: ModelConfig, params: Params, dtype: str, of_layer: OfLayer | None = None, also: Sequence[Leaf] = ()
+) -> Outgoing:
+    """The tensors of params, which are checked against the config."""
+    layout, leaves = [*layout_of(config), *also], flat(params)
+    paths = {leaf.path for leaf in layout}
+    merged = lambda path: of_layer is not None and path.startswith(LAYERS) and path not in paths  # noqa: E731
+    check_leaves(layout, {path: x for path, x in leaves.items() if not merged(path)})
+    return Outgoing(layout, leaves, np.dtype(lookup(DTYPES, dtype, "dtype")), of_layer)
 
 
 def _save(
     directory: str | Path,
     fields: dict[str, Any],
-    arrays: Iterable[tuple[str, np.ndarray]],
+    outgoing: Outgoing,
     tokenizer: Any,
     dtype: str,
     *,
@@ -235,14 +310,16 @@ def _save(
     source: str | Path | None = None,
     tokens: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes config.json's fields, tensors by name, and the files beside them; `tokens` are config.json's alone."""
-    weight_dtype = np.dtype(lookup(DTYPES, dtype, "dtype"))
+    """Writes config.json's fields, the tensors, and the files beside them; `tokens` are config.json's alone."""
+    if jax.process_index() != 0:
+        for _ in outgoing.blocks():
+            pass
+        return
     origin = None if source is None else folder(source)
     source_fields = {} if origin is None else _config_fields(origin)
     ids = companions.token_fields(tokenizer, source_fields, [int(token) for token in eos_ids])
     kept_fields = {name: value for name, value in source_fields.items() if name in INERT - companions.OF_THE_FILE}
     fields = kept_fields | fields | {"torch_dtype": dtype, "use_cache": True} | ids | dict(tokens)
-    tensors = {name: np.ascontiguousarray(array, weight_dtype) for name, array in arrays}
 
     directory = user_path(directory, "model directory")
     if directory.exists() and not directory.is_dir():
@@ -250,15 +327,28 @@ def _save(
     make_folder(directory)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        write_weights(staging, outgoing, np.dtype(DTYPES[dtype]))
         companions.write_tokenizer(staging, origin, tokenizer)
         companions.write_generation_config(staging, origin, ids)
         (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         new_tokenizer = tokenizer is not None or origin is not None
         replaces = (companions.TEMPLATES, *companions.TOKENIZER) if new_tokenizer else ()
-        companions.publish(staging, directory, WEIGHTS, (companions.GENERATION, *replaces))
+        companions.publish(
+            staging, directory, WEIGHTS, (WEIGHTS, INDEX, *_shards(directory), companions.GENERATION, *replaces)
+        )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _shards(directory: Path) -> list[str]:
+    """The files of weights in several, by their names or by the index."""
+    found = {path.name for path in directory.glob(SHARDS)}
+    if os.path.isfile(directory / INDEX):
+        with contextlib.suppress(UserError):
+            listed = read_json_object(directory / INDEX).get("weight_map")
+            names = listed.values() if isinstance(listed, dict) else ()
+            found |= {name for name in names if isinstance(name, str) and name == Path(name).name}
+    return sorted(found)
 
 
 def folder(directory: str | Path, kind: str = "model directory") -> Path:
@@ -280,140 +370,12 @@ def _config_fields(directory: Path) -> dict[str, Any]:
     return read_json_object(directory / CONFIG)
 
 
-def _flat(params: Params) -> dict[str, Any]:
-    """Leaves by path: "embed", "layers/q"."""
-    flat = {name: value for name, value in params.items() if name != "layers"}
-    return flat | {f"layers/{name}": value for name, value in params.get("layers", {}).items()}
+def layout_of(config: ModelConfig) -> list[Leaf]:
+    """Every parameter of a decoder, and the tensors that it is made of."""
+    return [_leaf(path, leaf.shape, config) for path, leaf in flat(abstract_params(config)).items()]
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in _flat(abstract_params(config)).items()}
-
-
-def _template(path: str, config: ModelConfig) -> str:
+def _leaf(path: str, shape: tuple[int, ...], config: ModelConfig) -> Leaf:
     names = HF_NAMES | (HF_NAMES_MOE if config.num_experts else {}) | (HF_NAMES_GEMMA if config.gemma else {})
-    return names[path]
-
-
-def _hf_names(path: str, config: ModelConfig) -> Iterator[str]:
-    """In the order of the stacked tensor's leading axes: layers, and experts within them."""
-    template = _template(path, config)
-    return (template.format(*index) for index in leading_indices(config, template.count("{}")))
-
-
-def leading_indices(config: ModelConfig, axes: int) -> Iterator[tuple[int, ...]]:
-    """All indices of a parameter's leading axes, of which the first is the layer and the second the expert. One by
-    one: a config may claim any number of them."""
-    if axes == 0:
-        yield ()
-    for layer in range(config.num_layers if axes else 0):
-        if axes == 1:
-            yield (layer,)
-        for expert in range(config.num_experts if axes == 2 else 0):
-            yield layer, expert
-
-
-def _stacked_axes(path: str, config: ModelConfig) -> int:
-    """How many leading axes of a parameter are tensors of their own there."""
-    return _template(path, config).count("{}")
-
-
-Tensors = dict[str, tuple[Path, Any]]  # by tensor name: the file, and the open handle
-
-
-def _open_tensors(directory: Path, stack: ExitStack) -> Tensors:
-    """A single file goes before an index, as in transformers."""
-    if is_file(directory / WEIGHTS):
-        return open_tensors(directory / WEIGHTS, stack)
-    index = directory / INDEX
-    if not is_file(index):
-        if pickles := sorted(path.name for path in directory.glob("*.bin")):
-            raise UserError(
-                f"{directory} holds its weights as a pickle ({pickles[0]}), which is never opened; "
-                f"save them as {WEIGHTS}"
-            )
-        raise UserError(f"model directory {directory} has neither {WEIGHTS} nor {INDEX}")
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map from tensor names to shards")
-    tensors: Tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        path = directory / shard
-        if path.name != shard or not os.path.isfile(path):
-            raise UserError(f"shard {shown(shard)}, listed in {index}, does not exist in {directory}")
-        in_shard = open_tensors(path, stack)
-        for name in sorted(in_shard.keys() & tensors.keys()):
-            raise UserError(f"tensor {shown(name)} is in {tensors[name][0]} and in {path}")
-        tensors |= in_shard
-    for name, shard in weight_map.items():
-        if name not in tensors or tensors[name][0].name != shard:
-            raise UserError(f"tensor {shown(name)} is not in {shown(shard)}, where {index} puts it")
-    return tensors
-
-
-def open_tensors(path: Path, stack: ExitStack) -> Tensors:
-    """The tensors of one file, their values not read yet; `stack` closes it. UserError for a damaged file."""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with git lfs pull")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        handle = stack.enter_context(safe_open(path, framework="numpy"))
-        return {name: (path, handle) for name in handle.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged: {first_line(error)}") from error
-
-
-def _check_tensors(tensors: Tensors, shapes: dict[str, tuple[int, ...]], config: ModelConfig, directory: Path) -> None:
-    """That they are those of the config, all and no others: by what the files' headers say."""
-    expected = set()
-    for path, shape in shapes.items():
-        tensor_shape = shape[_stacked_axes(path, config) :]
-        for name in _hf_names(path, config):
-            if name not in tensors:
-                raise UserError(f"tensor {name!r} is missing from {directory}; its {CONFIG} asks for it")
-            check_tensor(name, tensors, tensor_shape, transpose=len(tensor_shape) == 2 and path.startswith("layers/"))
-            expected.add(name)
-    for name in sorted(tensors.keys() - expected):
-        if config.tie_embeddings and name == HF_NAMES["head"]:
-            check_tensor(name, tensors, shapes["embed"], transpose=False)
-        elif not NOT_WEIGHTS.search(name):
-            hint = nearest(name, expected)  # or, where none is near, a list of all
-            raise UserError(f"unexpected tensor {shown(name)} in {tensors[name][0]}{hint if len(hint) < 200 else ''}")
-
-
-def check_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: bool) -> None:
-    """UserError for a tensor that is not of this shape, which is ours, or of a type that is not read."""
-    path, handle = tensors[name]
-    entry = handle.get_slice(name)
-    actual, expected = tuple(entry.get_shape()), shape[::-1] if transpose else shape
-    if actual != expected:
-        raise UserError(f"tensor {name!r} in {path} has shape {shown(list(actual))}; {CONFIG} says {list(expected)}")
-    if entry.get_dtype() not in READABLE:
-        raise UserError(
-            f"tensor {name!r} in {path} has dtype {entry.get_dtype()}; supported: {', '.join(sorted(READABLE))}"
-        )
-
-
-def read_tensor(name: str, tensors: Tensors, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
-    """One tensor in our orientation and its stored dtype; `shape` is ours. UserError as of `check_tensor`."""
-    check_tensor(name, tensors, shape, transpose)
-    array = tensors[name][1].get_tensor(name)
-    return array.T if transpose else array
-
-
-def _unstack(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, tensor in its orientation) for every tensor; checks params against the config."""
-    leaves, shapes = _flat(params), _shapes(config)
-    for path in sorted(shapes.keys() ^ leaves.keys()):
-        raise UserError(f"parameter {path!r} is {'missing' if path in shapes else 'not in this model'}")
-    for path, shape in shapes.items():
-        array = np.asarray(leaves[path])
-        if array.shape != shape:
-            raise UserError(f"parameter {path!r} has shape {list(array.shape)}; the config says {list(shape)}")
-        stacked = _stacked_axes(path, config)
-        tensors = array.reshape(-1, *shape[stacked:])
-        for name, tensor in zip(_hf_names(path, config), tensors, strict=True):
-            yield name, tensor.T if stacked and tensor.ndim == 2 else tensor
+    several = names[path].count("{}")
+    return Leaf(path, shape, names[path], transposed=path.startswith(LAYERS) and len(shape) - several == 2)

@@ -18,7 +18,10 @@ from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_p
 from dppo_jax.models.companions import publish
 from dppo_jax.models.config import LARGEST, MATRICES, Lora, ModelConfig
 from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
-from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, check_tensor, folder, leading_indices, open_tensors, read_tensor
+from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, folder
+from dppo_jax.models.layout import leading_indices
+from dppo_jax.models.read_weights import check_tensor
+from dppo_jax.models.tensor_files import open_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, HALVES = "base_model.model.", ("lora_A", "lora_B")
@@ -36,7 +39,7 @@ UNSET: tuple = (None, False, {}, [])  # values under which any other field chang
 def _modules(name: str, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
     """(index into the stacked weight, PEFT's module name) of every tensor that a weight of ours is made of."""
     template = (HF_NAMES | HF_NAMES_MOE if config.num_experts else HF_NAMES)[f"layers/{name}"].removesuffix(".weight")
-    for index in leading_indices(config, template.count("{}")):
+    for index in leading_indices((config.num_layers, config.num_experts)[: template.count("{}")]):
         yield index, PREFIX + template.format(*index)
 
 
@@ -106,7 +109,7 @@ def load_adapters(directory: str | Path, config: ModelConfig) -> tuple[Lora, Par
             for index, name in names.items():
                 if name not in tensors:
                     raise UserError(f"{directory / WEIGHTS} has no {name!r}")
-                check_tensor(name, tensors, shapes[leaf].shape[len(index) :], transpose=True)
+                check_tensor(tensors[name], shapes[leaf].shape[len(index) :][::-1])
         expected = {name for names in tensor_names.values() for name in names.values()}
         for name in sorted(tensors.keys() - expected):
             raise UserError(f"{directory / WEIGHTS} has {shown(name)}, which this model has no place for")
@@ -114,7 +117,7 @@ def load_adapters(directory: str | Path, config: ModelConfig) -> tuple[Lora, Par
         for leaf, names in tensor_names.items():
             layers[leaf] = np.empty(shapes[leaf].shape, np.float32)
             for index, name in names.items():
-                layers[leaf][index] = read_tensor(name, tensors, shapes[leaf].shape[len(index) :], transpose=True)
+                layers[leaf][index] = tensors[name].read().T
     return chosen, {"layers": layers}
 
 

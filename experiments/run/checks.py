@@ -88,6 +88,8 @@ def _check_sampling(c: ConfigDict) -> None:
 def _check_names(c: ConfigDict) -> None:
     for key in ("policy.dtype", "rollout.dtype", "teacher.dtype"):
         lookup(DTYPES, value(c, key), key)
+    if c.checkpoint.export_dtype:
+        lookup(DTYPES, c.checkpoint.export_dtype, "checkpoint.export_dtype")
     if c.policy.dtype == "float16":
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
     lookup(REMAT, c.policy.remat, "policy.remat")

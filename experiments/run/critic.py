@@ -50,7 +50,7 @@ class Critic:
 
     def begin(self, params: Params) -> None:
         """From the policy's initial parameters."""
-        self.state = init_state(jax.tree.map(jnp.asarray, init_critic(params)), self._optimizer, self.shardings)
+        self.state = init_state(init_critic(params), self._optimizer, self.shardings)
 
     @property
     def abstract(self) -> dict[str, Any]:

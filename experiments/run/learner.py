@@ -1,6 +1,7 @@
 """Everything after the rewards: the batch, advantages, minibatches, updates."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Learner:
             self._update, self._init = _stacked_update(runs, rates)
         else:
             self._update = jit_update(base.update, base.shardings, base.mesh, needs_exact=base.needs_exact)
-            self._init = base.init_state
+            self._init = functools.partial(base.init_state, owned=True)
         self._finite = jit_finite()
         self._reference: Params = {}
         self._state: TrainState | None = None
@@ -75,17 +76,18 @@ class Learner:
         return self._runs.apart(self.state.policy)
 
     def begin(self, params: Params) -> None:
-        """A fresh state around the parameters of a model directory."""
-        self._state = self._init(params)
+        """A fresh state around the parameters of a model directory, which it takes."""
         if self._critic:
             self._critic.begin(params)
+        self._state = self._init(params)
 
     def keep_reference(self, load: Callable[[], Params]) -> None:
         """Keeps what the run began with, where the loss has a penalty on leaving it, and the teacher, if it has one."""
         if self._teacher:
             self._teacher.load()
         if "reference" in self._recompute:
-            initial = self._setup.trainable_part(self._setup.initial_params(load()))
+            base = {"layers": {}} if self._setup.config.lora.rank else load()  # of LoRA, the adapters alone
+            initial = self._setup.trainable_part(self._setup.initial_params(base))
             shardings = None if self._mesh is None else self._setup.shardings.params
             self._reference = jax.device_put(self._runs.together([initial] * len(self._runs)), shardings)
 
@@ -105,7 +107,7 @@ class Learner:
         """From a checkpoint; `load` reads the model directory, where what is not trained comes from."""
         frozen: Params = {}
         if self._setup.config.lora.rank:
-            frozen = jax.device_put(load(), self._setup.shardings.frozen, may_alias=False)
+            frozen = load()
         self._state = TrainState(saved["params"], saved["opt_state"], saved["updates"], frozen)
         if self._critic:
             self._critic.resume(saved["critic"])
@@ -240,4 +242,4 @@ def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Calla
     def call(state: TrainState, batch: TrainBatch, plan: Plan, *behavior: Params) -> tuple[TrainState, Metrics]:
         return compiled(state, batch, plan, loss_index, factor, *behavior)
 
-    return call, lambda params: fresh(jax.tree.map(jnp.asarray, params))
+    return call, lambda params: fresh(params)

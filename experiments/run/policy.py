@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from dppo_jax import lora
@@ -11,7 +10,7 @@ from dppo_jax.devices.sharding import check_divisible, laid_out, named_shardings
 from dppo_jax.errors import UserError
 from dppo_jax.files import Path, user_path
 from dppo_jax.models.decoder import Params, abstract_params, param_axes
-from dppo_jax.models.hf import load_params
+from dppo_jax.models.hf import place_params
 from dppo_jax.storage import fingerprints, hub
 from dppo_jax.storage.checkpoint import agree, restore_params, step_folder
 from experiments.run.identity import same_config_everywhere
@@ -65,8 +64,7 @@ def load_evaluated(
     assert setup.mesh is not None
     check_divisible(setup.mesh, {"eval.prompts": config.eval.prompts}, {}, {})
     if checkpoint is None:
-        shardings = named_shardings(setup.mesh, param_axes(setup.model))
-        return Policy(setup, jax.device_put(load_params(setup.directory)[1], shardings), None)
+        return Policy(setup, place_params(setup.directory, setup.model_shardings)[1], None)
     source = step_folder(checkpoint) if pin else checkpoint
     return Policy(setup, _trained(setup, source), source if pin else None)
 
@@ -96,11 +94,10 @@ def _is_model(folder: Path) -> bool:
 
 def _trained(setup: Setup, checkpoint: Path) -> Params:
     """The parameters of a run's checkpoint; of adapters, beside those of the model directory."""
-    shardings = named_shardings(setup.mesh, param_axes(setup.model))
     if not setup.config.lora.rank:
-        return restore_params(checkpoint, laid_out(abstract_params(setup.model), shardings))
+        return restore_params(checkpoint, laid_out(abstract_params(setup.model), setup.model_shardings))
     trained_model = setup.trained_model
     axes = named_shardings(setup.mesh, param_axes(trained_model))
     shardings_of_adapters, shapes = (lora.split(x)[0] for x in (axes, abstract_params(trained_model)))
     adapters = restore_params(checkpoint, laid_out(shapes, shardings_of_adapters))
-    return lora.joined(jax.device_put(load_params(setup.directory)[1], shardings), adapters)
+    return lora.joined(place_params(setup.directory, setup.model_shardings)[1], adapters)

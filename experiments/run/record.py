@@ -19,7 +19,7 @@ from dppo_jax.evaluate import all_failed
 from dppo_jax.files import Path, make_folder
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
-from dppo_jax.models.hf import load_params
+from dppo_jax.models.hf import place_params
 from dppo_jax.packing import Plan
 from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
 from dppo_jax.storage.lock import locked
@@ -148,7 +148,7 @@ class Record:
         return self.start < c.steps or (self.start == c.steps and bool(c.eval.every or c.checkpoint.export))
 
     def _load_params(self) -> Params:
-        return load_params(self._runs.base.directory)[1]
+        return place_params(self._runs.base.directory, self._runs.base.model_shardings)[1]
 
     def _changes(self, step: int) -> list[str]:
         """What is not as the checkpoint has it, in sentences."""

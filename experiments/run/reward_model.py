@@ -17,7 +17,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import Path
 from dppo_jax.models import DTYPES, ModelConfig
 from dppo_jax.models.attention import choose, length_multiple
-from dppo_jax.models.hf import Classifier, load_classifier
+from dppo_jax.models.hf import Classifier, load_classifier_config, place_classifier
 from dppo_jax.reward_model import batch_lengths, batches, end_of, make_score, score_axes, score_shapes
 from experiments.run.model_files import model_directory
 from experiments.run.setup import Setup
@@ -31,18 +31,19 @@ def load_reward_model(setup: Setup, examples: Iterable[Example], stack: ExitStac
     if not setup.terms.get("model"):
         return None
     c, directory = setup.config, model_directory(setup.config, SECTION)
-    loaded = load_classifier(directory, c.reward.model.dtype)
-    if c.reward.model.max_len > loaded.config.longest_row:
+    model = load_classifier_config(directory)
+    if c.reward.model.max_len > model.longest_row:
         raise UserError(
-            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {loaded.config.longest_row} "
-            "positions"
+            f"reward.model.max_len = {c.reward.model.max_len} exceeds the reward model's {model.longest_row} positions"
         )
-    loaded = loaded._replace(config=loaded.config.for_rows(c.reward.model.max_len))
-    conversations = stack.enter_context(_conversations(setup, directory, loaded.config))
+    model = model.for_rows(c.reward.model.max_len)
+    conversations = stack.enter_context(_conversations(setup, directory, model))
     conversations.check(examples)
     if setup.mesh is not None:
-        _check_mesh(setup.mesh, loaded.config, c.reward.model.rows)
-    return RewardModel(setup, loaded, conversations)
+        _check_mesh(setup.mesh, model, c.reward.model.rows)
+    places = None if setup.mesh is None else named_shardings(setup.mesh, score_axes(model))
+    loaded = place_classifier(directory, places, c.reward.model.dtype)
+    return RewardModel(setup, loaded._replace(config=model), conversations)
 
 
 class RewardModel:
@@ -54,7 +55,7 @@ class RewardModel:
         config, dtype, mesh = loaded.config, DTYPES[self._config.dtype], setup.mesh
         places = None if mesh is None else named_shardings(mesh, score_axes(config))
         self.device_bytes = local_bytes(laid_out(score_shapes(config, dtype), places))
-        self._params = jax.device_put(loaded.params, places)
+        self._params = loaded.params
         self._compiled = False
         self._score = {}
         for width in batch_lengths(self._config.max_len, length_multiple(setup.platform, self._config.max_len)):

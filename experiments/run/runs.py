@@ -70,7 +70,11 @@ class Runs:
         """One tree for each run, from one for all."""
         if not self.stacked:
             return [tree]
-        return [jax.tree.map(lambda leaf, n=number: leaf[n], tree) for number in range(len(self))]
+        return [self.alone(tree, number) for number in range(len(self))]
+
+    def alone(self, tree: Any, number: int) -> Any:
+        """The tree of one run, from one for all."""
+        return jax.tree.map(lambda leaf: leaf[number], tree) if self.stacked else tree
 
     def own_metrics(self, scalars: dict[str, float], number: int) -> dict[str, float]:
         """Without what other losses than this run's measure."""

@@ -18,7 +18,7 @@ from dppo_jax import lora, packing, precision, quantize
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.data.tokenizer import token_bytes
 from dppo_jax.devices.chips import memory_of
-from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, num_shards
+from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, named_shardings, num_shards
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
 from dppo_jax.files import Path
@@ -290,8 +290,12 @@ class Setup:
             params = lora.joined(params, jax.device_get(jax.jit(lambda k: lora.split(init_params(model, k))[0])(key)))
         if not c.alp.sigma:
             return params
-        layers = len(params["layers"]["attn_norm"])
-        return {**params, LOG_SIGMA: np.full(layers, math.log(c.alp.sigma), np.float32)}
+        return {**params, LOG_SIGMA: np.full(self.model.num_layers, math.log(c.alp.sigma), np.float32)}
+
+    @cached_property
+    def model_shardings(self) -> Params | None:
+        """Where the parameters of a model directory live; None: on one device."""
+        return None if self.mesh is None else named_shardings(self.mesh, param_axes(self.model))
 
     @cached_property
     def param_axes(self) -> Params:
@@ -313,10 +317,11 @@ class Setup:
             self.trainable_part(names), self.optimizer, self.trainable_part(shapes), self.mesh, self.frozen_part(names)
         )
 
-    def init_state(self, params: Params) -> TrainState:
-        """A fresh state around the parameters of a model directory, over the mesh where there is one."""
+    def init_state(self, params: Params, *, owned: bool = False) -> TrainState:
+        """A fresh state around the parameters of a model directory, over the mesh where there is one. `owned`: it takes
+        the arrays themselves, which nobody else may use any more."""
         whole, places = self.initial_params(params), None if self.mesh is None else self.shardings
-        return init_state(self.trainable_part(whole), self.optimizer, places, self.frozen_part(whole))
+        return init_state(self.trainable_part(whole), self.optimizer, places, self.frozen_part(whole), owned=owned)
 
     @cached_property
     def state_shapes(self) -> TrainState:

@@ -1,13 +1,10 @@
 """The teacher of a distillation (loss distill): another model of the same tokens, which scores what the policy drew."""
 
 import jax
-import numpy as np
 
-from dppo_jax.devices.sharding import named_shardings
 from dppo_jax.errors import UserError
-from dppo_jax.models import DTYPES
-from dppo_jax.models.decoder import Params, in_dtype, param_axes
-from dppo_jax.models.hf import load_params
+from dppo_jax.models.decoder import Params
+from dppo_jax.models.hf import place_params
 from dppo_jax.packing import Plan
 from dppo_jax.train_step import jit_finite, make_recompute
 from dppo_jax.types import TrainBatch
@@ -31,9 +28,7 @@ class Teacher:
     def load(self) -> None:
         """Reads the parameters, kept in teacher.dtype. UserError where one is not finite."""
         setup = self._setup
-        params = in_dtype(load_params(setup.directory)[1], np.dtype(DTYPES[setup.config.policy.dtype]))
-        shardings = None if setup.mesh is None else named_shardings(setup.mesh, param_axes(setup.model))
-        self._params = jax.device_put(params, shardings)
+        self._params = place_params(setup.directory, setup.model_shardings, setup.config.policy.dtype)[1]
         if not jit_finite()(self._params):
             path = setup.config.policy.path
             raise UserError(f"the teacher in {path} has parameters that are not finite, or too large")
