@@ -1,8 +1,12 @@
 """What W&B wrote offline: its files are a log of records as LevelDB writes one, each a message of wandb's own."""
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 HEAD, BLOCK, RECORD = 7, 32768, 7  # bytes of the file's head, of a block, of a record's head: crc, length, kind
 FIRST, MIDDLE = 2, 3  # kinds of a piece that another follows; 1 is whole, 4 the last
@@ -26,3 +30,30 @@ def records(file: Path) -> Iterator:
         if kind not in (FIRST, MIDDLE):
             yield Record.FromString(parts)
             parts = b""
+
+
+def offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The package in its offline mode, with what it keeps beside runs in the folder."""
+    for name, value in {"MODE": "offline", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(folder / "elsewhere"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def processes(folder: Path) -> list[list]:
+    """The records of every process that wrote a run, in their order."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    return [list(records(file)) for file in files]
+
+
+def of_kind(found: list, kind: str) -> list:
+    return [getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind]
+
+
+def rows(found: list) -> list[dict[str, Any]]:
+    """The rows of the history, {key: value}."""
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+        for history in of_kind(found, "history")
+    ]

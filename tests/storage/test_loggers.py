@@ -12,7 +12,7 @@ from configs import quickstart
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_log import RunLog, read_scalars
 from experiments.run import checks
-from tests.helpers.wandb_files import records
+from tests.helpers.wandb_files import of_kind, offline, processes, rows
 
 
 def open_log(folder: Path, resume_step: int = 0, **changes) -> RunLog:
@@ -86,30 +86,7 @@ def test_a_line_is_there_as_soon_as_it_is_written_and_a_folder_that_goes_is_told
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """The package in its offline mode, with all that it keeps in a folder of the test."""
-    for name, value in {"MODE": "offline", "SILENT": "true"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "elsewhere"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-
-
-def processes(folder: Path) -> list[list]:
-    """The records of every process that wrote a run, in their order."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    return [list(records(file)) for file in files]
-
-
-def of_kind(found: list, kind: str) -> list:
-    return [getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind]
-
-
-def rows(found: list) -> list[dict]:
-    """The rows of the history, {key: value}."""
-    return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
-        for history in of_kind(found, "history")
-    ]
+    offline(monkeypatch, tmp_path)
 
 
 def test_wandb_has_what_tensorboard_has_and_a_resumed_run_goes_on_in_its_run(tmp_path, wandb):
