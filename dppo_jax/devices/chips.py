@@ -37,9 +37,9 @@ def of_topology(topology: str) -> Chip:
     return lookup(CHIPS, topology.split(":")[0], "chip")
 
 
-def peak_of(device) -> float | None:
-    """Operations that a device does in a second in bfloat16, at most; None for a CPU, and where it is not known."""
-    kind = device.device_kind
+def peak_of(kind: str) -> float | None:
+    """Operations that a device of this `device_kind` does in a second in bfloat16, at most; None where it is not known,
+    as of a CPU."""
     if kind in KINDS:
         return CHIPS[KINDS[kind]].flops
     return next((flops for name, flops in GPU_FLOPS.items() if kind.startswith(name)), None)

@@ -22,7 +22,7 @@ from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards import own, shaping
 from dppo_jax.rollout import check_stop
-from dppo_jax.storage.loggers.wandb import check_installed
+from dppo_jax.storage.loggers.wandb import check_project
 from dppo_jax.weights import WEIGHTS
 from experiments.run.check_data import check_data, data_sections, longest_response, value
 from experiments.run.check_scores import check_scores
@@ -56,7 +56,7 @@ def check(config: ConfigDict) -> None:
     check_scores(config, setup)
     _check_learning(config, setup)
     if config.log.wandb:
-        check_installed(f"log.wandb = {shown(config.log.wandb)}")
+        check_project(config.log.wandb)
 
 
 def remarks(config: ConfigDict) -> list[str]:

@@ -20,7 +20,8 @@ class Throughput:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._chips = 1 if setup.mesh is None else setup.mesh.size
-        self._peak = peak_of(jax.devices()[0] if setup.mesh is None else setup.mesh.devices.flat[0])
+        device = jax.devices()[0] if setup.mesh is None else setup.mesh.devices.flat[0]
+        self._peak = peak_of(device.device_kind)
 
     def scalars(self, samples: Samples, own: Replies, plans: Sequence[Plan]) -> dict[str, float]:
         """By the log's tag, once a step is over. The shares of rollout and update are left out where the two overlap,

@@ -22,7 +22,7 @@ from dppo_jax.models.decoder import param_axes
 from dppo_jax.sampling import step_key
 from dppo_jax.storage.results import read_table
 from dppo_jax.storage.run_config import read_config
-from dppo_jax.storage.run_log import event_files, read_scalars
+from dppo_jax.storage.run_log import MACHINE, event_files, read_scalars
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.eval import evaluate
 from experiments.run import checks
@@ -327,8 +327,8 @@ def test_two_hosts_train_as_one_process(killed, alone, devices):
     for tag, (steps, values) in want.items():
         np.testing.assert_array_equal(found[tag][0], steps)
         # A shard's slots wait for its own rows: what a rollout costs depends on how many shards there are.
-        of_the_mesh = () if devices == 8 else ("rollout/decode_steps", "rollout/pages_")
-        if not tag.startswith(("time/", "throughput/", *of_the_mesh)):
+        of_the_mesh = () if devices == 8 else ("rollout/decode_steps", "rollout/pages_", "rollout/occupancy")
+        if not tag.startswith((*MACHINE, *of_the_mesh)):
             np.testing.assert_allclose(found[tag][1], values, rtol=1e-4, atol=1e-6, err_msg=tag)
     policies = (load_params(at / "policy")[1] for at in (folder / "run", alone[devices]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), *policies)
@@ -390,7 +390,7 @@ def test_two_hosts_talk_as_one_process(tmp_path_factory):
     assert found.keys() == want.keys() and want["rollout/turns_mean"][1].max() > 1
     assert want["reward/failed"][1].sum() > 0 and want["rollout/in_flight"][1].max() > 0
     for tag, (_, values) in want.items():
-        if not tag.startswith(("time/", "throughput/")):
+        if not tag.startswith(MACHINE):
             np.testing.assert_allclose(found[tag][1], values, rtol=1e-4, atol=1e-6, err_msg=tag)
 
 

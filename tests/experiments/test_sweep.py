@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import restore_params
 from dppo_jax.storage.run_config import read_config
-from dppo_jax.storage.run_log import read_scalars
+from dppo_jax.storage.run_log import MACHINE, read_scalars
 from experiments.sweep import Run, check, config_of, train
 from tests.helpers.fixtures import hurried, run, run_config, small_config, tiny
 
@@ -41,7 +41,7 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
     shared = set(found) & set(separate)
     assert {"reward/mean", "grad_norm", "trust_region/masked", "mismatch/abs_prob_diff_mean"} <= shared
     for tag in shared:
-        if not tag.startswith(("time/", "throughput/")):
+        if not tag.startswith(MACHINE):
             np.testing.assert_allclose(found[tag][1], separate[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
@@ -52,7 +52,7 @@ def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
     for one in RUNS[1:4]:
         vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
         for tag in vmap:
-            if not tag.startswith(("time/", "throughput/")):
+            if not tag.startswith(MACHINE):
                 np.testing.assert_allclose(vmap[tag][1], turns[tag][1], rtol=1e-5, atol=1e-6, err_msg=tag)
 
 
@@ -69,7 +69,7 @@ def test_a_sweep_has_all_that_a_run_has(tmp_path, tmp_path_factory):
         assert found.keys() == want.keys()
         assert {"eval/sums/avg", "region/cispo/masked", "learning_rate", "rollout/resampled"} <= found.keys()
         for tag in found:
-            if not tag.startswith(("time/", "throughput/")):
+            if not tag.startswith(MACHINE):
                 np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-4, atol=1e-6, err_msg=tag)
         for file in (separate / "samples").iterdir():
             assert file.read_text() == (tmp_path / "sweep" / one.folder / "samples" / file.name).read_text()
@@ -105,7 +105,7 @@ def test_a_cut_sweep_goes_on(swept, tmp_path, tmp_path_factory):
         whole, cut = (read_scalars(folder / one.folder) for folder in (swept, tmp_path / "cut"))
         assert whole.keys() == cut.keys()
         for tag in whole:
-            if not tag.startswith(("time/", "throughput/")):
+            if not tag.startswith(MACHINE):
                 np.testing.assert_array_equal(whole[tag][1], cut[tag][1], err_msg=tag)
 
 

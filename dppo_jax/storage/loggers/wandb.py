@@ -20,12 +20,16 @@ from dppo_jax.files import Path, absolute, is_bucket, write_text
 from dppo_jax.storage.run_config import plain
 
 ID = "wandb_id"  # a file in a run's folder
+FORBIDDEN = "/\\#?%:"  # characters, in the name of a project
 
 
-def check_installed(key: str) -> None:
-    """UserError where the package is missing that the config key asks for."""
+def check_project(project: str) -> None:
+    """UserError where the package is missing, or a project cannot have the name."""
+    key = f"log.wandb = {project!r:.60}"
     if importlib.util.find_spec("wandb") is None:
         raise UserError(f"{key} needs the package wandb, which is not installed: pip install wandb")
+    if len(project) > 128 or set(project) & set(FORBIDDEN):
+        raise UserError(f"{key} is no name of a project: W&B takes 128 characters at most, and none of {FORBIDDEN}")
 
 
 class WandB:
