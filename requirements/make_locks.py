@@ -2,9 +2,9 @@
 
     python requirements/make_locks.py [--upgrade]
 
-Each holds the exact version of everything that requirements.txt and requirements-dev.txt need on Linux, x86_64. uv finds
-them for a Python that need not be there, from the indexes that pip is configured with. A version that still fits stays;
-with --upgrade all are the newest.
+Each holds the exact version of everything that requirements.txt and requirements-dev.txt need on Linux, x86_64. uv
+finds them for a Python that need not be there, from the indexes that pip is configured with. A version that still fits
+stays; with --upgrade all are the newest.
 """
 
 import ast

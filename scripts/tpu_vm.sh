@@ -36,6 +36,7 @@ END
 PYTHON=3.12 # which uv brings, where the host has none
 
 tpu_vm() { # SUBCOMMAND ARGUMENT...
+  installed gcloud "https://cloud.google.com/sdk/docs/install says how"
   run gcloud compute tpus tpu-vm "$@" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"}
 }
 
@@ -43,15 +44,14 @@ on() { # WORKER COMMAND
   tpu_vm ssh "$TPU" --worker="$1" --command="$2"
 }
 
-tools() {
+names() {
   need TPU my-tpu
   need ZONE europe-west4-b
-  installed gcloud "https://cloud.google.com/sdk/docs/install says how"
 }
 
 do_create() {
   no_more create "$@"
-  tools
+  names
   need ACCELERATOR v5litepod-32
   need VERSION v2-alpha-tpuv5-lite
   # The scope is what lets the hosts read and write the bucket.
@@ -62,9 +62,10 @@ do_create() {
 do_install() {
   local changed
   no_more install "$@"
-  tools
+  names
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   if [[ ! $DRY_RUN ]]; then
+    installed gcloud "https://cloud.google.com/sdk/docs/install says how"
     installed git "it is needed to copy what is committed"
     changed=$(git status --porcelain | wc -l) || fail "install copies what is committed, and this is no git repository"
     ((changed == 0)) || printf 'note: %d files are changed or new, and not committed: not copied\n' "$changed" >&2
@@ -83,7 +84,7 @@ do_copy() { copy "$@"; }
 
 do_run() {
   local arguments log command
-  tools
+  names
   need BUCKET my-bucket
   arguments=$(train_arguments "$@")
   log=runs/$1.log
@@ -93,19 +94,19 @@ do_run() {
 
 do_watch() {
   one_name watch "$@"
-  tools
+  names
   on 0 "tail -n +1 -F dppo_jax/runs/$1.log"
 }
 
 do_stop() {
   one_name stop "$@"
-  tools
+  names
   on all "kill -TERM \$(cat dppo_jax/runs/$1.pid)"
 }
 
 do_delete() {
   no_more delete "$@"
-  tools
+  names
   tpu_vm delete "$TPU"
 }
 

@@ -34,22 +34,22 @@ Variables:
 END
 }
 
-xpk() { # GROUP SUBCOMMAND ARGUMENT...
+on_cluster() { # GROUP SUBCOMMAND ARGUMENT...
+  installed xpk "in an environment of its own: pip install xpk==1.16.0"
   run xpk "$@" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"
 }
 
-tools() {
+names() {
   need CLUSTER my-cluster
   need PROJECT my-project
   need ZONE us-east5-b
-  installed xpk "in an environment of its own: pip install xpk==1.16.0"
 }
 
 do_create() {
   no_more create "$@"
-  tools
+  names
   need TPU_TYPE v5litepod-32
-  xpk cluster create --tpu-type="$TPU_TYPE" --num-slices=1 ${SPOT:+--spot}
+  on_cluster cluster create --tpu-type="$TPU_TYPE" --num-slices=1 ${SPOT:+--spot}
 }
 
 do_install() {
@@ -65,7 +65,7 @@ do_copy() { copy "$@"; }
 
 do_run() {
   local RESTARTS=${RESTARTS:-50} arguments
-  tools
+  names
   need TPU_TYPE v5litepod-32
   need IMAGE europe-docker.pkg.dev/my-project/my-repository/dppo_jax
   need BUCKET my-bucket
@@ -73,30 +73,30 @@ do_run() {
   arguments=$(train_arguments "$@")
   # exec: the signal that comes before a preemption is for dppo-train. It ends with 2 then, and with 3 where another host
   # is lost, which xpk takes for a failure of the run unless it is told.
-  xpk workload create --workload="$1" --tpu-type="$TPU_TYPE" --num-slices=1 --docker-image="$IMAGE" \
+  on_cluster workload create --workload="$1" --tpu-type="$TPU_TYPE" --num-slices=1 --docker-image="$IMAGE" \
     --max-restarts="$RESTARTS" --restart-on-exit-codes=2,3 --termination-grace-period-seconds=300 \
     --command="exec dppo-train $arguments"
 }
 
 do_watch() {
   one_name watch "$@"
-  tools
+  names
   installed kubectl "gcloud components install kubectl"
-  xpk workload list --filter-by-job="$1"
+  on_cluster workload list --filter-by-job="$1"
   run kubectl logs --follow --tail=-1 \
     --selector="xpk.google.com/workload=$1,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
 
 do_stop() {
   one_name stop "$@"
-  tools
-  xpk workload delete --workload="$1"
+  names
+  on_cluster workload delete --workload="$1"
 }
 
 do_delete() {
   no_more delete "$@"
-  tools
-  xpk cluster delete
+  names
+  on_cluster cluster delete
 }
 
 start "$@"
