@@ -24,23 +24,25 @@ endif
 
 QUICKSTART := runs/quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-optimized notebooks parity benchmark smollm2 libtpu lint clean FORCE
+.PHONY: help setup quickstart test test-all test-optimized notebooks parity benchmark smollm2 libtpu xpk lint lock clean FORCE
 FORCE:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.ready  ## make .venv with everything but PyTorch
+setup: .venv/.ready  ## make .venv with everything but PyTorch, at the exact versions of requirements/
 
-.venv/.ready: requirements.txt requirements-dev.txt pyproject.toml $(REMAKE)
+LOCK := requirements/$(PYTHON_VERSION).lock
+.venv/.ready: $(wildcard $(LOCK)) pyproject.toml $(REMAKE)
 	@case " $(SUPPORTED) " in *" $(PYTHON_VERSION) "*) ;; *) \
 	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is $(or $(PYTHON_VERSION),not there); name one, as in: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1;; esac
 	@if [ "$(VENV_VERSION)" != "$(PYTHON_VERSION)" ]; then \
 	  echo "setup: making .venv with Python $(PYTHON_VERSION)"; \
 	  $(PYTHON) -m venv --clear .venv || \
 	    { echo "error: $(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf .venv; exit 1; }; fi
-	@echo "setup: installing requirements.txt and requirements-dev.txt into .venv (some minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -e . -r requirements-dev.txt || \
+	@echo "setup: installing $(LOCK) into .venv (some minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(LOCK) && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e . || \
 	  { echo "error: pip could not install the requirements; its message is above. If pycosat failed to build: it needs a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)" >&2; exit 1; }
 	@touch $@
 
@@ -114,9 +116,22 @@ build/libtpu/.ready: .venv/.ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/libtpu -r build/libtpu.txt
 	@touch $@
 
-lint: setup  ## ruff and mypy
+# xpk brings versions of its own: outside .venv, and read by a process of its own.
+xpk: build/xpk/.ready  ## fetch xpk, for the tests of scripts/xpk.sh
+
+build/xpk/.ready: .venv/.ready
+	@echo "xpk: fetching xpk into build/xpk (two minutes)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --target build/xpk xpk==1.16.0
+	@touch $@
+
+lint: setup  ## ruff, mypy, shellcheck for scripts/, hadolint for the Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	.venv/bin/shellcheck .ci/run scripts/*.sh
+	.venv/bin/hadolint Dockerfile
+
+lock: setup  ## make requirements/PYTHON.lock for every Python; what still fits stays, but with UPGRADE=1
+	$(PY) requirements/make_locks.py $(if $(UPGRADE),--upgrade)
 
 clean:  ## remove the virtual environments and caches; runs/ and models/ stay
 	rm -rf .venv .venv-parity build dppo_jax.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from etils import epath
 
@@ -197,6 +197,13 @@ def files_in(folder: Path) -> list[Path]:
 def size_of(path: Path) -> int:
     """Bytes of a file. OSError."""
     return path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """The bytes of a large file, which can be sought in. OSError."""
+    if is_bucket(path):  # in requests that are large beside what one costs
+        return filesystem(path).open(str(path), "rb", block_size=2**24)
+    return path.open("rb")
 
 
 def read_ranges(path: Path, starts: list[int], size: int) -> list[bytes]:

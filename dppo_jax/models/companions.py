@@ -2,14 +2,16 @@
 templates. What is read from one model directory goes into the next as it is; and a directory changes whole or not at
 all."""
 
+import contextlib
 import json
 import os
+import pathlib
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dppo_jax.files import is_file, read_json_object
+from dppo_jax.files import Path, copy_file, files_in, is_bucket, is_file, make_folder, read_json_object
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -44,7 +46,7 @@ def token_fields(tokenizer: Any, source: dict[str, Any], eos_ids: Sequence[int])
     return fields | ({"eos_token_id": _one_or_all(eos_ids)} if eos_ids else {})
 
 
-def write_generation_config(staging: Path, source: Path | None, tokens: dict[str, Any]) -> None:
+def write_generation_config(staging: pathlib.Path, source: Path | None, tokens: dict[str, Any]) -> None:
     """generation_config.json: the source's, byte for byte if it names every token that ends a response, and else with
     these added; without one, a file of the token ids alone, if they are known.
 
@@ -56,7 +58,7 @@ def write_generation_config(staging: Path, source: Path | None, tokens: dict[str
         listed = _listed(fields.get("eos_token_id"))
         lacking = [token for token in ends if token not in listed]
         if not lacking:
-            shutil.copyfile(source / GENERATION, staging / GENERATION)
+            copy_file(source / GENERATION, staging / GENERATION)
             return
         fields["eos_token_id"] = _one_or_all([*listed, *lacking])
     elif ends:
@@ -66,7 +68,7 @@ def write_generation_config(staging: Path, source: Path | None, tokens: dict[str
     (staging / GENERATION).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(staging: Path, source: Path | None, tokenizer: Any) -> None:
+def write_tokenizer(staging: pathlib.Path, source: Path | None, tokenizer: Any) -> None:
     """The tokenizer's files: the source's as they are, or what the tokenizer itself writes."""
     if source is None:
         if tokenizer is not None:
@@ -74,32 +76,60 @@ def write_tokenizer(staging: Path, source: Path | None, tokenizer: Any) -> None:
         return
     for name in TOKENIZER:
         if is_file(source / name):
-            shutil.copyfile(source / name, staging / name)
+            copy_file(source / name, staging / name)
     for path in sorted((source / TEMPLATES).glob("*.jinja")):
         (staging / TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, staging / TEMPLATES / path.name)
+        copy_file(path, staging / TEMPLATES / path.name)
 
 
-def publish(staging: Path, directory: Path, weights: str, replaces: Sequence[str] = (), config: str = CONFIG) -> None:
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[pathlib.Path]:
+    """A folder of this machine for new files of `directory`, which is made; gone when the `with` ends. UserError."""
+    make_folder(directory)
+    inside = directory if isinstance(directory, pathlib.Path) else None  # so that files are moved, not copied
+    name = tempfile.mkdtemp(prefix=".saving-", dir=inside)
+    try:
+        yield pathlib.Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def remove(directory: Path, names: Sequence[str]) -> None:
+    """What is there of these, in their order. OSError."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def publish(
+    staging: pathlib.Path, directory: Path, weights: str, replaces: Sequence[str] = (), config: str = CONFIG
+) -> None:
     """Moves all files of `staging` into `directory`, `config` last, without which nothing loads a model.
 
     An old config goes first if anything changes but `weights`, a single file, so that a kill leaves the old model, the
-    new one, or none. `replaces`: names that are removed where they are not among the new files.
+    new one, or none; in a bucket it always goes first. `replaces`: names that are removed where they are not among the
+    new files.
     """
-    new_files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    new_files = [path.relative_to(staging) for path in files_in(staging)]
     old_files = [path.relative_to(directory) for name in replaces for path in _files(directory / name)]
     gone = [name for name in old_files if name not in new_files]
-    if gone or any(_differ(staging / name, directory / name) for name in new_files if str(name) != weights):
+    if is_bucket(directory) or gone or any(
+        _differ(staging / name, directory / name) for name in new_files if str(name) != weights
+    ):
         (directory / config).unlink(missing_ok=True)
     for name in gone:
         (directory / name).unlink()
     for name in sorted(new_files, key=lambda name: str(name) == config):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / name, directory / name)
+        if is_bucket(directory):
+            copy_file(staging / name, directory / name)
+        else:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, directory / name)
 
 
 def _files(path: Path) -> list[Path]:
     """The file of this name or, in a folder, all of them."""
+    if is_bucket(path):
+        return files_in(path)
     if path.is_dir() and not path.is_symlink():
         return [inner for inner in path.rglob("*") if not inner.is_dir()]
     return [path] if os.path.lexists(path) else []

@@ -9,12 +9,9 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
+from dppo_jax.files import Path, is_bucket, is_file, read_json_object, shown, user_path
 from dppo_jax.models import companions
 from dppo_jax.models.companions import CONFIG
 from dppo_jax.models.config import CLASSIFIERS, DTYPES, INERT, LARGEST, ModelConfig, config_from_hf, config_to_hf
@@ -324,38 +321,40 @@ def _save(
     directory = user_path(directory, "model directory")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"cannot save a model to {directory}: it is a file")
-    make_folder(directory)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
-        write_weights(staging, outgoing, np.dtype(DTYPES[dtype]))
+    with companions.staged(directory) as staging:
+        place: Path = staging
+        old_weights = [WEIGHTS, INDEX, *_shards(directory)]
+        if is_bucket(directory):  # where nothing is moved: the weights go to their place at once
+            companions.remove(directory, [CONFIG, *old_weights])
+            place, old_weights = directory, []
+        write_weights(place, outgoing, np.dtype(DTYPES[dtype]))
         companions.write_tokenizer(staging, origin, tokenizer)
         companions.write_generation_config(staging, origin, ids)
         (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         new_tokenizer = tokenizer is not None or origin is not None
         replaces = (companions.TEMPLATES, *companions.TOKENIZER) if new_tokenizer else ()
-        companions.publish(
-            staging, directory, WEIGHTS, (WEIGHTS, INDEX, *_shards(directory), companions.GENERATION, *replaces)
-        )
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        companions.publish(staging, directory, WEIGHTS, [*old_weights, companions.GENERATION, *replaces])
 
 
 def _shards(directory: Path) -> list[str]:
     """The files of weights in several, by their names or by the index."""
     found = {path.name for path in directory.glob(SHARDS)}
-    if os.path.isfile(directory / INDEX):
+    if (directory / INDEX).is_file():
         with contextlib.suppress(UserError):
             listed = read_json_object(directory / INDEX).get("weight_map")
             names = listed.values() if isinstance(listed, dict) else ()
-            found |= {name for name in names if isinstance(name, str) and name == Path(name).name}
+            found |= {name for name in names if isinstance(name, str) and "/" not in name}
     return sorted(found)
 
 
 def folder(directory: str | Path, kind: str = "model directory") -> Path:
     """The path of a directory that is there and can be read. UserError."""
     path = user_path(directory, kind)
-    if not os.path.isdir(path):
-        raise UserError(f"{kind} {directory} {'is not a directory' if os.path.lexists(path) else 'does not exist'}")
+    if not path.is_dir():
+        there = path.exists() or (not is_bucket(path) and os.path.lexists(path))
+        raise UserError(f"{kind} {directory} {'is not a directory' if there else 'does not exist'}")
+    if is_bucket(path):
+        return path
     try:
         os.listdir(path)
         os.stat(os.path.join(path, "."))

@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import is_file, make_folder, read_json_object, shown, user_path
-from dppo_jax.models.companions import publish
+from dppo_jax.files import Path, is_file, read_json_object, shown, user_path
+from dppo_jax.models.companions import publish, staged
 from dppo_jax.models.config import LARGEST, MATRICES, Lora, ModelConfig
 from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
 from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, folder
@@ -76,14 +73,10 @@ def save_adapters(
     if revision:
         fields["revision"] = revision
     directory = user_path(directory, "adapter directory")
-    make_folder(directory)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
+    with staged(directory) as staging:
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         publish(staging, directory, WEIGHTS, config=CONFIG)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_adapters(directory: str | Path, config: ModelConfig) -> tuple[Lora, Params]:

@@ -6,10 +6,8 @@ the stored dtype, and the devices cast it. Beside the parameters themselves ther
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import is_file, read_json_object, shown
+from dppo_jax.files import Path, is_file, read_json_object, shown
 from dppo_jax.models.companions import CONFIG
 from dppo_jax.models.layout import Leaf
 from dppo_jax.models.tensor_files import READABLE, Stored, Tensors, open_tensors
@@ -53,7 +51,7 @@ def open_directory(directory: Path, stack: ExitStack) -> Tensors:
     tensors: Tensors = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        if path.name != shard or not os.path.isfile(path):
+        if path.name != shard or not path.is_file():
             raise UserError(f"shard {shown(shard)}, listed in {index}, does not exist in {directory}")
         in_shard = open_tensors(path, stack)
         for name in sorted(in_shard.keys() & tensors.keys()):

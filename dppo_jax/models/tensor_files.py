@@ -9,14 +9,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import parse_json
+from dppo_jax.files import Path, open_to_read, parse_json
 
 # The types that are read and written, as a header names them.
 READABLE: Mapping[str, np.dtype] = {
@@ -87,7 +86,7 @@ Tensors = dict[str, Stored]
 def open_tensors(path: Path, stack: ExitStack) -> Tensors:
     """The tensors of one file, their values not read yet; `stack` closes it. UserError for a damaged file."""
     try:
-        file = stack.enter_context(path.open("rb"))
+        file = stack.enter_context(open_to_read(path))
         if file.read(len(POINTER)) == POINTER:
             raise UserError(f"{path} is a pointer of Git LFS, not the weights; fetch them with git lfs pull")
         size = file.seek(0, os.SEEK_END)

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from dppo_jax.errors import UserError
+from dppo_jax.files import Path, write_text
 from dppo_jax.models.layout import LAYERS, Leaf
 from dppo_jax.models.read_weights import INDEX, WEIGHTS
 from dppo_jax.models.tensor_files import Entry, StreamWriter, tensor_bytes
@@ -260,7 +260,7 @@ def write_weights(folder: Path, outgoing: Outgoing, dtype: np.dtype) -> None:
         weight_map = {entry.name: name for name, entries in zip(names, files, strict=True) for entry in entries}
         size = sum(tensor_bytes(entry, dtype) for entries in files for entry in entries)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _files(entries: Sequence[Entry], dtype: np.dtype) -> list[list[Entry]]:
