@@ -142,6 +142,18 @@ def occupancy(*plans: Plan) -> float:
     return real / sum(int(plan.num_microbatches) * plan.shape.rows * plan.shape.length for plan in plans)
 
 
+def sample_lengths(plan: Plan) -> np.ndarray:
+    """Tokens of each sample that the model computes, prompt and response, i64[b]; 0 of one without a response."""
+    rows, columns = np.asarray(plan.rows), np.asarray(plan.columns)
+    order = np.lexsort((columns, rows))
+    ends = np.append(np.ravel(plan.tokens_per_row), 0).astype(np.int64)[rows[order]]
+    followed = rows[order][1:] == rows[order][:-1]
+    ends[:-1] = np.where(followed, columns[order][1:], ends[:-1])
+    lengths: np.ndarray = np.zeros(len(rows), np.int64)
+    lengths[order] = ends - columns[order]
+    return lengths
+
+
 def microbatch(plan: Plan, number: Int32[Array, ""]) -> Places:
     """The places of the tokens of microbatch `number`."""
     shape, samples = plan.shape, jnp.arange(len(plan.batch_rows), dtype=jnp.int32)

@@ -68,7 +68,8 @@ class Stored(NamedTuple):
 
     def _fill(self, array: np.ndarray) -> None:
         """The next bytes of the file, into a contiguous array."""
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        of_bytes: np.ndarray = array.reshape(-1).view(np.uint8)
+        view = memoryview(of_bytes.data)
         at = 0
         try:
             while at < len(view):
@@ -138,7 +139,8 @@ def _is_entry(entry: Any) -> bool:
     """Whether an entry of a header has a type, a shape and a place, which agree where the type is one that is read."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
-    shape, place = entry.get("shape"), entry.get("data_offsets")
+    shape: Any = entry.get("shape")
+    place: Any = entry.get("data_offsets")
     if not (_are_sizes(shape) and _are_sizes(place) and len(place) == 2 and place[0] <= place[1]):
         return False
     numbers = READABLE.get(entry["dtype"])
@@ -181,7 +183,7 @@ class StreamWriter:
 
     def write(self, values: np.ndarray) -> None:
         """The next values, in the file's dtype."""
-        numbers = values.view(f"u{values.dtype.itemsize}")  # whose copies are faster
+        numbers: np.ndarray = values.view(f"u{values.dtype.itemsize}")  # whose copies are faster
         data = memoryview(np.ascontiguousarray(numbers).reshape(-1).view(np.uint8))
         self._left -= len(data)
         self._file.write(data)

@@ -296,7 +296,8 @@ class Record:
         """Writes a step of experiments.sft, which draws nothing. UserError where its gradient is not finite."""
         self._refuse_unless_finite(step, self._folders[0], scalars["grad_norm"], metrics)
         with self.phases("log"):
-            scalars |= self._throughputs[0].tuned(plan, seconds) | self._common(step) | self._counts(step, 0)
+            work = self._throughputs[0].tuned(plan, seconds)
+            scalars = {**scalars, **work, **self._common(step), **self._counts(step, 0)}
             self._logs[0].scalars(step, scalars)
             self._logs[0].progress(step, scalars)
 

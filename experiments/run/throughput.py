@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from dppo_jax import packing
 from dppo_jax.devices.chips import peak_of
 from dppo_jax.models.flops import forward_flops, trained_flops
 from dppo_jax.packing import Plan
@@ -51,7 +52,7 @@ class Throughput:
         """Of the prompts, once each, and of all tokens that decode steps took further, each as the mean one of the
         step's batch: with rows in flight or drawn anew these are others than the batch's."""
         model, prompts = self._setup.model, own.prompt_lengths
-        first = np.repeat(prompts, len(own.lengths) // len(prompts))
+        first: np.ndarray = np.repeat(prompts, len(own.lengths) // len(prompts))
         passed = np.maximum(own.lengths - 1, 0)  # nothing follows the last one
         of_prompts = (1 + own.redrawn) * forward_flops(model, 0, prompts, len(prompts))
         of_responses = forward_flops(model, first, first + passed, float(np.maximum(own.drawn - 1, 0).sum()))
@@ -64,7 +65,7 @@ class Throughput:
         critic."""
         total = 0.0
         for plan in plans:
-            lengths = np.bincount(plan.sample_of[plan.sample_of >= 0])
+            lengths = packing.sample_lengths(plan)
             predicted = float(np.sum(plan.responses_per_row))
             total += trained_flops(self._setup.trained_model, lengths, predicted)
             if self._setup.needs_exact:

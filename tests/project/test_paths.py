@@ -10,6 +10,8 @@ OF_THE_MACHINE = {
     "dppo_jax/rewards/own.py": "a file of code",
     "dppo_jax/rewards/sandbox.py": "/proc",
     "dppo_jax/rewards/label_cache.py": "on a disk alone",
+    "dppo_jax/devices/usage.py": "/proc",
+    "dppo_jax/models/companions.py": "files that are not in their place yet",
     "dppo_jax/data/chat.py": "/proc, and the project",
     "dppo_jax/storage/hub.py": "the hub's cache",
     "experiments/run/cli.py": "the type of a flag",
