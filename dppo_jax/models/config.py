@@ -199,7 +199,7 @@ def config_from_hf(
     """
     family: Family = family_of(d, source, architectures)
     check_fields(d, family, read_fields(family), source)
-    said = {**COMMON_DEFAULTS, **DEFAULTS[family], **d}
+    said: dict[str, Any] = {**COMMON_DEFAULTS, **DEFAULTS[family], **d}
     if "num_local_experts" in d and family in MIXTURES:
         said["num_experts"] = _agree(d, "num_experts", "num_local_experts", source)
     values: dict[str, Any] = {}

@@ -51,7 +51,7 @@ def score(family: str, devices) -> dict:
 def main(file: Path) -> None:
     devices = jax.devices()
     assert len(devices) == 8, devices
-    file.write_text(json.dumps({family: score(family, devices) for family in ("llama", "qwen3", "gemma2", "mistral")}))
+    file.write_text(json.dumps({family: score(family, devices) for family in ("llama", "qwen3", "gemma2")}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dppo_jax.models.hf import load_params, save_hf
 from tests.helpers.places import GOLDEN
 
 MODELS = GOLDEN / "models"
-FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "gemma2", "gemma2_plain"]
+FAMILIES = ["llama", "llama_tied", "llama_linear", "qwen2", "qwen3", "gemma2", "gemma2_plain", "mistral"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
