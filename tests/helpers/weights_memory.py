@@ -1,12 +1,13 @@
-"""The memory and the time of a model that is loaded over the devices of one or two processes, and exported again.
+"""Models that are loaded over the devices of one or two processes, and exported again: memory, time, and every value.
 
     python -m tests.helpers.weights_memory write FOLDER --parameters 2e9
     python -m tests.helpers.weights_memory measure FOLDER --out FOLDER2
 
 `write` makes a model directory of random bfloat16 weights, tensor by tensor. `measure` runs the same process with and
-without the model, with one process of eight fake devices and two of four, and prints the peak of each one's memory
-beside what its devices hold; it leaves FOLDER2/found.json. tests/models/test_weights_memory.py does so on a small
-model. The processes themselves are `python -m tests.helpers.weights_memory member ...`.
+without the model, with one process of eight fake devices and two of four, and prints how much each one's peak of memory
+rose by the model, beside what its devices hold; it leaves FOLDER2/found.json. tests/models/test_weights.py does so on a
+small model, and starts `compare`, which holds every value against what is read whole. The processes themselves are
+`python -m tests.helpers.weights_memory member ...`.
 """
 
 import argparse
@@ -84,41 +85,79 @@ def peak_bytes() -> int:
 
 
 def member(arguments: argparse.Namespace) -> None:
-    """Prints a JSON object: peaks of memory and seconds."""
+    """Prints a JSON object: peaks of memory and seconds; or, of `compare`, what was the same."""
     import jax
 
     if arguments.processes > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{arguments.port}", num_processes=arguments.processes, process_id=arguments.process
         )
+    from dppo_jax.models import read_weights, write_weights
+
+    if arguments.block:
+        read_weights.BLOCK = write_weights.BLOCK = arguments.block
+    print("found", json.dumps(compare(arguments) if arguments.compare else load_and_export(arguments)))
+
+
+def load_and_export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of a little model first: all that is imported and kept, whatever the model."""
+    import jax
     from jax.experimental import multihost_utils
 
     from dppo_jax.devices.sharding import make_mesh, named_shardings
-    from dppo_jax.models.decoder import abstract_params, param_axes
+    from dppo_jax.models.decoder import param_axes
     from dppo_jax.models.hf import load_config, place_params, save_hf
 
     found: dict[str, Any] = {}
-    mesh, small = make_mesh(MESH), arguments.folder.parent / "little"
-    for folder in (small, *([] if arguments.without else [arguments.folder])):  # the little one: all that is imported
+    mesh, little = make_mesh(MESH), arguments.folder.parent / "little"
+    for folder in (little, *([] if arguments.without else [arguments.folder])):
         config = load_config(folder)
-        shardings = named_shardings(mesh, param_axes(config))
         begun = time.monotonic()
-        params = jax.block_until_ready(place_params(folder, shardings)[1])
+        params = jax.block_until_ready(place_params(folder, named_shardings(mesh, param_axes(config)))[1])
         found["load_s"], found["load_peak"] = time.monotonic() - begun, peak_bytes()
-        held = {shard.device: 0 for x in jax.tree.leaves(params) for shard in x.addressable_shards}
-        for x in jax.tree.leaves(params):
-            for shard in x.addressable_shards:
-                held[shard.device] += shard.data.nbytes
-        found["held"] = sum(held.values())
-        found["whole"] = sum(x.size * 4 for x in jax.tree.leaves(abstract_params(config)))
+        shards = [shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards]
+        found["held"], found["whole"] = sum(shards), sum(x.nbytes for x in jax.tree.leaves(params))
         begun = time.monotonic()
         save_hf(arguments.out / folder.name, config, params, None, "bfloat16")
         multihost_utils.sync_global_devices("saved")
         found["export_s"], found["export_peak"] = time.monotonic() - begun, peak_bytes()
     if not arguments.without and arguments.process == 0:
-        ours, theirs = (digests(folder) for folder in (arguments.out / arguments.folder.name, arguments.folder))
-        found["same"] = ours == theirs
-    print("found", json.dumps(found))
+        found["same"] = digests(arguments.out / arguments.folder.name) == digests(arguments.folder)
+    return found
+
+
+# Of the model in FOLDER/<name>: the sizes of meshes (data, fsdp, tensor, expert), and the order of the devices.
+IN_ORDER, IN_TURN = (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 1, 5, 2, 6, 3, 7)
+COMPARED = [
+    ("dense", (1, 8, 1, 1), IN_ORDER), ("dense", (8, 1, 1, 1), IN_ORDER), ("dense", (2, 2, 2, 1), IN_TURN),
+    ("mixture", (1, 2, 1, 4), IN_ORDER), ("mixture", (2, 1, 2, 2), IN_TURN),
+]  # fmt: skip
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, list[bool]]:
+    """Of every mesh: whether every piece is that of the model that is read whole, and whether the export is too."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from dppo_jax.devices.sharding import make_mesh, named_shardings
+    from dppo_jax.models.decoder import param_axes
+    from dppo_jax.models.hf import load_params, place_params, save_hf
+
+    report = {}
+    for number, (name, sizes, order) in enumerate(COMPARED):
+        devices = [jax.devices()[at] for at in order]
+        mesh = make_mesh(dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=True)), devices)
+        config, whole = load_params(arguments.folder / name)
+        params = place_params(arguments.folder / name, named_shardings(mesh, param_axes(config)))[1]
+        leaves = zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True)
+        pieces = [(shard, x) for leaf, x in leaves for shard in leaf.addressable_shards]
+        same = [all(np.array_equal(shard.data, x[shard.index]) for shard, x in pieces)]
+        save_hf(arguments.out / str(number), config, params, None, "bfloat16")
+        multihost_utils.sync_global_devices("saved")
+        again = load_params(arguments.out / str(number))[1]
+        same.append(all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(whole))))
+        report[f"{name} {sizes}"] = same
+    return report
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -161,13 +200,13 @@ def run_members(folder: Path, out: Path, processes: int, *more: str) -> list[dic
     return [json.loads(line.removeprefix("found ")) for line in lines]
 
 
-def measure(folder: Path, out: Path) -> dict[str, Any]:
+def measure(folder: Path, out: Path, *more: str) -> dict[str, Any]:
     """Of one and of two processes: for each what its devices hold, and its peaks beyond a process without the model."""
     write(folder.parent / "little", 2e5)
     report = {}
     for processes in (1, 2):
-        bare = run_members(folder, out, processes, "--without")
-        found = run_members(folder, out, processes)
+        bare = run_members(folder, out, processes, "--without", *more)
+        found = run_members(folder, out, processes, *more)
         for with_model, without in zip(found, bare, strict=True):
             for name in ("load_peak", "export_peak"):
                 with_model[name] -= without[name]
@@ -184,8 +223,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parameters", type=float, default=2e9)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--without", action="store_true")
-    for name, default in (("--port", 0), ("--processes", 1), ("--process", 0)):
+    for name in ("--without", "--compare"):
+        parser.add_argument(name, action="store_true")
+    for name, default in (("--port", 0), ("--processes", 1), ("--process", 0), ("--block", 0)):
         parser.add_argument(name, type=int, default=default)
     arguments = parser.parse_args()
     if arguments.what == "write":
