@@ -51,7 +51,7 @@ class Throughput:
         """Of the prompts, once each, and of all tokens that decode steps took further, each as the mean one of the
         step's batch: with rows in flight or drawn anew these are others than the batch's."""
         model, prompts = self._setup.model, own.prompt_lengths
-        first = np.repeat(prompts, len(own.lengths) // len(prompts))
+        first: np.ndarray = np.repeat(prompts, len(own.lengths) // len(prompts))
         passed = np.maximum(own.lengths - 1, 0)  # nothing follows the last one
         of_prompts = (1 + own.redrawn) * forward_flops(model, 0, prompts, len(prompts))
         of_responses = forward_flops(model, first, first + passed, float(np.maximum(own.drawn - 1, 0).sum()))
