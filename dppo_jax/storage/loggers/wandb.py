@@ -55,7 +55,7 @@ class WandB:
             self._run = wandb.init(
                 project=project,
                 id=run_id,
-                name="/".join(workdir.absolute().parts[-2:]),
+                name="/".join(workdir.parts[-2:]) or None,
                 dir=tempfile.mkdtemp(prefix="wandb-") if "://" in os.fspath(workdir) else os.fspath(workdir),
                 config=plain(dict(hparams)),
                 resume="allow",
