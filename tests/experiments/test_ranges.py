@@ -119,4 +119,4 @@ def test_a_traced_step_beyond_the_end_is_told(config):
     config.log.profile_step = config.steps
     checks.check(config)
     (said,) = checks.remarks(config)
-    assert said == f"log.profile_step = {config.steps}: no step of {config.steps} has it, so none is traced"
+    assert said == f"log.profile_step = {config.steps}: of {config.steps} steps none is traced"
