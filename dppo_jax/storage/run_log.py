@@ -88,8 +88,9 @@ class RunLog:
         self._sinks.append(TensorBoard(self.workdir, hparams=hparams, resume_step=resume_step))
         self._sinks.append(JsonLines(self.workdir, resume_step=resume_step, tell=self.note))
         if wandb:
-            begun: dict[str, Any] = dict(hparams=hparams, resume_step=resume_step, tell=self.note)
-            self._sinks.append(WandB(self.workdir, project=wandb, **begun))
+            self._sinks.append(
+                WandB(self.workdir, project=wandb, hparams=hparams, resume_step=resume_step, tell=self.note)
+            )
         if shows_progress and sys.stderr.isatty():
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             self._bar = tqdm(

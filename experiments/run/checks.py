@@ -66,6 +66,8 @@ def remarks(config: ConfigDict) -> list[str]:
         notes.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
     if config.optimizer.warmup >= updates:
         notes.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
+    if config.log.profile_step >= config.steps:
+        notes.append(f"log.profile_step = {config.log.profile_step}: of {config.steps} steps none is traced")
     if config.teacher.path and "teacher_logp" not in Setup(config).needed:
         notes.append(f"teacher.path = {shown(config.teacher.path)}: loss {config.loss.name!r} asks for no teacher")
     return notes

@@ -308,9 +308,9 @@ class Record:
             self._profile.end()
         return {"time/compile": self._compile_seconds(step), **shares, **usage.memory()}
 
-    def _counts(self, step: int, number: int) -> Mapping[str, float]:
+    def _counts(self, step: int, number: int) -> Scalars:
         """What is logged of the data, at the first step."""
-        return {} if step else self._folders[number].counts
+        return {} if step else dict(self._folders[number].counts)
 
     def _of(self, folder: RunFolder) -> str:
         """Which of several runs a sentence is about."""

@@ -111,3 +111,12 @@ def test_a_learning_rate_of_0_is_told_and_not_refused(config):
     checks.check(config)
     (said,) = checks.remarks(config)
     assert said == "optimizer.learning_rate = 0: every step is measured, and the policy stays as it is"
+
+
+def test_a_traced_step_beyond_the_end_is_told(config):
+    config.log.profile_step = config.steps - 1
+    assert checks.remarks(config) == []
+    config.log.profile_step = config.steps
+    checks.check(config)
+    (said,) = checks.remarks(config)
+    assert said == f"log.profile_step = {config.steps}: of {config.steps} steps none is traced"

@@ -16,7 +16,7 @@ from dppo_jax.rewards.own import own_reward
 from dppo_jax.rewards.shaping import TERMS
 from dppo_jax.rewards.verifiers import VERIFIERS
 from dppo_jax.storage.run_config import MAY_CHANGE
-from dppo_jax.storage.run_log import read_scalars
+from dppo_jax.storage.run_log import MACHINE, read_scalars
 from experiments.run import checks
 from experiments.run.cli import load_config
 from experiments.train import train
@@ -26,6 +26,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 # Tags that a plain run does not log: of a mode, of one data set's verifiers, or in parts of their own.
 OF_MODES = {"first_minibatch", "region", "eval", "data", "distill"}
+OF_CHIPS = {"throughput/mfu", "memory/peak_gib", "memory/limit_gib"}  # which a CPU does not tell
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +58,21 @@ def test_what_a_run_leaves_is_what_the_page_says(run):
     named = set(re.findall(r"^  (\w[\w.]*)", tree, re.MULTILINE))
     left = {path.name for path in run.iterdir()}
     assert left <= named
-    assert named - left == {"run.lock", "damaged_checkpoints", "policy"}
+    assert named - left == {"run.lock", "damaged_checkpoints", "policy", "wandb"}
     assert (run / "checkpoints" / "1" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("page", ["notation", "collapse", "data", "speed"])
+@pytest.mark.parametrize("page", ["notation", "collapse", "data", "speed", "logs"])
 def test_tags_of_the_pages_are_logged(run, page):
     logged = set(read_scalars(run))
     named = set(re.findall(r"`([a-z_]+/[a-z_]+)`", PAGES[page]))
     for tag in named:
-        assert tag in logged or tag.partition("/")[0] in OF_MODES or (ROOT / tag).exists(), tag
+        assert tag in logged | OF_CHIPS or tag.partition("/")[0] in OF_MODES or (ROOT / tag).exists(), tag
+
+
+def test_every_tag_of_the_machine_is_on_the_page_of_logs(run):
+    tags = {tag for tag in read_scalars(run) if tag.startswith(MACHINE)}
+    assert tags and tags <= set(re.findall(r"`([a-z_]+/[a-z_]+)`", PAGES["logs"]))
 
 
 def test_every_loss_is_on_the_page_of_methods():

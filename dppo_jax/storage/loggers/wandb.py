@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.errors import UserError, first_line, writing
-from dppo_jax.files import Path, absolute, is_bucket, write_text
+from dppo_jax.files import Path, is_bucket, write_text
 from dppo_jax.storage.run_config import plain
 
 ID = "wandb_id"  # a file in a run's folder
@@ -54,7 +54,7 @@ class WandB:
             self._run = wandb.init(
                 project=project,
                 id=run_id,
-                name="/".join(absolute(workdir).parts[-2:]),
+                name="/".join(workdir.parts[-2:]) or None,
                 dir=tempfile.mkdtemp(prefix="wandb-") if is_bucket(workdir) else os.fspath(workdir),
                 config=plain(dict(hparams)),
                 resume="allow",
