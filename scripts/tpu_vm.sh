@@ -67,7 +67,7 @@ do_install() {
   if [[ ! $DRY_RUN ]]; then
     installed gcloud "https://cloud.google.com/sdk/docs/install says how"
     installed git "it is needed to copy what is committed"
-    changed=$(git status --porcelain | wc -l) || fail "install copies what is committed, and this is no git repository"
+    changed=$(git status --porcelain 2> /dev/null | wc -l) || fail "install copies what is committed, and this is no git repository"
     ((changed == 0)) || printf 'note: %d files are changed or new, and not committed: not copied\n' "$changed" >&2
   fi
   run mkdir -p build
