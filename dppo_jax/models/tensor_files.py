@@ -69,8 +69,7 @@ class Stored(NamedTuple):
 
     def _fill(self, array: np.ndarray) -> None:
         """The next bytes of the file, into a contiguous array."""
-        view = memoryview(array.reshape(-1).view(np.uint8))
-        at = 0
+        view, at = memoryview(array.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
         try:
             while at < len(view):
                 count = self.file.readinto(view[at : at + PIECE])  # type: ignore[attr-defined]
@@ -140,7 +139,10 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, place = entry.get("shape"), entry.get("data_offsets")
-    if not (_are_sizes(shape) and _are_sizes(place) and len(place) == 2 and place[0] <= place[1]):
+    if not (_are_sizes(shape) and _are_sizes(place)):
+        return False
+    assert shape is not None and place is not None
+    if len(place) != 2 or place[0] > place[1]:
         return False
     numbers = READABLE.get(entry["dtype"])
     return numbers is None or math.prod(shape) * numbers.itemsize == place[1] - place[0]
@@ -182,7 +184,7 @@ class StreamWriter:
 
     def write(self, values: np.ndarray) -> None:
         """The next values, in the file's dtype."""
-        numbers = values.view(f"u{values.dtype.itemsize}")  # whose copies are faster
+        numbers: np.ndarray = values.view(f"u{values.dtype.itemsize}")  # whose copies are faster
         data = memoryview(np.ascontiguousarray(numbers).reshape(-1).view(np.uint8))
         self._left -= len(data)
         self._file.write(data)
