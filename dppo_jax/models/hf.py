@@ -251,7 +251,7 @@ def save_hf(
       source: the model directory that the policy began as. Its tokenizer's files and its generation_config.json are
         copied as they are, the latter with those of `eos_ids` that it lacks, and what its config.json says besides
         the shape goes into the new one; `tokenizer` then only completes its token ids.
-      of_layer: (params["layers"], number) -> the parameters of that layer, where they are not what `params` says:
+      of_layer: (params["layers"], name, number) -> that parameter of that layer, where it is not what `params` says:
         with adapters merged. Compiled.
 
     Raises:

@@ -68,9 +68,7 @@ class Stored(NamedTuple):
 
     def _fill(self, array: np.ndarray) -> None:
         """The next bytes of the file, into a contiguous array."""
-        of_bytes: np.ndarray = array.reshape(-1).view(np.uint8)
-        view = memoryview(of_bytes.data)
-        at = 0
+        view, at = memoryview(array.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
         try:
             while at < len(view):
                 count = self.file.readinto(view[at : at + PIECE])  # type: ignore[attr-defined]
@@ -139,9 +137,11 @@ def _is_entry(entry: Any) -> bool:
     """Whether an entry of a header has a type, a shape and a place, which agree where the type is one that is read."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
-    shape: Any = entry.get("shape")
-    place: Any = entry.get("data_offsets")
-    if not (_are_sizes(shape) and _are_sizes(place) and len(place) == 2 and place[0] <= place[1]):
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not (_are_sizes(shape) and _are_sizes(place)):
+        return False
+    assert shape is not None and place is not None
+    if len(place) != 2 or place[0] > place[1]:
         return False
     numbers = READABLE.get(entry["dtype"])
     return numbers is None or math.prod(shape) * numbers.itemsize == place[1] - place[0]

@@ -1,6 +1,6 @@
 """The weights of a model as a stream of tensors, into files of at most 5 GB.
 
-Of parameters on devices one layer is cast at a time, and a block of it gathered: no host holds a model whole.
+Of parameters on devices one layer's is cast at a time, and a block of it gathered: no host holds a model whole.
 """
 
 import functools
@@ -21,11 +21,11 @@ from dppo_jax.models.read_weights import INDEX, WEIGHTS
 from dppo_jax.models.tensor_files import Entry, StreamWriter, tensor_bytes
 
 LARGEST_FILE = 5 * 10**9  # bytes of tensors, unless one tensor alone has more
-BLOCK = 2**25  # bytes that are gathered at one time
+BLOCK = 2**24  # bytes that are gathered at one time
 SHARDS = "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
 
-# (the parameters of all layers by name, the number of a layer) -> those of that layer
-OfLayer = Callable[[dict[str, Any], Any], dict[str, Any]]
+# (the parameters of all layers by name, the name of one, the number of a layer) -> that one of that layer
+OfLayer = Callable[[dict[str, Any], str, Any], Array]
 
 
 def check_leaves(layout: Sequence[Leaf], leaves: Mapping[str, Any]) -> None:
@@ -73,33 +73,33 @@ class Outgoing:
         """All values, in pieces, in the tensors' own orientation and dtype; empty ones on processes but the first."""
         for leaf in self._single:
             yield from _rows(leaf, self._leaves[leaf.path], self._dtype)
-        stacked = {leaf.path.removeprefix(LAYERS): leaf for leaf in self._stacked}
         layers = {path.removeprefix(LAYERS): x for path, x in self._leaves.items() if path.startswith(LAYERS)}
-        on_devices = any(isinstance(x, jax.Array) for x in layers.values())
-        take = self._compiled(layers) if on_devices else _of_layer
         for number in range(self._stacked[0].shape[0]):
-            of_layer = take(layers, np.int32(number))
-            for name, leaf in stacked.items():
-                x = of_layer.pop(name)
+            for leaf in self._stacked:
+                x = self._of_layer_at(layers, leaf.path.removeprefix(LAYERS), number)
                 yield from _rows(leaf, x, self._dtype) if leaf.leading < 2 else _experts(leaf, x, self._dtype)
 
-    def _compiled(self, layers: dict[str, Any]) -> OfLayer:
-        """One layer's parameters as they are written, where they are."""
-
-        def take(layers: dict[str, Any], number: Array) -> dict[str, Array]:
-            found = (self._of_layer or _of_layer)(layers, number)
-            return {name: x.astype(self._dtype) for name, x in found.items()}
-
-        places = {}
-        for leaf in self._stacked:
-            name = leaf.path.removeprefix(LAYERS)
-            sharding = _sharding(layers[name])
-            places[name] = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.jit(take, out_shardings=places)
+    def _of_layer_at(self, layers: dict[str, Any], name: str, number: int) -> Any:
+        """A parameter of one layer: on devices, cast, and laid out as that of all layers."""
+        stacked = layers[name]
+        if not isinstance(stacked, jax.Array):
+            return stacked[number]
+        sharding = _sharding(stacked)
+        take = _take(sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
+        if self._of_layer is None:
+            layers, name = {"": stacked}, ""  # compiled once for all of a shape
+        return take(layers, name, np.int32(number), self._of_layer, self._dtype)
 
 
-def _of_layer(layers: dict[str, Any], number: Any) -> dict[str, Any]:
-    return {name: x[number] for name, x in layers.items()}
+@functools.lru_cache
+def _take(place: NamedSharding | None) -> Callable[..., Array]:
+    """A function: a parameter of one layer, cast, on the devices of `place` where there are several."""
+
+    def take(layers: dict[str, Array], name: str, number: Array, of_layer: OfLayer | None, dtype: np.dtype) -> Array:
+        found = layers[name][number] if of_layer is None else of_layer(layers, name, number)
+        return found.astype(dtype)
+
+    return jax.jit(take, static_argnames=("name", "of_layer", "dtype"), out_shardings=place)
 
 
 def _sharding(x: Any) -> NamedSharding | None:
@@ -118,45 +118,30 @@ def _shards(sharding: NamedSharding | None, axis: int) -> int:
 def _rows(leaf: Leaf, x: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One tensor, ours x [...], in its rows: as many at a time as a block has room for."""
     axis = x.ndim - 1 if leaf.transposed else 0
-    for block in _blocks(x, axis, dtype, in_order=True):
-        yield block.T if leaf.transposed else block
+    shards = _shards(_sharding(x), axis)
+    own = x.shape[axis] // shards
+    count = min(own, max(1, BLOCK // (math.prod(x.shape) // x.shape[axis] * dtype.itemsize)))
+    for shard in range(shards):
+        for first in range(0, own, count):
+            start = min(first, own - count)  # the last block may begin in the one before it
+            block = _block(x, axis, start, count, dtype, shard)
+            yield np.moveaxis(block, axis, 0)[first - start :]
 
 
 def _experts(leaf: Leaf, x: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensors of all experts, ours x [experts, ...]."""
-    for block in _blocks(x, 0, dtype, in_order=False):
-        for tensor in block:
+    """The tensors of all experts, ours x [experts, ...]: the first of every shard, then the second."""
+    for own in range(x.shape[0] // _shards(_sharding(x), 0)):
+        for tensor in _block(x, 0, own, 1, dtype):
             yield tensor.T if leaf.transposed else tensor
 
 
-def _blocks(x: Any, axis: int, dtype: np.dtype, *, in_order: bool) -> Iterator[np.ndarray]:
-    """Parts of x along an axis, cast, one after another; not in order: the first of every shard, then the second."""
-    sharding, size = _sharding(x), x.shape[axis]
-    shards = _shards(sharding, axis)
-    per_index = math.prod(x.shape) // size * dtype.itemsize
-    own = size // shards
-    count = min(own, max(1, BLOCK // (per_index * shards)))
-    for shard in range(shards if in_order and count < own else 1):
-        for first in range(0, own, count):
-            start = min(first, own - count)  # the last one may begin in the one before it
-            if isinstance(x, jax.Array):
-                block = _on_writer(_cut(x, np.int32(start), count, axis, dtype, sharding))
-                if block is None:
-                    yield np.empty(0, dtype)
-                    continue
-            else:
-                block = np.moveaxis(np.moveaxis(x, axis, 0)[start : start + count], 0, axis).astype(dtype)
-            by_shard = np.moveaxis(block, axis, 0).reshape(shards, count, *_without(block.shape, axis))
-            by_shard = by_shard[:, first - start :]
-            if not in_order:
-                by_shard = by_shard.swapaxes(0, 1)
-            elif count < own:
-                by_shard = by_shard[shard : shard + 1]
-            yield np.moveaxis(by_shard.reshape(-1, *by_shard.shape[2:]), 0, axis)
-
-
-def _without(sizes: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return sizes[:axis] + sizes[axis + 1 :]
+def _block(x: Any, axis: int, start: int, count: int, dtype: np.dtype, shard: int | None = None) -> np.ndarray:
+    """Of every shard of x, or the one of that number, the part [start, start + count) along an axis, cast and in NumPy;
+    empty on processes but the first."""
+    if isinstance(x, jax.Array):
+        part = None if shard is None else (shard * count, (shard + 1) * count)
+        return _on_writer(_cut(x, np.int32(start), count, axis, dtype, _sharding(x)), axis, part)
+    return x[(slice(None),) * axis + (slice(start, start + count),)].astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "axis", "dtype", "sharding"))
@@ -175,29 +160,31 @@ def _cut(x: Array, start: Array, count: int, axis: int, dtype: np.dtype, shardin
 Bounds = tuple[tuple[int, int], ...]  # of every axis, from where to where
 
 
-def _on_writer(x: jax.Array) -> np.ndarray | None:
-    """x in NumPy on the first process, and None on the others. All of them must call this.
-
-    Every piece of x is sent once, by one of the processes that hold it.
-    """
-    if x.is_fully_addressable:
-        return np.asarray(x) if jax.process_index() == 0 else None
-    senders = _senders(x.sharding, x.shape)
-    mine = senders[jax.process_index()]
+def _on_writer(x: jax.Array, axis: int, part: tuple[int, int] | None) -> np.ndarray:
+    """x, or the part of it along an axis that whole shards are, in NumPy on the first process, and nothing on the
+    others. All of them must call this. Every piece is sent once, by one of the processes that hold it."""
+    first, end = (0, x.shape[axis]) if part is None else part
+    shape = (*x.shape[:axis], end - first, *x.shape[axis + 1 :])
+    nothing: np.ndarray = np.empty((0,) * x.ndim, x.dtype)
+    if x.is_fully_addressable and x.shape == shape:
+        return np.asarray(x) if jax.process_index() == 0 else nothing
+    senders = _senders(x.sharding, x.shape, axis, part)
     held = {_bounds(shard.index, x.shape): shard.data for shard in x.addressable_shards}
     most, piece_shape = max(map(len, senders)), x.sharding.shard_shape(x.shape)
     pieces: np.ndarray = np.zeros((most, *piece_shape), x.dtype)
-    for piece, bounds in zip(pieces, mine, strict=False):
+    for piece, bounds in zip(pieces, senders[jax.process_index()], strict=False):
         piece[...] = held[bounds]
     x.block_until_ready()  # one at a time on every process
-    everyones = _sent(pieces.reshape(-1).view(np.uint8)) if any(senders[1:]) else pieces.reshape(-1).view(np.uint8)
-    if jax.process_index() != 0 or everyones is None:
-        return None
-    pieces = everyones.view(x.dtype).reshape(-1, most, *piece_shape)
-    found: np.ndarray = np.empty(x.shape, x.dtype)
-    for of_process, sent in zip(senders, pieces, strict=False):
+    if any(senders[1:]):
+        pieces = _sent(pieces.reshape(-1).view(np.uint8)).view(x.dtype)
+    if jax.process_index() != 0:
+        return nothing
+    found: np.ndarray = np.empty(shape, x.dtype)
+    for of_process, sent in zip(senders, pieces.reshape(-1, most, *piece_shape), strict=False):
         for bounds, piece in zip(of_process, sent, strict=False):
-            found[tuple(slice(*bound) for bound in bounds)] = piece
+            at = [slice(*bound) for bound in bounds]
+            at[axis] = slice(bounds[axis][0] - first, bounds[axis][1] - first)
+            found[tuple(at)] = piece
     return found
 
 
@@ -206,11 +193,15 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 
 @functools.lru_cache
-def _senders(sharding: Sharding, shape: tuple[int, ...]) -> list[list[Bounds]]:
+def _senders(
+    sharding: Sharding, shape: tuple[int, ...], axis: int, part: tuple[int, int] | None
+) -> list[list[Bounds]]:
     """The pieces that each process sends: all from the first, if it holds them all, and else as many from each."""
     holders: dict[Bounds, set[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        holders.setdefault(_bounds(index, shape), set()).add(device.process_index)
+        bounds = _bounds(index, shape)
+        if part is None or part[0] <= bounds[axis][0] < part[1]:
+            holders.setdefault(bounds, set()).add(device.process_index)
     senders: list[list[Bounds]] = [[] for _ in range(jax.process_count())]
     if all(0 in processes for processes in holders.values()):
         senders[0] = sorted(holders)
@@ -220,8 +211,8 @@ def _senders(sharding: Sharding, shape: tuple[int, ...]) -> list[list[Bounds]]:
     return senders
 
 
-def _sent(data: np.ndarray) -> np.ndarray | None:
-    """The bytes u8[n] of all processes, u8[processes n], on the first; None on the others. All must call this."""
+def _sent(data: np.ndarray) -> np.ndarray:
+    """The bytes u8[n] of all processes, u8[processes n], on the first; none on the others. All must call this."""
     processes, here = jax.process_count(), jax.local_device_count()
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(processes, here), ("process", "device"))
@@ -231,7 +222,7 @@ def _sent(data: np.ndarray) -> np.ndarray | None:
     everyones = _for_everyone(own, NamedSharding(mesh, PartitionSpec(None, "device")))
     if jax.process_index() != 0:
         everyones.block_until_ready()
-        return None
+        return data[:0]
     found: np.ndarray = np.empty(everyones.shape, np.uint8)
     for shard in everyones.addressable_shards:
         found[shard.index] = shard.data

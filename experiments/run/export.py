@@ -8,7 +8,7 @@ from dppo_jax.errors import writing
 from dppo_jax.files import Path
 from dppo_jax.lora import joined
 from dppo_jax.models import save_hf
-from dppo_jax.models.decoder import LOG_SIGMA, Params
+from dppo_jax.models.decoder import ADAPTER, LOG_SIGMA, Params
 from dppo_jax.models.hf import stored_dtype
 from dppo_jax.models.peft import save_adapters
 from experiments.run.model_files import hub_name
@@ -18,15 +18,16 @@ from experiments.run.setup import Setup
 def export(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
     """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes.
 
-    A layer at a time is merged and cast, and a block of it gathered: the parameters stay where they are.
+    A weight of one layer is merged and cast at a time, and a block of it gathered: the parameters stay where they are.
     """
     params = {key: value for key, value in joined(frozen, trained).items() if key != LOG_SIGMA}
     text, directory, config = setup.text, setup.directory, setup.config
     dtype, merge = config.checkpoint.export_dtype or stored_dtype(directory), setup.merge
 
-    def merged_layer(layers: dict[str, Any], number: Any) -> dict[str, Any]:
+    def merged_layer(layers: dict[str, Any], name: str, number: Any) -> Any:
         assert merge is not None
-        return merge({"layers": {name: x[number] for name, x in layers.items()}})["layers"]
+        own = {part: layers[part][number] for part in (name, *(name + a for a in ADAPTER)) if part in layers}
+        return merge({"layers": own})["layers"][name]
 
     of_layer = None if merge is None else merged_layer
     with writing(folder):
