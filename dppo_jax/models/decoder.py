@@ -27,6 +27,7 @@ Params = dict[str, Any]
 # attend(q, k, v, cache, number of the layer) -> (mixed values, cache, output that is stacked over the layers)
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 
+EXPERTS = ("gate", "up", "down")  # of a mixture, the weights of an expert
 ADAPTER = ("_lora_a", "_lora_b")  # suffixes to a weight's name: the two matrices of its adapter
 LOG_SIGMA = "log_sigma"  # f32[L], beside the model's parameters: log deviation of the noise that training adds
 
@@ -211,8 +212,10 @@ class Layer(nnx.Module):
         number: Any,
         round_inputs: Rounding | None,
         experts: Integer[Array, "B T k"] | None,
+        stacks: tuple[Array, ...] | None = None,
     ):
         """(x, cache, output of `attend` to stack, routes). `experts`: the experts to take; None: the router's choice.
+        `stacks`: the weights of all layers' experts, to be read in place of this layer's own.
 
         The routes are None without a mixture.
         """
@@ -235,7 +238,10 @@ class Layer(nnx.Module):
         mixed = mixed + self.o_bias[...] if c.o_bias else mixed
         x = x + (self._norm("attn_post_norm", mixed) if c.gemma else mixed)
         h = round_inputs(self._norm("mlp_norm", x))
-        h, routed = self._mixture(h, round_inputs, experts) if c.num_experts else (self._mlp(h, round_inputs), None)
+        if c.num_experts:
+            h, routed = self._mixture(h, round_inputs, experts, stacks, number)
+        else:
+            h, routed = self._mlp(h, round_inputs), None
         h = constrain(h, "batch", "stream", "residual")
         h = self._norm("mlp_post_norm", h) if c.gemma else h
         return x + h, cache, attend_output, routed
@@ -277,11 +283,15 @@ class Layer(nnx.Module):
         h = round_inputs(activation(self._product("gate", h)) * self._product("up", h))
         return self._product("down", constrain(h, "batch", "length", "mlp"))
 
-    def _mixture(self, h: Array, round_inputs: Rounding, experts: Array | None) -> tuple[Array, "Routed"]:
+    def _mixture(
+        self, h: Array, round_inputs: Rounding, experts: Array | None, stacks: tuple[Array, ...] | None, number: Any
+    ) -> tuple[Array, "Routed"]:
         c = self.config
         replayed = None if experts is None else experts.astype(jnp.int32)
         weights, chosen, entropy = route(h, self.router[...], k=c.experts_per_token, norm=c.norm_topk, chosen=replayed)
-        matrices = tuple(self._merged_weight(name, h.dtype) for name in ("gate", "up", "down"))
+        if stacks is not None:
+            return mixture(h, weights, chosen, stacks, round_inputs, number), Routed(chosen, entropy)
+        matrices = tuple(self._merged_weight(name, h.dtype) for name in EXPERTS)
         return mixture(h, weights, chosen, matrices, round_inputs), Routed(chosen, entropy)
 
 
@@ -310,24 +320,27 @@ class Decoder(nnx.Module):
         round_inputs: Rounding | None = None,
         noise: Noise | None = None,
         experts: Integer[Array, "L B T k"] | None = None,
+        in_place: bool = False,
     ) -> tuple[Float[Array, "B T E"], Any, Any, Routed | None]:
         """Hidden states after the final norm, the cache, `attend`'s outputs stacked over the layers, and the routes.
 
         Stacked layers hand one cache of all layers on from each to the next; unstacked ones take a list, a cache each.
         Given `experts`, every token goes through those (a replay of the rollout's; stacked layers only).
         `round_inputs` rounds the input of every linear layer, the head's included. `noise` is added to the hidden state
-        that enters each layer (stacked layers only).
+        that enters each layer (stacked layers only). `in_place`: the experts of stacked layers are read where they
+        are, without a copy of each layer's, and no gradient flows through them.
         """
         x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
         if self.config.gemma:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
+            stacks = self._stacks() if in_place else None
 
             def block(layer, carried, number, noise, experts):
                 x, cache = carried
                 x = x if noise is None else noise.added(x)
-                x, cache, *outputs = layer(x, cos, sin, attend, cache, number, round_inputs, experts)
+                x, cache, *outputs = layer(x, cos, sin, attend, cache, number, round_inputs, experts, stacks)
                 return (x, cache), tuple(outputs)
 
             if remat != "none":
@@ -345,6 +358,14 @@ class Decoder(nnx.Module):
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
         x = constrain(x, "batch", "length", "residual")
         return x if round_inputs is None else round_inputs(x), cache, attend_outputs, routed
+
+
+    def _stacks(self) -> tuple[Array, ...] | None:
+        """The experts' weights of all layers; None where a layer's own are made of more than these."""
+        c = self.config
+        if not c.num_experts or c.quantization or (c.lora is not None and set(EXPERTS) & set(c.lora.targets)):
+            return None
+        return tuple(getattr(self.layers, name)[...] for name in EXPERTS)
 
 
 @functools.cache

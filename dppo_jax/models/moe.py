@@ -20,11 +20,13 @@ from jaxtyping import Array, Bool, Float, Int32
 from dppo_jax.devices.sharding import constrain, dividing, mesh_axes, spec
 from dppo_jax.types import Rounding
 
-Weights = tuple[Array, ...]  # gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]
+# gate and up [X, E, F], or both side by side [X, E, 2F]; down [X, F, E]; of all layers, [L, X, ...]
+Weights = tuple[Array, ...]
 
 FIRST, MORE = 1.2, 0.3  # sizes of a device's first expert chunk and of further ones, in equal shares of the load
 FEW = 256  # up to so many tokens, reading the experts costs more than every expert's product with every token
-TILE = 512  # rows that the kernels of the gradients take at a time
+TILE = 512  # rows that the kernels take at a time
+IN_PLACE = "in_place"  # the scope of products that read one layer's experts among those of all
 
 
 def route(
@@ -50,14 +52,19 @@ def mixture(
     chosen: Int32[Array, "B T k"],
     experts: Weights,
     round_inputs: Rounding,
+    layer: Int32[Array, ""] | None = None,
 ) -> Float[Array, "B T E"]:
-    """sum_j weights_j down_j(silu(gate_j h) * up_j h) over each token's experts."""
+    """sum_j weights_j down_j(silu(gate_j h) * up_j h) over each token's experts.
+
+    With a `layer`, `experts` are those of all layers, read in place; no gradient flows.
+    """
     mesh, weights = jax.sharding.get_abstract_mesh(), weights.astype(h.dtype)
     if mesh.empty:
-        return _local(h, weights, chosen, experts, round_inputs=round_inputs, gather_axes=(), sum_axes=())
+        return _local(h, weights, chosen, experts, layer, round_inputs=round_inputs, gather_axes=(), sum_axes=())
     holders = mesh_axes("holder")
     by_token = dividing(mesh, h, "batch", "stream", None)
     token_axes = {axis for name in by_token if name for axis in mesh_axes(name)}  # mesh axes that cut the tokens
+    of_all = () if layer is None else (None,)
     sharded = jax.shard_map(
         functools.partial(
             _local,
@@ -68,15 +75,16 @@ def mixture(
         in_specs=(
             *[spec(*by_token)] * 3,
             (
-                spec("expert", "expert_embed", "expert_mlp"),
-                spec("expert", "expert_embed", "expert_mlp"),
-                spec("expert", "expert_mlp", "expert_embed"),
+                spec(*of_all, "expert", "expert_embed", "expert_mlp"),
+                spec(*of_all, "expert", "expert_embed", "expert_mlp"),
+                spec(*of_all, "expert", "expert_mlp", "expert_embed"),
             ),
+            spec(),
         ),
         out_specs=spec(*by_token),
         check_vma=False,  # the grouped product is a kernel on a TPU, and does not say over which axes it varies
     )
-    return sharded(h, weights, chosen, experts)
+    return sharded(h, weights, chosen, experts, layer)
 
 
 def _local(
@@ -84,6 +92,7 @@ def _local(
     weights: Array,
     chosen: Array,
     experts: Weights,
+    layer: Array | None,
     *,
     round_inputs: Rounding,
     gather_axes: tuple[str, ...],
@@ -93,10 +102,11 @@ def _local(
     shape, k = h.shape, chosen.shape[-1]
     holders = gather_axes + sum_axes
     if cut := tuple(axis for axis in mesh_axes("expert") if holders and axis not in mesh_axes("holder")):
+        experts, layer = _of_layer(experts, layer), None
         gate, up, down = experts
         gate_up = jnp.concatenate([gate, up], axis=-1)  # one product in place of two
         experts = tuple(jax.lax.all_gather(w, cut, tiled=True) for w in (gate_up, down))
-    count = len(experts[0])
+    count = experts[0].shape[-3]
     tokens, weights, chosen = h.reshape(-1, shape[-1]), weights.reshape(-1, k), chosen.reshape(-1, k)
     if gather_axes:
         tokens = _by_row(tokens)
@@ -106,9 +116,16 @@ def _local(
     on_device = (chosen >= first) & (chosen < first + count)
     chosen = jnp.where(on_device, chosen - first, count)
     shares = jax.lax.axis_size(holders) if holders else 1
-    out = _grouped(tokens, weights, chosen, experts, round_inputs, shares)
+    out = _grouped(tokens, weights, chosen, experts, round_inputs, shares, layer)
     out = _by_row(jax.lax.psum_scatter(out, gather_axes, tiled=True)) if gather_axes else out
     return (jax.lax.psum(out, sum_axes) if sum_axes else out).reshape(shape)
+
+
+def _of_layer(experts: Weights, layer: Array | None) -> Weights:
+    """The experts of one layer among those of all; without a layer, `experts` are its own."""
+    if layer is None:
+        return experts
+    return tuple(jax.lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in experts)
 
 
 def _by_row(x: Array) -> Array:
@@ -117,7 +134,13 @@ def _by_row(x: Array) -> Array:
 
 
 def _grouped(
-    tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding, shares: int
+    tokens: Array,
+    weights: Array,
+    chosen: Array,
+    experts: Weights,
+    round_inputs: Rounding,
+    shares: int,
+    layer: Array | None,
 ) -> Array:
     """f[n, E]: for each of `tokens` [n, E], the weighted sum over those of its `chosen` experts that this device holds.
 
@@ -126,16 +149,17 @@ def _grouped(
     as the pairs need.
     """
     if len(tokens) <= FEW:
-        return _dense(tokens, weights, chosen, experts, round_inputs)
+        return _dense(tokens, weights, chosen, _of_layer(experts, layer), round_inputs)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    starts = jnp.sum(flat[:, None] < jnp.arange(len(experts[0]) + 1), axis=0, dtype=jnp.int32)
+    starts = jnp.sum(flat[:, None] < jnp.arange(experts[0].shape[-3] + 1), axis=0, dtype=jnp.int32)
     if shares == 1:
         sizes = (len(flat), 0)
     else:
         first, more = (math.ceil(fraction * len(flat) / shares / TILE) * TILE for fraction in (FIRST, MORE))
         sizes = (min(first, len(flat)), more)
-    return _of_pairs((round_inputs, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts)
+    inputs = (round_inputs, sizes), tokens, weights, experts, jnp.pad(order, (0, sizes[1])), starts
+    return _of_pairs(*inputs) if layer is None else _sum_of_pairs(*inputs, layer)
 
 
 def _dense(tokens: Array, weights: Array, chosen: Array, experts: Weights, round_inputs: Rounding) -> Array:
@@ -190,28 +214,33 @@ def _over_chunks(sizes: tuple[int, int], k: int, order: Array, starts: Array, wo
     return jax.lax.fori_loop(0, turns, lambda turn, carry: work(carry, chunk(first + turn * more, more)), carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_pairs(
+def _sum_of_pairs(
     static: tuple[Rounding, tuple[int, int]],
     tokens: Array,
     weights: Array,
     experts: Weights,
     order: Array,
     starts: Array,
+    layer: Array | None = None,
 ) -> Float[Array, "n E"]:
-    """The sum by token over the pairs in this `order`, where pairs starts[x] to starts[x + 1] - 1 are expert x's.
-
-    No row of a pair is kept for the backward pass, which looks them up again.
-    """
+    """The sum by token over the pairs in this `order`, where pairs starts[x] to starts[x + 1] - 1 are expert x's."""
     round_inputs, sizes = static
     *into, down = experts
 
     def work(out, chunk):
         rows = chunk.rows_of(tokens)
-        hidden = _weighted(round_inputs, chunk, _weight(weights, chunk), *(_times(rows, w, chunk.sizes) for w in into))
-        return chunk.add(out, _times(hidden, down, chunk.sizes))
+        products = (_times(rows, w, chunk.sizes, layer) for w in into)
+        hidden = _weighted(round_inputs, chunk, _weight(weights, chunk), *products)
+        return chunk.add(out, _times(hidden, down, chunk.sizes, layer))
 
     return _over_chunks(sizes, weights.shape[1], order, starts, work, jnp.zeros_like(tokens))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_pairs(static, tokens, weights, experts, order, starts):
+    """`_sum_of_pairs` of one layer's experts. No row of a pair is kept for the backward pass, which looks them up
+    again."""
+    return _sum_of_pairs(static, tokens, weights, experts, order, starts)
 
 
 def _weight(weights: Array, chunk: _ExpertChunk) -> Array:
@@ -254,9 +283,26 @@ def _of_pairs_backward(static, inputs, g):
 _of_pairs.defvjp(_of_pairs_forward, _of_pairs_backward)
 
 
-def _times(x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"]) -> Float[Array, "n O"]:
-    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; arbitrary in the rows beyond."""
-    return jax.lax.ragged_dot(x, w, sizes)
+def _times(
+    x: Float[Array, "n I"], w: Float[Array, "X I O"], sizes: Int32[Array, "X"], layer: Array | None = None
+) -> Float[Array, "n O"]:
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; arbitrary in the rows beyond.
+
+    With a `layer`, w is [L, X, I, O], and w[layer] is meant.
+    """
+    if layer is None:
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    def by_xla(x, w, sizes):
+        return jax.lax.ragged_dot(x, *_of_layer((w,), layer), sizes)
+
+    def by_kernel(x, w, sizes):  # XLA for TPUs copies the layer's experts to multiply by them
+        of_all = jnp.zeros(w.shape[0] * w.shape[1], sizes.dtype)
+        of_all = jax.lax.dynamic_update_slice_in_dim(of_all, sizes, layer * len(sizes), axis=0)
+        with jax.named_scope(IN_PLACE):  # the kernel passes over groups without rows
+            return gmm(x, w.reshape(-1, *w.shape[2:]), of_all, x.dtype, tiling=_tiling(*w.shape[2:]))
+
+    return _on_tpu(by_kernel, by_xla, x, w, sizes)
 
 
 def _times_transposed(

@@ -259,7 +259,8 @@ class Rollout:
             return mixed, cache, keep(k, v)
 
         stacked = as_module(self.config, {k: v for k, v in published.items() if k != "head_float32"})
-        hidden, _, kept, routed = stacked(tokens, position, attend, None, round_inputs=self.round_inputs)
+        settings: dict[str, Any] = dict(round_inputs=self.round_inputs, in_place=True)
+        hidden, _, kept, routed = stacked(tokens, position, attend, None, **settings)
         return kept, hidden, routed
 
     def idle(self, waiting: Waiting, prompt_experts: Array | None) -> Slots:

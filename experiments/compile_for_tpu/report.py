@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dppo_jax.devices.chips import GIB, Chip
 from dppo_jax.models import ModelConfig
 from dppo_jax.models.flops import attention_flops, forward_flops, trained_flops, weight_flops
-from dppo_jax.models.moe import FIRST
+from dppo_jax.models.moe import FIRST, IN_PLACE
 from experiments.compile_for_tpu.hlo import Instruction, Module
 from experiments.compile_for_tpu.steps import Step
 from experiments.run.setup import Setup
@@ -40,21 +40,30 @@ def flops(config: ConfigDict, model: ModelConfig, step: Step) -> tuple[float, fl
 PAGED = "paged_attention"  # what the kernel that reads pages is called
 
 
-def kernel_cycles(chip: Chip, rows_share: float, paged_bytes: float = 0.0):
+def kernel_cycles(chip: Chip, rows_share: float, paged_bytes: float = 0.0, layers: int = 1):
     """Cycles of a Pallas kernel: its products at the chip's full rate, or its bytes at the speed of the memory where
     that takes longer (a grouped product of few tokens reads every expert) or is all there is (attention to pages).
-    `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages."""
+    `rows_share`: real rows of a grouped product; `paged_bytes`: what one call reads of the pages; `layers`: of the
+    model, one of which a product in place reads."""
 
     def cycles(i: Instruction, module: Module) -> float:
         if i.name.startswith(PAGED):
             return paged_bytes / chip.bandwidth * chip.clock
         if i.name.startswith(("splash", "ragged-dot", "gmm", "tgmm")) and "metadata" not in i.name:
             products = _kernel_flops(i, module, rows_share) / chip.flops
-            moved = 0.0 if i.name.startswith("splash") else module.moved(i) / chip.bandwidth
-            return max(products, moved) * chip.clock
+            moved = 0 if i.name.startswith("splash") else module.moved(i)
+            if IN_PLACE in i.op_name.split("/"):
+                moved -= _experts_bytes(i) * (layers - 1) // layers
+            return max(products, moved / chip.bandwidth) * chip.clock
         return 0.0
 
     return cycles
+
+
+def _experts_bytes(i: Instruction) -> int:
+    """Of the experts that a grouped product is given, in bfloat16."""
+    shapes = (s.split(",") for s in re.findall(r"bf16\[([\d,]+)\]\{", i.text))
+    return 2 * next(math.prod(map(int, s)) for s in shapes if len(s) == 3)
 
 
 def _kernel_flops(i: Instruction, module: Module, rows_share: float) -> float:
@@ -80,7 +89,7 @@ def facts(config: ConfigDict, model: ModelConfig, step: Step, program: Any, seco
 
     memory, module = program.memory_analysis(), Module(program.as_text(), turns)
     speeds = chip.bandwidth / chip.clock, chip.flops / chip.clock
-    kernels = kernel_cycles(chip, 1 / FIRST, step.read_bytes / model.num_layers)
+    kernels = kernel_cycles(chip, 1 / FIRST, step.read_bytes / model.num_layers, model.num_layers)
     predicted = module.cycles(kernels, *speeds) / chip.clock
     useful, executed = flops(config, model, step)
     exchanged: dict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])

@@ -1,6 +1,7 @@
 """The mixture of experts against a loop in float64, its rollout against training, and router replay."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,12 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+@pytest.mark.parametrize("layer", [None, 1])
 @pytest.mark.parametrize("few", [0, 30])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("replayed", [False, True])
-def test_a_mixture_is_the_sum_over_its_experts(norm, replayed, few, monkeypatch):
-    """Sorted, or every expert of every token."""
+def test_a_mixture_is_the_sum_over_its_experts(norm, replayed, few, layer, monkeypatch):
+    """Sorted, or every expert of every token; the experts of one layer, or those of all, read in place."""
     monkeypatch.setattr(moe, "FEW", few)
     rng = np.random.default_rng(0)
     h, router = rng.normal(size=(30, 6)), rng.normal(size=(6, 5))
@@ -53,7 +55,10 @@ def test_a_mixture_is_the_sum_over_its_experts(norm, replayed, few, monkeypatch)
     weights, chosen, entropy = route(
         single[0][None], single[1], k=2, norm=norm, chosen=None if given is None else jnp.asarray(given)
     )
-    ours, chosen = mixture(single[0][None], weights, chosen, tuple(single[2:]), lambda x: x)[0], chosen[0]
+    experts = tuple(single[2:])
+    if layer is not None:
+        experts = tuple(jnp.stack([jnp.full_like(w, jnp.nan), w, -w]) for w in experts)
+    ours, chosen = mixture(single[0][None], weights, chosen, experts, lambda x: x, layer)[0], chosen[0]
     for token in range(30):
         z = h[token] @ router
         probs = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
@@ -63,6 +68,18 @@ def test_a_mixture_is_the_sum_over_its_experts(norm, replayed, few, monkeypatch)
         w = probs[ids] / (probs[ids].sum() if norm else 1)
         right = sum(a * (silu(h[token] @ gate[e]) * (h[token] @ up[e]) @ down[e]) for a, e in zip(w, ids, strict=True))
         np.testing.assert_allclose(ours[token], right, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_kernel_reads_one_layers_experts_among_those_of_all(layer, monkeypatch):
+    """The kernel of TPUs, interpreted; an expert without rows, and rows beyond the last expert's."""
+    monkeypatch.setattr(moe, "gmm", functools.partial(moe.gmm, interpret=True))
+    monkeypatch.setattr(moe, "_on_tpu", lambda by_kernel, by_xla, *inputs: by_kernel(*inputs))
+    rng, sizes = np.random.default_rng(1), np.array([300, 0, 500, 100], np.int32)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1024, 128), (3, 4, 128, 256)))
+    got = moe._times(x, w, jnp.asarray(sizes), jnp.int32(layer))
+    want = jax.lax.ragged_dot(x, w[layer], jnp.asarray(sizes))
+    np.testing.assert_allclose(*(np.asarray(y[: sizes.sum()], np.float32) for y in (got, want)), rtol=0.02, atol=0.1)
 
 
 def drawn(dtype, record: bool):
