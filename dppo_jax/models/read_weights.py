@@ -102,7 +102,8 @@ def same_values(one: Stored, other: Stored) -> bool:
     rows = _rows_of(one.shape, 4, BLOCK)
     for row in range(0, one.shape[0], rows):
         index = [slice(row, row + rows), *[slice(None)] * (len(one.shape) - 1)]
-        if not np.array_equal(*(x.read(index).astype(np.float32) for x in (one, other)), equal_nan=True):
+        left: np.ndarray = one.read(index).astype(np.float32)
+        if not np.array_equal(left, other.read(index).astype(np.float32), equal_nan=True):
             return False
     return True
 
