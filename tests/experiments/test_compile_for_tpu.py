@@ -122,6 +122,26 @@ def test_a_kernel_that_reads_pages_takes_the_time_of_their_bytes():
     assert module.traffic() == 2 * 2 * 64 * 128 * 128 + 4 * 8 * 128 and module.traffic(lambda i: 7) == 7
 
 
+IN_PLACE = """HloModule jit_h
+
+ENTRY %main (a: bf16[512,128], b: bf16[64,128,256]) -> bf16[512,256] {
+  %a = bf16[512,128]{1,0} parameter(0)
+  %b = bf16[64,128,256]{2,1,0} parameter(1)
+  ROOT %gmm.1 = bf16[512,256]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call",
+operand_layout_constraints={bf16[512,128]{1,0}, bf16[64,128,256]{2,1,0}}, metadata={op_name="jit(h)/SCOPE/gmm"}
+}
+""".replace(",\noperand", ", operand")
+
+
+@pytest.mark.parametrize(("scope", "experts"), [("shard_map", 64), ("in_place", 16)])
+def test_a_product_in_place_reads_one_layers_experts(scope, experts):
+    """A quarter of its operand, of a model of four layers."""
+    chip = CHIPS["v5p"]._replace(flops=1e30)  # the bytes alone
+    module = Module(IN_PLACE.replace("SCOPE", scope))
+    seconds = module.cycles(kernel_cycles(chip, 1.0, layers=4), 1.0, 1.0) / chip.clock
+    assert seconds == pytest.approx(2 * (512 * 128 + 512 * 256 + experts * 128 * 256) / chip.bandwidth)
+
+
 def test_predictions_carry_the_range_of_real_systems(tmp_path, monkeypatch):
     entries = [dict(step="decode", ratio=1.25), dict(step="decode", ratio=None), dict(step="decode", ratio=2.5)]
     (tmp_path / "calibration.json").write_text(json.dumps([*entries, dict(step="train", ratio=9.0)]))
