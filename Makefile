@@ -130,8 +130,8 @@ lint: setup  ## ruff, mypy, shellcheck for scripts/, hadolint for the Dockerfile
 	.venv/bin/shellcheck .ci/run scripts/*.sh
 	.venv/bin/hadolint Dockerfile
 
-lock: setup  ## make requirements/PYTHON.lock for every Python; what still fits stays, but with UPGRADE=1
-	$(PY) requirements/make_locks.py $(if $(UPGRADE),--upgrade)
+lock: setup  ## make requirements/PYTHON.lock for every Python, of the newest versions that fit
+	$(PY) requirements/make_locks.py
 
 clean:  ## remove the virtual environments and caches; runs/ and models/ stay
 	rm -rf .venv .venv-parity build dppo_jax.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

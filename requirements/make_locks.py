@@ -1,10 +1,9 @@
 """Writes requirements/PYTHON.lock for every supported Python: what `make lock` runs.
 
-    python requirements/make_locks.py [--upgrade]
+    python requirements/make_locks.py
 
 Each holds the exact version of everything that requirements.txt and requirements-dev.txt need on Linux, x86_64. uv
-finds them for a Python that need not be there, from the indexes that pip is configured with. A version that still fits
-stays; with --upgrade all are the newest.
+finds them for a Python that need not be there, from the indexes that pip is configured with: the newest that fit.
 """
 
 import ast
@@ -30,14 +29,14 @@ def indexes() -> list[str]:
 
 
 def main() -> None:
-    if set(sys.argv[1:]) - {"--upgrade"}:
-        sys.exit(f"error: unknown argument {sys.argv[1]!r}; the only one is --upgrade")
+    if sys.argv[1:]:
+        sys.exit(f"error: no argument is taken, and {sys.argv[1]!r} is given")
     options = ["--python-platform=x86_64-manylinux_2_28", "--index-strategy=unsafe-best-match", "--no-annotate"]
     for python in PYTHONS:
         lock = FOLDER / f"{python}.lock"
         print(f"lock: {lock.name}", flush=True)
-        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--custom-compile-command=make lock"]
-        command += [f"--python-version={python}", f"--output-file={lock}", *options, *indexes(), *sys.argv[1:]]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--upgrade", "--custom-compile-command=make lock"]
+        command += [f"--python-version={python}", f"--output-file={lock}", *options, *indexes()]
         if subprocess.run([*command, "requirements.txt", "requirements-dev.txt"], cwd=FOLDER.parent).returncode:
             sys.exit(f"error: no versions for Python {python}; uv's message is above")
 
