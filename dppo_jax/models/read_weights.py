@@ -166,7 +166,8 @@ def _place_small(leaf: Leaf, tensors: Tensors, dtype: Any, cut: "_Cut") -> jax.A
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [piece.indices(size)[:2] for piece, size in zip(index, leaf.shape, strict=True)]
-        return held[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, cut.held, strict=True))]
+        own = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, cut.held, strict=True))
+        return held[own].copy()  # a device may take the memory itself, and write there one day
 
     return jax.make_array_from_callback(leaf.shape, cut.sharding, part)
 

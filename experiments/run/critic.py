@@ -49,8 +49,9 @@ class Critic:
         self._estimates: Any = None
 
     def begin(self, params: Params) -> None:
-        """From the policy's initial parameters."""
-        self.state = init_state(init_critic(params), self._optimizer, self.shardings)
+        """From copies of the policy's initial parameters."""
+        copied = jax.jit(lambda p: jax.tree.map(jnp.copy, init_critic(p)), out_shardings=self.shardings.params)
+        self.state = init_state(copied(params), self._optimizer, self.shardings, owned=True)
 
     @property
     def abstract(self) -> dict[str, Any]:
