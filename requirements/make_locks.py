@@ -35,9 +35,8 @@ def main() -> None:
     for python in PYTHONS:
         lock = FOLDER / f"{python}.lock"
         print(f"lock: {lock.name}", flush=True)
-        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--upgrade"]
-        command += ["--custom-compile-command=make lock"]
-        command += [f"--python-version={python}", f"--output-file={lock}", *options, *indexes()]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--upgrade", *options, *indexes()]
+        command += [f"--python-version={python}", f"--output-file={lock}", "--custom-compile-command=make lock"]
         if subprocess.run([*command, "requirements.txt", "requirements-dev.txt"], cwd=FOLDER.parent).returncode:
             sys.exit(f"error: no versions for Python {python}; uv's message is above")
 
