@@ -25,12 +25,13 @@ class Throughput:
         self._peak = peak_of(device.device_kind)
 
     def scalars(self, samples: Samples, own: Replies, plans: Sequence[Plan]) -> dict[str, float]:
-        """By the log's tag, once a step is over. The shares of rollout and update are left out where the two overlap,
-        and `throughput/mfu` where the chip's peak is not known."""
+        """By the log's tag, once a step is over. Rollout and update have no rates of their own where their clocks hold
+        more or less than them, and there is no `throughput/mfu` where the chip's peak is not known."""
+        c = self._setup.config
         whole, seconds = samples.whole_seconds(), samples.seconds()
         rollout, update = self.rollout_flops(own), self.update_flops(plans)
         flops = {"": (rollout + update + self.scored_flops(own)) / whole}
-        if not self._setup.config.train.staleness:
+        if not (c.train.staleness or c.rollout.resample):
             flops |= {"rollout_": rollout / seconds["time/rollout"], "update_": update / seconds["time/train"]}
         tokens = float((1 + own.redrawn) * own.drawn.sum()) / whole
         found = {"tokens_per_s": tokens, "tokens_per_s_per_chip": tokens / self._chips}
