@@ -385,7 +385,7 @@ def init_state(
     if shardings is None:
         return TrainState(params, optimizer.init(params), jnp.int32(0), frozen)
     # Updates donate the state's arrays, and the caller may go on using its own.
-    may_alias = None if owned else False
+    may_alias = jax.tree.map(lambda x: owned and isinstance(x, jax.Array), (params, frozen))
     params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen), may_alias=may_alias)
     make = jax.jit(
         lambda p: init_state(p, optimizer), out_shardings=dataclasses.replace(shardings, frozen={}), donate_argnums=0
