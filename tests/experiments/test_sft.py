@@ -176,7 +176,7 @@ SETTINGS = {
     "sft.held_out: there is no file 'nope.jsonl'": dict(sft__held_out="nope.jsonl"),
     "data.columns.answer = 'a' is of answers: name the completion's": dict(data__columns__answer="a"),
     "sft.batch must be at least 1, not 0": dict(sft__batch=0),
-    "sft.held_out = 's3://bucket/rows': s3:// addresses are neither": dict(sft__held_out="s3://bucket/rows"),
+    "sft.held_out = 'az://bucket/rows': az:// addresses are neither": dict(sft__held_out="az://bucket/rows"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 HEAD, BLOCK, RECORD = 7, 32768, 7  # bytes of the file's head, of a block, of a record's head: crc, length, kind
+TIME_LIMIT_S = 60
 FIRST, MIDDLE = 2, 3  # kinds of a piece that another follows; 1 is whole, 4 the last
 
 
@@ -42,9 +44,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def processes(folder: Path) -> list[list]:
-    """The records of every process that wrote a run, in their order."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    return [list(records(file)) for file in files]
+    """The records of every process that wrote a run, in their order; W&B's own process may be late with the last."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.stat().st_ctime_ns)
+    end = time.monotonic() + TIME_LIMIT_S
+    while True:
+        found = [list(records(file)) for file in files]
+        if all(of_kind(own, "exit") for own in found) or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
 
 
 def of_kind(found: list, kind: str) -> list:
