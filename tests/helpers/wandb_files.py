@@ -45,7 +45,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def processes(folder: Path) -> list[list]:
     """The records of every process that wrote a run, in their order; W&B's own process may be late with the last."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.stat().st_ctime_ns)
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name)
     end = time.monotonic() + TIME_LIMIT_S
     while True:
         found = [list(records(file)) for file in files]
