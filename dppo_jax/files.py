@@ -145,10 +145,15 @@ def absolute(path: Path) -> Path:
     return path.absolute() if isinstance(path, pathlib.Path) else path
 
 
+def has_file(path: Path) -> bool:
+    """Whether there is a file, or a link to one; False too for a name that cannot be asked for."""
+    return os.path.isfile(path) if isinstance(path, pathlib.Path) else path.is_file()
+
+
 def is_file(path: Path) -> bool:
     """Whether there is one: False where nothing has the name, UserError where a folder, a pipe, a link to nothing or
     the like has it."""
-    if path.is_file():
+    if has_file(path):
         return True
     if is_bucket(path):
         return False

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dppo_jax.errors import UserError, lookup
-from dppo_jax.files import Path, is_bucket, is_file, read_json_object, shown, user_path
+from dppo_jax.files import Path, has_file, is_bucket, is_file, read_json_object, shown, user_path
 from dppo_jax.models import companions
 from dppo_jax.models.companions import CONFIG
 from dppo_jax.models.config import CLASSIFIERS, DTYPES, INERT, LARGEST, ModelConfig, config_from_hf, config_to_hf
@@ -339,7 +339,7 @@ def _save(
 def _shards(directory: Path) -> list[str]:
     """The files of weights in several, by their names or by the index."""
     found = {path.name for path in directory.glob(SHARDS)}
-    if (directory / INDEX).is_file():
+    if has_file(directory / INDEX):
         with contextlib.suppress(UserError):
             listed = read_json_object(directory / INDEX).get("weight_map")
             names = listed.values() if isinstance(listed, dict) else ()

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dppo_jax.errors import UserError, nearest
-from dppo_jax.files import Path, is_file, read_json_object, shown
+from dppo_jax.files import Path, has_file, is_file, read_json_object, shown
 from dppo_jax.models.companions import CONFIG
 from dppo_jax.models.layout import Leaf
 from dppo_jax.models.tensor_files import READABLE, Stored, Tensors, open_tensors
@@ -51,7 +51,7 @@ def open_directory(directory: Path, stack: ExitStack) -> Tensors:
     tensors: Tensors = {}
     for shard in sorted(set(weight_map.values())):
         path = directory / shard
-        if path.name != shard or not path.is_file():
+        if path.name != shard or not has_file(path):
             raise UserError(f"shard {shown(shard)}, listed in {index}, does not exist in {directory}")
         in_shard = open_tensors(path, stack)
         for name in sorted(in_shard.keys() & tensors.keys()):
