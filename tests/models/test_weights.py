@@ -225,7 +225,7 @@ def test_a_process_needs_the_memory_of_its_own_devices(tmp_path):
         for of_process in found:
             assert of_process["held"] < 1.01 * of_process["whole"] / int(processes)
             for peak in (of_process["load_peak"], of_process["export_peak"]):
-                assert of_process["held"] - 40 * MB < peak < of_process["held"] + 96 * MB, report
+                assert of_process["held"] - 40 * MB < peak < of_process["held"] + 120 * MB, report
 
 
 def test_a_reward_model_on_a_device(monkeypatch):
