@@ -53,8 +53,8 @@ quickstart: setup  ## train the embedded model with DPPO for some minutes and pl
 	$(PY) -m experiments.train --config configs/quickstart.py --workdir $(QUICKSTART)
 	$(PY) -m experiments.plot --runs $(QUICKSTART) --out $(QUICKSTART)/curves.png
 
-# Two files at a time, whose tests share what they compile.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+# Two tests at a time; each half of the list goes to one worker, so that the tests of a file share what they compile.
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
 test: setup  ## run the tests that people run, in minutes; no PyTorch needed
 	$(PYTEST) -m "not slow"
