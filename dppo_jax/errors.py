@@ -47,8 +47,8 @@ _CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp", "re
 
 
 def of_bucket(error: BaseException) -> bool:
-    """Whether an error is of a client of a bucket, and no OSError."""
-    return type(error).__module__.partition(".")[0] in _CLIENTS
+    """Whether an error is of a client of a bucket: of its own kind, or an OSError that the system has no number for."""
+    return type(error).__module__.partition(".")[0] in _CLIENTS or (isinstance(error, OSError) and error.errno is None)
 
 
 class WriteError(UserError):

@@ -31,28 +31,36 @@ Path: TypeAlias = pathlib.Path | epath.Path
 
 BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that reads each, and the extra that installs it
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)(?=[^/])(.*)", re.DOTALL)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 60
 
 
-def check_path(path: str | os.PathLike[str], key: str) -> str:
-    """The path as text. UserError for an address that is not read here, or a character that no file name has."""
+def check_path(path: str | os.PathLike[str], key: str, *, pattern: bool = False) -> str:
+    """The path as text. UserError for an address that is not read here, or a character that no file name has.
+    pattern: whether the path may be one of several files, with * ? [ and ]."""
     text = os.fspath(path)
     if "\0" in text or _SURROGATES.search(text):
         raise UserError(f"{key} = {text!r:.200} holds a character that no file name can have")
-    if match := _ADDRESS.fullmatch(text):
-        scheme, slash, rest = match.groups()
+    match = _ADDRESS.fullmatch(text)
+    if not match:
+        return text
+    scheme, slashes, rest = match.groups()
+    if scheme not in BUCKETS:
+        if not rest:
+            return text
         known = " and ".join(f"{name}://" for name in BUCKETS)
-        if scheme not in BUCKETS:
-            raise UserError(f"{key} = {text!r:.200}: {scheme}:// addresses are neither read nor written; {known} are")
-        if not slash:
-            raise UserError(f"{key} = {text!r:.200} lacks a slash: write {scheme}://{rest:.100}")
-        if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
-            raise UserError(f"{key} = {text!r:.200} has an empty name, . or .. in it, which no bucket resolves")
-    elif re.fullmatch("|".join(f"{scheme}:/*" for scheme in BUCKETS), text):
-        raise UserError(f"{key} = {text!r} names no bucket: write {text[:2]}://BUCKET/NAME")
+        raise UserError(f"{key} = {text!r:.200}: {scheme}:// addresses are neither read nor written; {known} are")
+    if not rest:
+        raise UserError(f"{key} = {text!r} names no bucket: write {scheme}://BUCKET/NAME")
+    if len(slashes) != 2:
+        raise UserError(f"{key} = {text!r:.200} must have two slashes: write {scheme}://{rest:.100}")
+    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        raise UserError(f"{key} = {text!r:.200} has an empty name, . or .. in it, which no bucket resolves")
+    # Clients cut an address at # and ?, and take the others for patterns even where they delete.
+    if odd := sorted({*rest} & {*("#" if pattern else "#?*[]")}):
+        raise UserError(f"{key} = {text!r:.200} has {odd[0]} in it, which clients of buckets do not take as it stands")
     return text
 
 
@@ -97,14 +105,16 @@ def filesystem(path: Path) -> Any:
     return fsspec.filesystem(str(path).partition("://")[0])
 
 
-def user_path(path: str | os.PathLike[str], key: str = "path", *, reach: bool = True) -> Path:
+def user_path(
+    path: str | os.PathLike[str], key: str = "path", *, reach: bool = True, pattern: bool = False
+) -> Path:
     """The path with ~ expanded; nothing need be there. `key`: the flag or config key that gave it, for the sentence.
-    reach: whether a bucket is asked for it.
+    reach: whether a bucket is asked for it. pattern: as of `check_path`.
 
     Raises: UserError as `check_path`, for a ~ of nobody, and for a path that cannot be asked for: too long a name, a
     folder above it that is closed to us, a bucket without credentials.
     """
-    text = check_path(path, key)
+    text = check_path(path, key, pattern=pattern)
     if "://" in text[:5]:
         found = to_path(text.rstrip("/"))
         return _reached(found, key) if reach else found
@@ -131,10 +141,16 @@ def disk_path(path: str | os.PathLike[str], key: str = "path") -> pathlib.Path:
 
 def _reached(path: Path, key: str) -> Path:
     """A path in a bucket. UserError where the bucket cannot be asked for it."""
+    system, bucket = filesystem(path), "/".join(str(path).split("/")[:3])
     try:
-        filesystem(path).info(str(path))
+        system.info(str(path))
     except FileNotFoundError:
-        pass
+        try:
+            system.info(bucket)
+        except FileNotFoundError:
+            raise UserError(f"{key} = {str(path)!r:.200}: there is no bucket {bucket}") from None
+        except Exception:  # of one who may not ask for the bucket itself
+            pass
     except Exception as error:  # of the bucket's client, its credentials, or the network
         raise UserError(f"{key} = {str(path)!r:.200} cannot be reached: {reason(error):.300}") from None
     return path
@@ -173,6 +189,8 @@ def shown(value: Any) -> str:
 def make_folder(folder: Path) -> None:
     """Makes it, parents included, if need be; in a bucket there is nothing to make. UserError."""
     if is_bucket(folder):
+        if folder.is_file():
+            raise UserError(f"cannot make the folder {str(folder)!r}: a file has the name")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ class Rows:
                 split=data.split,
                 revision=data.commit or data.revision,
                 name=data.name,
-                path=path and str(user_path(path, "sft.held_out" if held_out else "data.path")),
+                path=path and str(user_path(path, "sft.held_out" if held_out else "data.path", pattern=True)),
                 size=None if held_out else data.size,
                 verifier="none",
                 columns={"prompt": data.columns.prompt, "answer": c.sft.column},

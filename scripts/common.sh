@@ -70,6 +70,12 @@ need() { # VARIABLE EXAMPLE
   local value=${!1:-}
   [[ $value ]] || fail "$1 is not set; write, say, export $1=$2"
   [[ $value =~ ^[A-Za-z0-9][A-Za-z0-9._:/-]*$ && $value != *://* ]] || fail "$1 must be a name, such as $2, not '$value'"
+  [[ $1 != BUCKET || $value != */* ]] || fail "BUCKET must be a bucket's name alone, such as $2, not '$value'"
+}
+
+# SPOT is 1, or not set.
+check_spot() {
+  [[ ${SPOT:-1} == 1 ]] || fail "SPOT is 1 or not set, not '$SPOT'"
 }
 
 installed() { # TOOL HOW
@@ -94,16 +100,20 @@ one_name() { # SUBCOMMAND ARGUMENT...
 
 # The command line of dppo-train for `run NAME ARGUMENT...`.
 train_arguments() { # NAME ARGUMENT...
-  local word config=
+  local word config='' before=''
   (($# >= 1)) || fail "run needs the name of a run, and the arguments of dppo-train, such as: run run-a --config FILE"
   check_name "$1"
   for word in "${@:2}"; do
+    [[ $before != --config || ($word && $word != -*) ]] || fail "--config needs a file, not '$word'"
+    before=$word
     case $word in
+      --config=) fail "--config needs a file" ;;
       --config | --config=*) config=1 ;;
       --workdir | --workdir=* | --distributed) fail "${word%%=*} is given by this script; leave it out" ;;
     esac
     [[ $word != *$'\n'* ]] || fail "an argument of dppo-train may not hold a new line: ${word@Q}"
   done
+  [[ $before != --config ]] || fail "--config needs a file"
   [[ $config ]] || fail "run needs --config FILE, such as: run $1 --config configs/paper/dense_base.py"
   line --workdir "gs://$BUCKET/runs/$1" --distributed "${@:2}"
 }

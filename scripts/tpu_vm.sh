@@ -2,7 +2,7 @@
 # Starts and stops runs on a Cloud TPU VM of one or more hosts: --help says how.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 SUBCOMMANDS=(create install copy run watch stop delete)
 
@@ -52,6 +52,7 @@ names() {
 do_create() {
   no_more create "$@"
   names
+  check_spot
   need ACCELERATOR v5litepod-32
   need VERSION v2-alpha-tpuv5-lite
   # The scope is what lets the hosts read and write the bucket.
@@ -63,7 +64,7 @@ do_install() {
   local changed
   no_more install "$@"
   names
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
   if [[ ! $DRY_RUN ]]; then
     installed gcloud "https://cloud.google.com/sdk/docs/install says how"
     installed git "it is needed to copy what is committed"
@@ -83,13 +84,14 @@ do_install() {
 do_copy() { copy "$@"; }
 
 do_run() {
-  local arguments log command
+  local arguments log command alone
   names
   need BUCKET my-bucket
   arguments=$(train_arguments "$@")
   log=runs/$1.log
   command="PYTHONUNBUFFERED=1 nohup .venv/bin/dppo-train $arguments"
-  on all "cd dppo_jax && mkdir -p runs && { $command >> $log 2>&1 < /dev/null & echo \$! > runs/$1.pid; }"
+  alone="! kill -0 \$(cat runs/$1.pid 2> /dev/null) 2> /dev/null || { echo $1 runs already: stop it first >&2; exit 1; }"
+  on all "cd dppo_jax && mkdir -p runs && { $alone; } && { $command >> $log 2>&1 < /dev/null & echo \$! > runs/$1.pid; }"
 }
 
 do_watch() {

@@ -2,7 +2,7 @@
 # Starts and stops runs on TPUs of GKE, with xpk: --help says how.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 SUBCOMMANDS=(create install copy run watch stop delete)
 
@@ -48,6 +48,7 @@ names() {
 do_create() {
   no_more create "$@"
   names
+  check_spot
   need TPU_TYPE v5litepod-32
   on_cluster cluster create --tpu-type="$TPU_TYPE" --num-slices=1 ${SPOT:+--spot}
 }
@@ -56,7 +57,7 @@ do_install() {
   no_more install "$@"
   need IMAGE europe-docker.pkg.dev/my-project/my-repository/dppo_jax
   installed docker "https://docs.docker.com/engine/install says how"
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
   run docker build --platform=linux/amd64 --tag="$IMAGE" .
   run docker push "$IMAGE"
 }

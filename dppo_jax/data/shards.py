@@ -18,7 +18,7 @@ def shards(kind: str, path: str) -> list[Path]:
     Of a folder its own files count, or, where it has none, those of all folders inside; hidden ones never do.
     Raises: UserError where there are none, or where a folder holds files of several splits.
     """
-    place = user_path(path, "data.path")
+    place = user_path(path, "data.path", pattern=True)
     if _is("file", place):
         return [place]
     if _is("dir", place):

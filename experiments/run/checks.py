@@ -105,11 +105,13 @@ def _check_names(c: ConfigDict) -> None:
 
 def _check_paths(c: ConfigDict) -> None:
     """The folders and files that a config names can be asked for. Whether they are there is found where they are."""
-    of_data = (f"{name}.path" for name in data_sections(c))
-    for key in ("policy.path", "policy.shape", "reward.model.path", "teacher.path", "sft.held_out", *of_data):
-        user_path(value(c, key), key, reach=False)
+    of_data = {"sft.held_out", *(f"{name}.path" for name in data_sections(c))}
+    for key in ("policy.path", "policy.shape", "reward.model.path", "teacher.path", *sorted(of_data)):
+        user_path(value(c, key), key, reach=False, pattern=key in of_data)
     for key in ("compile_cache", "label_cache"):
-        check_path(value(c, key), key)  # of other faults those who use it only warn
+        text = check_path(value(c, key), key)  # of other faults those who use it only warn
+        if key == "label_cache" and "://" in text:
+            raise UserError(f"label_cache = {text!r:.200} must be on a disk of this machine, not in a bucket")
 
 
 def _check_sizes(c: ConfigDict) -> None:

@@ -144,7 +144,7 @@ def load_prompts(
         split=data.split,
         revision=data.commit or data.revision,
         name=data.name,
-        path=data.path and str(user_path(data.path, "data.path")),
+        path=data.path and str(user_path(data.path, "data.path", pattern=True)),
         settings=data.settings.to_dict(),
         size=data.size,
         seed=data.seed,

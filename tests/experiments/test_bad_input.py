@@ -175,11 +175,12 @@ OVERRIDES = {
     "--config.rollout.stop=('a','')": "rollout.stop holds an empty text, which every response has at once; leave",
     # files
     "--config.policy.path=~no_such_user/model": "policy.path = '~no_such_user/model': no home folder is known for ~",
-    "--config.policy.path=gs:/bucket/model": "policy.path = 'gs:/bucket/model' lacks a slash: write gs://bucket/model",
+    "--config.policy.path=gs:/bucket/model": "policy.path = 'gs:/bucket/model' must have two slashes: write gs://bucket/model",
     "--config.data.path=s3://": "data.path = 's3://' names no bucket: write s3://BUCKET/NAME",
     "--config.eval.sets.sums.path=hdfs://node/rows": "eval.sets.sums.path = 'hdfs://node/rows': hdfs:// addresses",
     "--config.policy.shape=az://bucket/config.json": "policy.shape = 'az://bucket/config.json': az:// addresses are",
     "--config.data.columns.answer=anwser": "has no column 'anwser', which data.columns.answer names; the nearest is",
+    "--config.label_cache=gs://bucket/cache": "label_cache = 'gs://bucket/cache' must be on a disk of this machine",
     "--config.label_cache=az://bucket/cache": "label_cache = 'az://bucket/cache': az:// addresses are neither",
     "--config.compile_cache=az://bucket/cache": "compile_cache = 'az://bucket/cache': az:// addresses are neither",
     f"--config.policy.path={'x' * 5000}": "policy.path = 'xxxxxxxx",

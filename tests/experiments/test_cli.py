@@ -90,7 +90,7 @@ def test_a_path_that_cannot_be(refusal, module, flag, others):
     """An address was taken for a local folder called gs:."""
     said = refusal(module, *others, flag, "hdfs://node/run.png")
     assert said.startswith((flag, f"argument {flag}: ")) and "hdfs:// addresses are neither read nor written" in said
-    assert "lacks a slash: write gs://bucket/run.png" in refusal(module, *others, flag, "gs:/bucket/run.png")
+    assert "must have two slashes: write gs://bucket/run.png" in refusal(module, *others, flag, "gs:/bucket/run.png")
     assert "no home folder is known for ~" in refusal(module, *others, flag, "~no_such_user/run.png")
     assert "File name too long" in refusal(module, *others, flag, "x" * 300 + ".png")
 

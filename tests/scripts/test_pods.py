@@ -284,7 +284,7 @@ def test_bad_input_is_one_sentence(script, words, variables, sentence):
     [("tpu_vm", "create", "gcloud"), ("xpk", "create", "xpk"), ("xpk", "install", "docker"), ("xpk", "copy", "gcloud")],
 )
 def test_a_tool_that_is_not_installed(tmp_path, script, subcommand, tool):
-    for needed in ("bash", "dirname"):
+    for needed in ("bash", "dirname", "readlink"):
         (tmp_path / needed).symlink_to(shutil.which(needed))
     done = call(script, subcommand, *SUBCOMMANDS[subcommand], PATH=str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tool} is not installed; "), done.stderr

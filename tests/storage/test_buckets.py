@@ -146,15 +146,27 @@ def test_a_lock_of_another_machine_is_watched_before_it_is_taken(folder, monkeyp
     assert "was left by a run process 1 on elsewhere" in capsys.readouterr().err
 
 
-def test_what_cannot_be_reached_is_one_sentence(server, monkeypatch):
+def test_a_bucket_that_is_not_there_is_named(server):
+    address = f"{server}://nobody-has-this-bucket"
+    with pytest.raises(UserError, match=f"--workdir = '{address}/run': there is no bucket {address}$"):
+        user_path(f"{address}/run", "--workdir")
     with pytest.raises(UserError, match="cannot be written to"):
-        Checkpoints(to_path(f"{server}://nobody-has-this-bucket/run"), keep=1)
+        Checkpoints(to_path(f"{address}/run"), keep=1)
+
+
+def test_a_file_is_no_folder(folder):
+    files.write_text(folder / "file", "x")
+    with pytest.raises(UserError, match="cannot make the folder '.*/file': a file has the name"):
+        files.make_folder(folder / "file")
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gs:/bucket/x", "lacks a slash: write gs://bucket/x"),
+        ("gs:/bucket/x", "must have two slashes: write gs://bucket/x"),
+        ("s3:///bucket/x", "must have two slashes: write s3://bucket/x"),
+        ("gs://bucket/a#1/x", "has # in it, which clients of buckets do not take as it stands"),
+        ("s3://bucket/a*/x", "has * in it"),
         ("gs://", "names no bucket: write gs://BUCKET/NAME"),
         ("s3://bucket//x", "has an empty name"),
         ("gs://bucket/../x", "has an empty name, . or .. in it"),
