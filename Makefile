@@ -64,8 +64,8 @@ test-all: setup  ## run all tests, those too that compile for a pod or take long
 
 # What numbers depend on: as users compile it, but where a test itself asks for a quick compilation.
 NUMERICS := tests/losses tests/models/test_parity.py tests/models/test_decoder.py tests/models/test_cache.py \
-  tests/models/test_pages.py tests/rollout/test_rollout.py tests/rollout/test_in_flight.py tests/test_divergences.py \
-  tests/test_packing.py tests/test_sampling.py tests/test_token_head.py tests/test_train_step.py tests/test_weights.py
+  tests/rollout/test_rollout.py tests/test_divergences.py tests/test_packing.py tests/test_sampling.py \
+  tests/test_token_head.py tests/test_train_step.py tests/test_weights.py
 
 test-optimized: setup  ## run the tests of numbers again, compiled as users compile
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) $(NUMERICS)

@@ -23,6 +23,7 @@ settings.load_profile("here")
 SLOW = {
     "test_attacks",
     "test_benchmark",
+    "test_bucket_runs",
     "test_chat",
     "test_checkpoint_hosts",
     "test_compile_for_tpu",

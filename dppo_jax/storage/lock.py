@@ -25,6 +25,7 @@ from dppo_jax.files import Path, filesystem, is_bucket
 
 NAME = "run.lock"
 BEAT_S = 5.0  # seconds between two writings
+SETTLED_S = 2.0  # by then whoever takes over what a run left in a bucket has done it
 BUCKET_BEAT_S = 15.0  # the same in a bucket, which counts requests
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S %Z")  # this process
 WATCH_S = 45.0  # how long another machine's lock is watched; attributes may be cached so long on a network's disk
@@ -81,19 +82,27 @@ def _locked_in_bucket(path: Path) -> Iterator[None]:
 
 def _make_in_bucket(path: Path, text: str) -> None:
     """Returns when the file is there and is ours."""
+    taken_over = False
     while True:
         try:
             with writing(path.parent):
                 filesystem(path).pipe_file(str(path), text.encode(), mode="create")
-            return
+            if taken_over:  # who read the old one with us may have deleted it after us
+                time.sleep(SETTLED_S)
+            if not taken_over or _read(path) == json.loads(text):
+                return
+            continue
         except UserError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
         holder = _read(path)
         if not (holder.get("host") == socket.gethostname() and _is_gone(holder.get("process"))):
             _watch(path)
+        if _read(path) != holder:  # another one was faster
+            continue
         with contextlib.suppress(FileNotFoundError), writing(path.parent):
             path.unlink(missing_ok=True)
+        taken_over = True
 
 
 def _is_gone(process: Any) -> bool:

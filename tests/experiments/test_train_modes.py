@@ -135,7 +135,7 @@ def test_rollouts_are_not_drawn_early_unless_asked():
 
 
 def test_a_policy_that_stays_trains_the_same_on_rollouts_drawn_early(still, still_ahead):
-    same(still.folder, still_ahead.folder, but=("mismatch/", "first_minibatch/", "rollout/age_"))
+    same(still.folder, still_ahead.folder, but=("mismatch/", "first_minibatch/", "rollout/age_", "throughput/"))
     tag = "mismatch/abs_prob_diff_mean"  # of a rollout drawn early it has another name
     of_steps = [by_step(read_scalars(run.folder), tag) for run in (still, still_ahead)]
     np.testing.assert_array_equal(*of_steps)

@@ -10,8 +10,10 @@ import pytest
 
 from configs import quickstart
 from dppo_jax.errors import UserError
+from dppo_jax.files import local_folder, to_path
 from dppo_jax.storage.run_log import RunLog, read_scalars
 from experiments.run import checks
+from tests.helpers.bucket_servers import BUCKET, in_environment, serving
 from tests.helpers.wandb_files import of_kind, offline, processes, rows
 
 
@@ -153,3 +155,12 @@ def test_a_missing_package_and_a_wrong_name_are_refused_before_anything_runs(mon
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="log.wandb = 'p' needs the package wandb.*pip install wandb"):
         checks.check(config)
+
+
+def test_the_files_of_wandb_get_into_a_bucket_when_a_run_ends(tmp_path, wandb):
+    with serving("gs") as environment, in_environment(environment):
+        folder = to_path(f"gs://{BUCKET}/run")
+        write(folder, range(2), wandb="p")
+        with local_folder(folder) as local:
+            assert [row["_step"] for row in rows(processes(local)[0])] == [0, 1]
+            same_as_tensorboard(folder, by_tag(lines(local)))

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.errors import UserError, first_line, writing
-from dppo_jax.files import Path, is_bucket, write_text
+from dppo_jax.files import Path, copy_file, files_in, is_bucket, to_path, write_text
 from dppo_jax.storage.run_config import plain
 
 ID = "wandb_id"  # a file in a run's folder
@@ -28,13 +29,13 @@ def check_project(project: str) -> None:
     key = f"log.wandb = {project!r:.60}"
     if importlib.util.find_spec("wandb") is None:
         raise UserError(f"{key} needs the package wandb, which is not installed: pip install wandb")
-    if len(project) > 128 or set(project) & set(FORBIDDEN):
+    if not project.strip() or len(project) > 128 or set(project) & set(FORBIDDEN):
         raise UserError(f"{key} is no name of a project: W&B takes 128 characters at most, and none of {FORBIDDEN}")
 
 
 class WandB:
-    """A run of `project`; its files are in WORKDIR/wandb, or in a folder for the time being where WORKDIR is a bucket.
-    `tell` hears of the first failure, and of how many there were."""
+    """A run of `project`; its files are in WORKDIR/wandb. In a bucket they get there when the run is closed, from a
+    folder of this machine. `tell` hears of the first failure, and of how many there were."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class WandB:
         tell: Callable[[str], None],
     ):
         self._tell, self._failures, self._run = tell, 0, None
+        self._workdir, self._local = workdir, tempfile.mkdtemp(prefix="wandb-") if is_bucket(workdir) else None
         run_id = _run_id(workdir, resume_step)
         with self._unharmed():
             import wandb
@@ -55,7 +57,7 @@ class WandB:
                 project=project,
                 id=run_id,
                 name="/".join(workdir.parts[-2:]) or None,
-                dir=tempfile.mkdtemp(prefix="wandb-") if is_bucket(workdir) else os.fspath(workdir),
+                dir=self._local or os.fspath(workdir),
                 config=plain(dict(hparams)),
                 resume="allow",
                 reinit="create_new",  # a sweep has several at a time
@@ -78,6 +80,11 @@ class WandB:
         if self._run is not None:
             with self._unharmed():
                 self._run.finish(exit_code=0 if finished else 1)
+        if self._local:
+            with self._unharmed():
+                for path in files_in(to_path(self._local)):
+                    copy_file(path, self._workdir / path.relative_to(self._local))
+                shutil.rmtree(self._local)
         if self._failures:
             self._tell(f"W&B failed {self._failures} times; TensorBoard's log and scalars.jsonl are whole")
 
