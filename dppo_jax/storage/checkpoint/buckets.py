@@ -44,7 +44,7 @@ def teach_orbax_s3() -> None:
         gs_store, is_store = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._use_gcs_driver
         normal, prefixes = tensorstore_utils._normalize_path, gcs_utils._GCS_PATH_PREFIX
     except AttributeError as error:
-        raise UserError(f"checkpoints in s3:// need the orbax-checkpoint of the locks in requirements/: {error}") from None
+        raise UserError(f"checkpoints in s3:// need orbax-checkpoint as requirements/ locks it: {error}") from None
 
     def store(path: str) -> dict[str, Any]:
         if not path.startswith("s3://"):
