@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
@@ -42,13 +43,19 @@ def reason(error: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-# Whose errors are a bucket's: not there, closed to us, without credentials, out of reach.
-_CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp", "requests")
+# What reads and writes buckets, and nothing else here.
+_CLIENTS = ("fsspec", "gcsfs", "s3fs")
 
 
 def of_bucket(error: BaseException) -> bool:
-    """Whether an error is of a client of a bucket: of its own kind, or an OSError that the system has no number for."""
-    return type(error).__module__.partition(".")[0] in _CLIENTS or (isinstance(error, OSError) and error.errno is None)
+    """Whether an error came out of a client of buckets: one is not there, closed to us, or out of reach."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] in _CLIENTS for module in modules)
+
+
+def of_files(error: BaseException) -> bool:
+    """Whether an error is of a disk or of a bucket."""
+    return isinstance(error, OSError) or of_bucket(error)
 
 
 class WriteError(UserError):
@@ -61,7 +68,7 @@ def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or of_bucket(error)):
+        if not of_files(error):
             raise
         raise WriteError(f"cannot write to {os.fspath(folder)!r}: {reason(error)}") from error
 

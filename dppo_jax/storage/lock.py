@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from dppo_jax.errors import UserError, of_bucket, writing
+from dppo_jax.errors import UserError, of_files, writing
 from dppo_jax.files import Path, filesystem, is_bucket
 
 NAME = "run.lock"
@@ -185,7 +185,7 @@ def _read(path: Path) -> dict:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:
-        if not (isinstance(error, OSError | ValueError) or of_bucket(error)):
+        if not (isinstance(error, ValueError) or of_files(error)):
             raise
         return {}
     return holder if isinstance(holder, dict) else {}

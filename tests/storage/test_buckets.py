@@ -9,8 +9,8 @@ import uuid
 import pytest
 
 from dppo_jax import files
-from dppo_jax.errors import UserError
-from dppo_jax.files import to_path, user_path
+from dppo_jax.errors import UserError, of_bucket
+from dppo_jax.files import filesystem, to_path, user_path
 from dppo_jax.storage import lock
 from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 from dppo_jax.storage.lock import locked
@@ -152,6 +152,19 @@ def test_a_bucket_that_is_not_there_is_named(server):
         user_path(f"{address}/run", "--workdir")
     with pytest.raises(UserError, match="cannot be written to"):
         Checkpoints(to_path(f"{address}/run"), keep=1)
+
+
+def test_only_what_comes_out_of_a_client_is_said_to_be_of_a_bucket(server):
+    address = f"{server}://nobody-has-this-bucket/x"
+    for fails in (lambda: filesystem(to_path(address)).info(address), other):
+        with pytest.raises(OSError) as error:
+            fails()
+        assert error.value.errno is None and of_bucket(error.value) == (fails is not other)
+
+
+def other():
+    """What libraries raise who have nothing to do with buckets."""
+    raise OSError("Can't load the tokenizer")
 
 
 def test_a_file_is_no_folder(folder):

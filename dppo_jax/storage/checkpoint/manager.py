@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dppo_jax.devices.hosts import is_writer
-from dppo_jax.errors import UserError, of_bucket
+from dppo_jax.errors import UserError, of_files
 from dppo_jax.files import Path, absolute, is_bucket, make_folder, names_in, to_path
 from dppo_jax.storage.checkpoint import manifest
 from dppo_jax.storage.checkpoint.read import (
@@ -274,7 +274,7 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as made:
             to_path(f"{made}/file").write_text("x")
     except Exception as error:
-        if not (isinstance(error, OSError) or of_bucket(error)):
+        if not of_files(error):
             raise
         raise UserError(f"the folder {str(folder)!r} cannot be written to: {reason(error)}") from None
 

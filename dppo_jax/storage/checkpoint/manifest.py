@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from dppo_jax.errors import UserError, of_bucket, reason
+from dppo_jax.errors import UserError, of_files, reason
 from dppo_jax.files import (
     Path,
     files_in,
@@ -52,7 +52,7 @@ def entries(folder: Path) -> Entries:
     try:
         names = names_in(folder)
     except Exception as error:
-        if not (isinstance(error, OSError) or of_bucket(error)):
+        if not of_files(error):
             raise
         raise UserError(f"the folder {str(folder)!r} cannot be read: {reason(error)}") from None
     steps = [name for name in names if _STEP.fullmatch(name)]
