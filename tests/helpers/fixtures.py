@@ -270,4 +270,5 @@ def same(first: Path, second: Path, but: tuple[str, ...] = ()) -> None:
 @once_a_session
 def finished_run(tmp_path_factory) -> Run:
     """`run_config`, run once a session; copy its folder before you touch it. Call it inside `hurried`."""
+    jax.clear_caches()  # a function that an earlier test compiled would not be among this run's compilations
     return run(run_config(tiny(tmp_path_factory)), tmp_path_factory.mktemp("finished") / "run")
