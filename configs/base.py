@@ -185,6 +185,12 @@ def get_config() -> ConfigDict:
             "binary_tv_unsigned": dict(**tv, ratio_cap=5.0),
             "drpo": dict(delta=12.5, ratio_cap=INF),  # 2606.09821, section 4
             "cppo": dict(delta=0.2, delta_budget=0.02, w_min=0.8, ratio_cap=5.0),  # 2606.10968
+            "geometric_mask": dict(eps_low=1e-3, eps_high=1e-3, ratio_cap=2.0),  # verl's preset
+            "flash_reinforce": dict(delta=3e-3, ratio_cap=INF),  # 2607.21653 and its examples
+            "vespo": dict(k_low=3.0, k_high=2.0, lambda_low=2.0, lambda_high=3.0),  # 2602.10693, section 4.1
+            "gmpo": dict(eps_low=0.4, eps_high=0.4),  # 2507.20673; of log r
+            "minpro": dict(eps_low=1.0, eps_high=4.0),  # ours: no lower bound, and the cap of cispo
+            "m2po": dict(delta=0.04, ratio_cap=INF),  # 2510.01161
             "minirl": dict(**higher, ratio_cap=INF),
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3

@@ -1,7 +1,7 @@
 """Advantages of whole responses, relative to the group that answers the same prompt.
 
 Each function is ADVANTAGES[name](rewards f32[B], group i32[B], num_groups=int) -> f32[B]; rows of a group may stand
-anywhere. Those with a baseline raise UserError for groups of one response. `gae` is per token and needs a critic.
+anywhere. Those with a group's mean raise UserError for groups of one response. `gae` is per token and needs a critic.
 """
 
 from collections.abc import Callable
@@ -71,6 +71,19 @@ def batch_norm(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_gr
     return centred / (jnp.std(centred) + EPSILON)
 
 
+def batch_mean(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
+    """R - mean of the batch, of all prompts together: for one response to a prompt too (FlashREINFORCE, 2026).
+
+    Raises: UserError for a batch of one response.
+    """
+    if rewards.shape[0] < 2:
+        raise UserError(
+            "batch_mean needs at least 2 responses in a batch, and there is 1, so there is nothing to learn; raise "
+            "rollout.prompts or rollout.group_size, or use 'reward', which has no baseline"
+        )
+    return rewards - _group_mean(rewards, jnp.zeros_like(group), 1)
+
+
 def reward(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
     """R itself, without a baseline (REINFORCE; Williams, 1992)."""
     return rewards
@@ -83,6 +96,7 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
     "leave_one_out": leave_one_out,
     "max_rl": max_rl,
     "batch_norm": batch_norm,
+    "batch_mean": batch_mean,
 }
 
 

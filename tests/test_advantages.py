@@ -17,7 +17,8 @@ from tests.helpers.places import GOLDEN
 with np.load(GOLDEN / "losses" / "losses.npz") as _file:
     STORED = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "json")}
 GAE = json.loads(str(STORED["json/gae"]))
-NAMES = ("group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm")
+GROUPED = ("group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm")
+NAMES = (*GROUPED, "batch_mean")
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 GROUPS = 6
 
@@ -63,7 +64,7 @@ def test_equal_rewards_give_nothing_to_learn(name, reward):
 
 
 @pytest.mark.parametrize("run", RUN)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GROUPED)
 def test_groups_of_one_are_refused(name, run):
     """Their advantage would always be 0: a run of them learns nothing, to the end and without a word."""
     sentence = f"^{name} needs at least 2 responses per prompt, but . rows form . groups"
@@ -73,7 +74,14 @@ def test_groups_of_one_are_refused(name, run):
         call(name, np.zeros(5), np.array([0, 0, 1, 1, 2]), num_groups=3, run=run)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", RUN)
+def test_the_mean_of_a_batch_is_for_groups_of_one_and_not_for_a_batch_of_one(run):
+    assert call("batch_mean", [1.0, 0.0, 0.0, 1.0], np.arange(4), 4, run).tolist() == [0.5, -0.5, -0.5, 0.5]
+    with pytest.raises(UserError, match="^batch_mean needs at least 2 responses in a batch, and there is 1"):
+        call("batch_mean", [1.0], [0], num_groups=1, run=run)
+
+
+@pytest.mark.parametrize("name", GROUPED)
 def test_a_group_of_one_among_others_has_no_advantage(name):
     got = call(name, [0.3, 1.0, 0.0, 1.0], [0, 1, 1, 1], num_groups=2)
     assert got[0] == pytest.approx(0, abs=1e-6) and np.isfinite(got).all()
@@ -87,7 +95,7 @@ def test_max_rl_learns_nothing_from_a_group_whose_mean_is_not_above_0():
     assert call("max_rl", [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], num_groups=1).tolist() == [3.0, -1.0, -1.0, -1.0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GROUPED)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.floats(-5, 5, width=16), min_size=2, max_size=8), min_size=4, max_size=4).map(

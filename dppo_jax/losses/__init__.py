@@ -102,6 +102,12 @@ LOSSES: dict[str, Loss] = {
     "relax_low": functools.partial(ratio.relaxed_clip, low=True, high=False),
     "relax_high": functools.partial(ratio.relaxed_clip, low=False, high=True),
     "relax_both": functools.partial(ratio.relaxed_clip, low=True, high=True),
+    "geometric_mask": sequence.geometric_mask,
+    "flash_reinforce": sequence.flash_reinforce,
+    "vespo": sequence.vespo,
+    "gmpo": sequence.gmpo,
+    "minpro": sequence.minpro,
+    "m2po": sequence.m2po,
     "distill": distillation.distill,
 }
 

@@ -90,6 +90,7 @@ class Sequences:
         self._order = jnp.argsort(self._key, axis=1, stable=True)
         key, self._inside = self._sorted(self._key), self._sorted(mask)
         starts = jnp.concatenate([jnp.ones_like(mask[:, :1]), key[:, 1:] != key[:, :-1]], axis=1)
+        self._starts = starts
         self._run = jnp.cumsum(starts, axis=1) - 1  # which sequence of the row, from 0
         column = jnp.arange(mask.shape[1])
         self._start = jax.lax.cummax(jnp.where(starts, column, 0), axis=1)  # where it begins
@@ -105,6 +106,14 @@ class Sequences:
         count = x.shape[1]
         one = jax.vmap(lambda x, run: reduce(x, run, count, indices_are_sorted=True)[run])
         return one(x, self._run)
+
+    def _running(self, x: Array, combine: Callable[[Array, Array], Array]) -> Array:
+        """combine(x_1, ..., x_t) of the positions of each sequence, in sorted order."""
+
+        def step(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+            return a[0] | b[0], jnp.where(b[0], b[1], combine(a[1], b[1]))
+
+        return jax.lax.associative_scan(step, (self._starts, x), axis=1)[1]
 
     def _sum(self, x: Array) -> Array:
         return self._reduce(jnp.where(self._inside, x, 0), jax.ops.segment_sum)
@@ -134,6 +143,22 @@ class Sequences:
         x = jnp.where(self._inside, self._sorted(x), 0.0)
         total = jnp.cumsum(x, axis=1) - x
         return self._back(total - jnp.take_along_axis(total, self._start, axis=1))
+
+    def least_before(self, x: Float32[Array, "M Q"]) -> Float32[Array, "M Q"]:
+        """The least of the sequence's earlier positions; inf where there are none."""
+        least = self._running(self._sorted(x), jnp.minimum)
+        earlier = jnp.concatenate([jnp.full_like(x[:, :1], jnp.inf), least[:, :-1]], axis=1)
+        return self._back(jnp.where(self._starts, jnp.inf, earlier))
+
+    def mean_up_to(self, x: Float32[Array, "M Q"], among: Bool[Array, "M Q"]) -> Float32[Array, "M Q"]:
+        """At each position, the mean of the x that are no greater, over the sequence's positions `among`; 0 of none.
+
+        Of equal x, those in earlier columns count as smaller.
+        """
+        order = jax.vmap(lambda x, key: jnp.lexsort((x, key)))(x, self._key)
+        x, among = (jnp.take_along_axis(a, order, axis=1) for a in (jnp.where(among, x, 0.0), among))
+        total, count = (self._running(a, jnp.add) for a in (x, among.astype(x.dtype)))
+        return jnp.put_along_axis(jnp.zeros_like(x), order, total / jnp.maximum(count, 1), axis=1, inplace=False)
 
     def quantile(self, x: Float32[Array, "M Q"], q: float) -> Float32[Array, "M Q"]:
         """The q-quantile of each sequence, interpolated linearly between its values."""

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from dppo_jax.divergences import prob_diff
-from dppo_jax.losses.core import Sequences, bounded_exp, from_keep, log_ratio, output, zero_outside_mask
+from dppo_jax.divergences import binary_kl, prob_diff
+from dppo_jax.losses.core import Sequences, bounded_exp, from_keep, log_ratio, output, two_sided, zero_outside_mask
 from dppo_jax.losses.ratio import clipped
 from dppo_jax.types import LossInputs, LossOutput
 
@@ -79,3 +79,76 @@ def cppo(inputs: LossInputs, *, delta: float, delta_budget: float, w_min: float,
     away = inputs.advantages * jnp.sign(inputs.logp - inputs.behavior_logp) > 0
     metrics = {"divergence": (divergence, inputs.mask)}
     return from_keep(inputs, ~(away & beyond), ratio_cap=ratio_cap, metrics=metrics)
+
+
+def geometric_mask(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
+    """The whole response masked where exp(mean log r) is outside [1-eps_low, 1+eps_high], whatever the sign of A.
+
+    Geometric rejection (Liu, Li et al., 2025), with the truncated weights of verl's preset `bypass_pg_geo_rs_token_tis`.
+    """
+    inputs = zero_outside_mask(inputs)
+    ratio = jnp.exp(Sequences(inputs).mean(log_ratio(inputs.logp, inputs.behavior_logp)))
+    return from_keep(inputs, (ratio >= 1 - eps_low) & (ratio <= 1 + eps_high), ratio_cap=ratio_cap)
+
+
+def flash_reinforce(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
+    """The whole response masked where its mean KL(Bern mu || Bern pi) > delta. FlashREINFORCE (Molt, 2607.21653).
+
+    What is rejected stays in the denominators: aggregation weights are made before any mask. Molt holds the
+    probabilities of this KL inside [1e-6, 1 - 1e-6]; here they are exact.
+    """
+    inputs = zero_outside_mask(inputs)
+    divergence = binary_kl(inputs.logp, inputs.behavior_logp)
+    keep = Sequences(inputs).mean(divergence) <= delta
+    return from_keep(inputs, keep, ratio_cap=ratio_cap, metrics={"divergence": (divergence, inputs.mask)})
+
+
+def vespo(inputs: LossInputs, *, k_low: float, k_high: float, lambda_low: float, lambda_high: float) -> LossOutput:
+    """c = W^k exp(lambda (1-W)) A with W = prod r of the response, 1 at W = 1; `*_high` where A >= 0, else `*_low`.
+
+    No mask: the weight falls on both sides of its peak at W = k/lambda. VESPO, 2602.10693, equation 20, where k and
+    lambda are c_1 and c_2.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = Sequences(inputs).sum(log_ratio(inputs.logp, inputs.behavior_logp))
+    k, scale = (jnp.where(inputs.advantages >= 0, *sides) for sides in ((k_high, k_low), (lambda_high, lambda_low)))
+    return output(inputs, bounded_exp(k * logs + scale * (1 - bounded_exp(logs))))
+
+
+def gmpo(inputs: LossInputs, *, eps_low: float, eps_high: float) -> LossOutput:
+    """c = M s A with s = exp(mean of log r, clipped at eps_high where A>0 and at -eps_low where A<0).
+
+    M drops the clipped tokens, of which the objective s A has no gradient; they count in s at the bound. That gradient
+    has a factor 1/T, which is the aggregation's. GMPO, 2507.20673; A is that of the whole response.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs, sign = log_ratio(inputs.logp, inputs.behavior_logp), jnp.sign(inputs.advantages)
+    held = sign * jnp.minimum(sign * logs, sign * jnp.clip(logs, -eps_low, eps_high))
+    keep = two_sided(inputs.advantages, logs > eps_high, logs < -eps_low)
+    return output(inputs, bounded_exp(Sequences(inputs).mean(held)), keep)
+
+
+def minpro(inputs: LossInputs, *, eps_low: float, eps_high: float) -> LossOutput:
+    """c = clip(r_t min_{i<t} r_i, 1-eps_low, 1+eps_high) A: the product of the prefix's ratios replaced by their least.
+
+    No mask, as in CISPO; the first token of a response has r_1 alone. MinPRO, 2601.22718.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = log_ratio(inputs.logp, inputs.behavior_logp)
+    before = Sequences(inputs).least_before(logs)
+    weight = bounded_exp(logs + jnp.where(jnp.isfinite(before), before, 0.0))
+    return output(inputs, jnp.clip(weight, 1 - eps_low, 1 + eps_high))
+
+
+def m2po(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
+    """Of the tokens that move away, A (r-1) > 0, those of the largest log(r)^2 are masked until its mean over the
+    others is at most delta.
+
+    M2PO, 2510.01161, does so over a batch; a loss sees no batch, so here each response keeps its own second moment. In
+    the authors' code, unlike here, what is masked counts in the mean at the bound, and 0.7 <= r <= 1.5 is never masked.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = log_ratio(inputs.logp, inputs.behavior_logp)
+    away = inputs.advantages * logs > 0
+    moment = Sequences(inputs).mean_up_to(logs**2, away)
+    return from_keep(inputs, ~(away & (moment > delta)), ratio_cap=ratio_cap)

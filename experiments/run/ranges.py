@@ -160,6 +160,10 @@ HYPERPARAMETERS: Mapping[str, Range] = {
     "dual_cap": Range(1, inf=True),
     "eps_high": THRESHOLD,
     "eps_low": THRESHOLD,
+    "k_high": Range(0, 1000),  # exponents
+    "k_low": Range(0, 1000),
+    "lambda_high": Range(0, 1000),
+    "lambda_low": Range(0, 1000),
     "ratio_cap": THRESHOLD,
     "tau": REAL,
     "tau_high": REAL,

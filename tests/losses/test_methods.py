@@ -37,7 +37,7 @@ def stored(key: str):
 SETTINGS, TIES, BASES, STRENGTHS = stored("settings"), stored("ties"), stored("bases"), stored("strengths")
 NAMES, ESTIMATORS = sorted(SETTINGS), ("k1", "k2", "k3")
 FROM_PROXIMAL = {"ppo_clip_recomputed", "token_tis", "sequence_tis", "token_mis", "sequence_mis", "icepop"}
-NEVER_MASKED = {"reinforce", "sapo", "drpo"}
+NEVER_MASKED = {"reinforce", "sapo", "drpo", "vespo", "minpro"}
 
 
 def needs(name: str) -> frozenset[str]:

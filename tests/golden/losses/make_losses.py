@@ -178,6 +178,7 @@ def advantages(rewards: np.ndarray, group: np.ndarray) -> dict[str, np.ndarray]:
         "leave_one_out": np.array([r[i] - (sum(mates[i]) - r[i]) / (len(mates[i]) - 1) for i in rows]),
         "max_rl": np.array([centred[i] / mean[i] if mean[i] > 0 else 0.0 for i in rows]),
         "batch_norm": np.array([c / (batch_std + 1e-6) for c in centred]),
+        "batch_mean": np.array([x - sum(r) / len(r) for x in r]),
     }
 
 

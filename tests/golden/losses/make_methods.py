@@ -9,6 +9,7 @@ except in the case "ties", where it may lie on it.
 """
 
 import argparse
+import cmath
 import json
 import math
 import sys
@@ -62,6 +63,18 @@ SETTINGS: dict[str, list[dict]] = {
         dict(delta=0.02, delta_budget=0.03, w_min=0.1, ratio_cap=INF),
         dict(delta=0.04, delta_budget=0.025, w_min=0.1, ratio_cap=1.05),
     ],
+    "geometric_mask": [
+        dict(eps_low=0.1, eps_high=0.2, ratio_cap=INF),
+        dict(eps_low=5e-3, eps_high=2e-3, ratio_cap=1.02),
+    ],
+    "flash_reinforce": one_delta(0.02, 3e-3),
+    "vespo": [
+        dict(k_low=3.0, k_high=2.0, lambda_low=2.0, lambda_high=3.0),
+        dict(k_low=0.5, k_high=1.5, lambda_low=0.0, lambda_high=0.2),
+    ],
+    "gmpo": [dict(eps_low=0.4, eps_high=0.4), dict(eps_low=0.02, eps_high=0.03)],
+    "minpro": [dict(eps_low=1.0, eps_high=4.0), dict(eps_low=0.1, eps_high=0.05)],
+    "m2po": one_delta(0.04, 2e-3),
     "distill": [dict(delta_low=0.2, ratio_cap=INF), dict(delta_low=0.02, ratio_cap=1.05)],
     "dppo_exact_tv": SIDES,
     "dppo_exact_kl": [
@@ -69,7 +82,7 @@ SETTINGS: dict[str, list[dict]] = {
         dict(delta_low=0.004, delta_high=0.002, ratio_cap=1.5),
     ],
 }
-NEVER_MASKED = ("reinforce", "sapo", "drpo")
+NEVER_MASKED = ("reinforce", "sapo", "drpo", "vespo", "minpro")
 
 # Where policies are equal, every statistic equals these thresholds. DRPO divides by its own.
 NEUTRAL = {"eps": 0.0, "delta": 0.0, "correction": 1.0, "dual": 1.0}
@@ -173,12 +186,59 @@ def budget(seq: Sequence, h: dict) -> float:
     return min(max(b, h["delta_budget"]), 2 * h["delta_budget"])
 
 
+def place(t: Token, seq: Sequence) -> int:
+    return next(i for i, x in enumerate(seq) if x is t)
+
+
 def cppo(t: Token, seq: Sequence, h: dict) -> list[Clause]:
-    i = next(i for i, x in enumerate(seq) if x is t)
+    i = place(t, seq)
     w = [1 - (1 - h["w_min"]) * j / max(len(seq) - 1, 1) for j in range(len(seq))]
     z = [w[j] * abs(x.pi - x.mu) for j, x in enumerate(seq)]
     left = h["delta"] + budget(seq, h) * math.fsum(w[:i]) - math.fsum(z[:i])
     return [both(away(t), above(z[i], h["delta"])), both(away(t), above(z[i], left))]
+
+
+def gmpo_objective(logps: list[complex], seq: Sequence, h: dict) -> complex:
+    """exp of the mean log ratio, each held on the side of its token's advantage; 0 where that is 0."""
+
+    def held(logp: complex, t: Token) -> complex:
+        x = logp - math.log(t.mu)
+        if t.adv > 0:
+            return h["eps_high"] if x.real > h["eps_high"] else x
+        return (-h["eps_low"] if x.real < -h["eps_low"] else x) if t.adv < 0 else 0
+
+    return cmath.exp(sum(map(held, logps, seq)) / len(seq))
+
+
+def gmpo(t: Token, seq: Sequence, h: dict) -> float:
+    """T A times the derivative of the objective by log pi of one token, by a complex step."""
+    step, at = 1e-20, place(t, seq)
+    logps = [math.log(x.pi) + (step * 1j if i == at else 0) for i, x in enumerate(seq)]
+    return len(seq) * t.adv * gmpo_objective(logps, seq, h).imag / step
+
+
+def vespo(t: Token, seq: Sequence, h: dict) -> float:
+    side = "high" if t.adv >= 0 else "low"
+    w = math.prod(x.r for x in seq)
+    return w ** h[f"k_{side}"] * math.exp(h[f"lambda_{side}"] * (1 - w)) * t.adv
+
+
+def minpro(t: Token, seq: Sequence, h: dict) -> float:
+    weight = t.r * min((x.r for x in seq[: place(t, seq)]), default=1.0)
+    return min(max(weight, 1 - h["eps_low"]), 1 + h["eps_high"]) * t.adv
+
+
+def m2po(t: Token, seq: Sequence, h: dict) -> list[Clause]:
+    """The largest is taken out, one by one, until the second moment of the rest is small enough."""
+    left, far = [x for x in seq if away(x)[0]], INF
+    moved = any(x is t for x in left)
+    while left:
+        fires, gap = above(mean([math.log(x.r) ** 2 for x in left]), h["delta"])
+        far = min(far, gap)
+        if not fires:
+            break
+        left.remove(max(left, key=lambda x: math.log(x.r) ** 2))
+    return [both(away(t), (moved and not any(x is t for x in left), far))]
 
 
 # Methods. A mask is (token, its sequence, hyperparameters) -> clauses, of which any masks.
@@ -239,6 +299,15 @@ MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "kimi_k25": lambda t, seq, h: [above(t.r, 1 + h["eps_high"]), above(1 - h["eps_low"], t.r)],
     "drpo": lambda t, seq, h: [],
     "cppo": cppo,
+    "geometric_mask": lambda t, seq, h: [
+        above(gspo_ratio(seq), 1 + h["eps_high"]),
+        above(1 - h["eps_low"], gspo_ratio(seq)),
+    ],
+    "flash_reinforce": lambda t, seq, h: [above(mean([kl(binary(x.mu), binary(x.pi)) for x in seq]), h["delta"])],
+    "vespo": lambda t, seq, h: [],
+    "gmpo": lambda t, seq, h: [two_sided(math.log(t.r), h["eps_high"], -h["eps_low"], t.adv)],
+    "minpro": lambda t, seq, h: [],
+    "m2po": m2po,
     "distill": distill,
     "dppo_exact_tv": lambda t, seq, h: exact(t, t.tv, h),
     "dppo_exact_kl": lambda t, seq, h: exact(t, t.kl, h),
@@ -270,6 +339,9 @@ COEFFICIENTS: dict[str, Callable[[Token, Sequence, dict], float]] = {
     "icepop": lambda t, seq, h: t.q * t.rho * t.adv,
     "kimi_k25": lambda t, seq, h: t.r * t.adv,
     "drpo": lambda t, seq, h: drpo(t, h),
+    "vespo": vespo,
+    "gmpo": gmpo,
+    "minpro": minpro,
     "distill": lambda t, seq, h: min(t.r, h["ratio_cap"]) * (math.log(t.ref) - math.log(t.pi)),
 }
 
