@@ -211,6 +211,39 @@ METHODS = {
         "CPPO", REGION, "A(r−1) > 0 and w_t|π−μ| > min(δ, what the prefix has left)",
         "Mao et al., 2606.10968, equations 8 to 11", "w_t falls from 1 to `w_min` along the response.",
     ),
+    "geometric_mask": Method(
+        "Geometric rejection", REGION, "the response where exp(mean log r) is outside [1−ε_low, 1+ε_high]", LIU,
+        "ε and C: verl's preset of geometric rejection with truncated weights of tokens.",
+        GROUP_STD,
+    ),
+    "flash_reinforce": Method(
+        "FlashREINFORCE", f"{REGION} with A = R − the batch's mean", "the response where mean KL(Bern μ‖Bern π) > δ",
+        "Hu et al., 2607.21653 (Molt)",
+        "Rejected responses stay in the denominators. The examples: 128 prompts, one response to each, learning rate "
+        "1e-6, one update a batch, batches in flight (rollout.in_flight).",
+        {"advantage.name": "batch_mean", **SEQUENCE, "train.epochs": 1, "train.minibatches": 1},
+    ),
+    "vespo": Method(
+        "VESPO", "W^k exp(λ(1−W)) A, W = Πr", "none: a soft weight", "2602.10693, equation 20",
+        "`*_high` where A≥0, `*_low` where A<0. As in the paper's code: GRPO's advantage, the mean over tokens.",
+        GROUP_STD,
+    ),
+    "gmpo": Method(
+        "GMPO", "M s A, s = exp(mean of log r, clipped as M)", "A>0: log r > ε_high; A<0: log r < −ε_low",
+        "Zhao et al., 2507.20673", "ε is of log r: ratios from e^−0.4 to e^0.4.",
+        {**GROUP_STD, **SEQUENCE},
+    ),
+    "minpro": Method(
+        "MinPRO", "clip(r_t min_{i<t} r_i, 1−ε_low, 1+ε_high) A", "none", "Lei et al., 2601.22718",
+        "ε is ours: no lower bound, and CISPO's upper one.",
+        GROUP_STD,
+    ),
+    "m2po": Method(
+        "M2PO", REGION, "A(r−1) > 0: the largest log(r)², until the mean over the response's others is at most δ",
+        "Zheng et al., 2510.01161",
+        "δ: the paper's, whose mean is over a batch. A loss sees no batch: here it is over each response.",
+        GROUP_STD,
+    ),
     # The divergence at a token
     "dppo_binary_tv": Method(
         "DPPO, binary TV", REGION, "moving away and |π−μ| of the sampled token > δ", f"{QI}, section 4", DELTA

@@ -52,6 +52,23 @@ def test_a_method_sets_what_its_file_set(name):
     assert methods.anchor(Setup(get_config(name)).loss) == GOLDEN[name]["anchor"]
 
 
+STD, SEQUENCE = {"advantage.name": "group_mean_std"}, {"aggregation.name": "seq_mean_token_mean"}
+LATER = {  # what methods set that never had a file, from their sources
+    "geometric_mask": STD,
+    "flash_reinforce": {"advantage.name": "batch_mean", **SEQUENCE, "train.epochs": 1, "train.minibatches": 1},
+    "vespo": STD,
+    "gmpo": {**STD, **SEQUENCE},
+    "minpro": STD,
+    "m2po": STD,
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_method_sets_what_its_source_says(name):
+    assert beyond_quickstart(get_config(name)) == {"loss.name": name, **LATER[name]}
+    assert methods.anchor(Setup(get_config(name)).loss) == "behavior"
+
+
 def test_a_method_is_set_on_another_config():
     c = reuse()
     set_method(c, "dr_grpo")
@@ -73,6 +90,11 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "grpo": ("∞", "`eps_high` 0.2, `eps_low` 0.2"),
     "token_tis": ("2 on ρ", "`eps_high` 0.2, `eps_low` 0.2"),
     "dual_clip": ("∞", "`dual_cap` 3, `eps_high` 0.2, `eps_low` 0.2"),
+    "geometric_mask": ("2", "`eps_high` 0.001, `eps_low` 0.001"),
+    "flash_reinforce": ("∞", "`delta` 0.003"),
+    "vespo": ("–", "`k_high` 2, `k_low` 3, `lambda_high` 3, `lambda_low` 2"),
+    "gmpo": ("–", "`eps_high` 0.4, `eps_low` 0.4"),
+    "m2po": ("∞", "`delta` 0.04"),
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
 }
@@ -88,7 +110,7 @@ def test_the_page_reads_numbers_off_the_loss(name):
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 44 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 50 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",
