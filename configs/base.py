@@ -191,6 +191,7 @@ def get_config() -> ConfigDict:
             "gmpo": dict(eps_low=0.4, eps_high=0.4),  # 2507.20673; of log r
             "minpro": dict(eps_low=1.0, eps_high=4.0),  # ours: no lower bound, and the cap of cispo
             "m2po": dict(delta=0.04, ratio_cap=INF),  # 2510.01161
+            "estr": dict(**clip, delta=1.0, entropy_floor=0.01, ratio_cap=INF),  # 2607.22186; delta is ours
             "minirl": dict(**higher, ratio_cap=INF),
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3

@@ -244,6 +244,11 @@ METHODS = {
         "δ: the paper's, whose mean is over a batch. A loss sees no batch: here it is over each response.",
         GROUP_STD,
     ),
+    "estr": Method(
+        "ESTR", REGION, "PPO's, and log(r)² > δ(H + ε_H), H the entropy of μ at the token", "Zhao et al., 2607.22186",
+        "ε_H (`entropy_floor`) is the paper's; δ is ours. The rollout records H.",
+        GROUP_STD,
+    ),
     # The divergence at a token
     "dppo_binary_tv": Method(
         "DPPO, binary TV", REGION, "moving away and |π−μ| of the sampled token > δ", f"{QI}, section 4", DELTA

@@ -235,6 +235,7 @@ def pack(batch: TrainBatch, weights: Float32[Array, "b R"], places: Places) -> P
         topk_proximal_logp=take(batch.topk_proximal_logp),
         reference_logp=take(batch.reference_logp),
         teacher_logp=take(batch.teacher_logp),
+        behavior_entropy=take(batch.behavior_entropy),
         experts=experts,
     )
 

@@ -236,6 +236,7 @@ def assemble(prompts: PromptBatch, rollout: RolloutBatch) -> TrainBatch:
         prompt_experts=None if rollout.experts is None else jnp.repeat(rollout.prompt_experts, repeat, axis=0),
         experts=rollout.experts,
         own=rollout.own,
+        behavior_entropy=rollout.behavior_entropy,
     )
 
 
@@ -258,6 +259,7 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
         proximal_logp=packed.proximal_logp,
         reference_logp=packed.reference_logp,
         teacher_logp=packed.teacher_logp,
+        behavior_entropy=packed.behavior_entropy,
         topk=topk,
         exact=head.exact,
     )

@@ -42,6 +42,7 @@ class RolloutBatch:
     prompt_experts: Integer[Array, "N P Lk"] | None = None  # experts of each prompt token
     experts: Integer[Array, "B R Lk"] | None = None  # of each response token; 0 at the last, which is not decoded from
     own: Bool[Array, "B R"] | None = None  # which tokens of a conversation the policy drew; None: all of them
+    behavior_entropy: Float32[Array, "B R"] | None = None  # of the distribution drawn from, in nats; None: not recorded
 
 
 @struct.dataclass
@@ -64,6 +65,7 @@ class TrainBatch:
     prompt_experts: Integer[Array, "B P Lk"] | None = None
     experts: Integer[Array, "B R Lk"] | None = None
     own: Bool[Array, "B R"] | None = None  # as of RolloutBatch; `mask` is within it
+    behavior_entropy: Float32[Array, "B R"] | None = None  # as of RolloutBatch
 
 
 @struct.dataclass
@@ -86,6 +88,7 @@ class PackedBatch:
     reference_logp: Float32[Array, "M Q"] | None = None
     teacher_logp: Float32[Array, "M Q"] | None = None
     experts: Integer[Array, "M T Lk"] | None = None  # the rollout's experts of each token, which this pass takes again
+    behavior_entropy: Float32[Array, "M Q"] | None = None
 
 
 @struct.dataclass
@@ -122,6 +125,7 @@ class LossInputs:
     proximal_logp: Float32[Array, "M Q"] | None = None
     reference_logp: Float32[Array, "M Q"] | None = None
     teacher_logp: Float32[Array, "M Q"] | None = None
+    behavior_entropy: Float32[Array, "M Q"] | None = None  # in nats
     topk: TopKPair | None = None
     exact: ExactDivergence | None = None
 

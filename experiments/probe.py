@@ -37,9 +37,12 @@ class Measured(NamedTuple):
 
 
 class Probe:
-    """A config's policy, data and devices, as training sets them up; `topk`: K, tokens recorded. Use it in a `with`."""
+    """A config's policy, data and devices, as training sets them up. Use it in a `with`.
 
-    def __init__(self, config: ConfigDict, topk: int = 0):
+    `topk`: K, tokens recorded; `entropy`: the behavior policy's is, too.
+    """
+
+    def __init__(self, config: ConfigDict, topk: int = 0, entropy: bool = False):
         self._stack = contextlib.ExitStack()
         setup = load_setup(config, self._stack)
         self.config = config = setup.config
@@ -49,7 +52,7 @@ class Probe:
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        self._generate = setup.on_mesh(training_rollout(setup, topk=topk))
+        self._generate = setup.on_mesh(training_rollout(setup, topk=topk, entropy=entropy))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")

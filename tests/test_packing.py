@@ -242,6 +242,7 @@ def batch() -> TrainBatch:
         topk_behavior_logp=draw(B, R, K) - 3,
         proximal_logp=draw(B, R),
         topk_proximal_logp=draw(B, R, K) - 3,
+        behavior_entropy=-draw(B, R),
     )
 
 
@@ -262,6 +263,7 @@ def pieces_of(rows, packed):
 def test_a_packed_piece_holds_the_tokens_and_values_of_its_samples(packed):
     given, weights = batch(), np.random.default_rng(6).uniform(size=(len(SOME), R)).astype(np.float32)
     names = ("behavior_logp", "topk_ids", "topk_behavior_logp", "proximal_logp", "topk_proximal_logp")
+    names += ("behavior_entropy",)
     found = 0
     for part in pieces_of(SOME, packed):
         piece = jax.device_get(PACK(given, weights, part))

@@ -108,6 +108,7 @@ LOSSES: dict[str, Loss] = {
     "gmpo": sequence.gmpo,
     "minpro": sequence.minpro,
     "m2po": sequence.m2po,
+    "estr": ratio.estr,
     "distill": distillation.distill,
 }
 
@@ -142,7 +143,8 @@ def corrects_mismatch(loss: Loss) -> bool:
     return any(name.startswith("correction_") for name in hyperparameters(loss))
 
 
-OPTIONAL = ("proximal_logp", "reference_logp", "teacher_logp", "topk", "exact")  # fields that cost something to have
+# Fields that cost something to have.
+OPTIONAL = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "topk", "exact")
 
 
 def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
@@ -158,6 +160,7 @@ def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozens
         proximal_logp=value,
         reference_logp=value,
         teacher_logp=value,
+        behavior_entropy=value,
         topk=TopKPair(logp=topk, behavior_logp=topk, has_sampled=flag, proximal_logp=topk),
         exact=ExactDivergence(tv=value, kl=value),
     )

@@ -99,3 +99,16 @@ def kimi_k25(inputs: LossInputs, *, eps_low: float, eps_high: float, tau: float)
     ratio = jnp.exp(logs)
     keep = (ratio <= 1 + eps_high) & (ratio >= 1 - eps_low)
     return output(inputs, bounded_exp(logs), keep, extra=-2 * tau * logs)
+
+
+def estr(
+    inputs: LossInputs, *, eps_low: float, eps_high: float, delta: float, entropy_floor: float, ratio_cap: float
+) -> LossOutput:
+    """`ratio_clip`, also masked when log(r)^2 > delta (H + entropy_floor), with H the entropy of mu at the token, nats.
+
+    ESTR's entropy-scaled trust region, 2607.22186: log(r)^2 of data drawn earlier grows with H.
+    """
+    inputs = zero_outside_mask(inputs)
+    entropy, logs = require(inputs, "behavior_entropy"), log_ratio(inputs.logp, inputs.behavior_logp)
+    keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
+    return from_keep(inputs, keep & (logs**2 <= delta * (entropy + entropy_floor)), ratio_cap=ratio_cap)

@@ -201,6 +201,7 @@ class Conversation(InFlight):
             topk_ids=out.topk_ids,
             topk_logp=out.topk_logp,
             own=mask & own,
+            behavior_entropy=None if out.entropy is None else jnp.where(mask & own, out.entropy, 0.0),
         )
         complete = self._is_there(flight) & self._shards.local(jnp.all(flight.over, axis=1))
         staying, finished = self._without_finished(flight, whole, complete, step, _NO_WORK)

@@ -90,7 +90,8 @@ class InFlight:
             return jnp.zeros(shape, jnp.int32)
 
         tokens = zeros(places, prompt_length)
-        drawn = Drawn(zeros(*each), jnp.zeros(each), zeros(*each, r.topk), jnp.zeros((*each, r.topk)))
+        entropy = jnp.zeros(each) if r.record_entropy else None
+        drawn = Drawn(zeros(*each), jnp.zeros(each), zeros(*each, r.topk), jnp.zeros((*each, r.topk)), entropy)
         out = drawn if r.topk else without_topk(drawn)
         return Flight(
             count=zeros(r.shards),

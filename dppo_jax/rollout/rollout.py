@@ -54,7 +54,8 @@ class Rollout:
 
     Row n * group_size + j is response j to prompt n, and draws from fold_in(fold_in(key, group[n]), j).
     `temperature` 0 is greedy, with the logp of temperature 1. `dtype` is what parameters and cache are cast to.
-    `topk` is K; 0 leaves top-K out. `slots` is S, how many rows are decoded at a time; None: all of them.
+    `topk` is K; 0 leaves top-K out. `record_entropy`: the batch has the entropy of every token's distribution.
+    `slots` is S, how many rows are decoded at a time; None: all of them.
     `shards` is D, the number of shards of the batch over the mesh; it divides S and the number of prompts.
     `head_float32`: the head's product takes float32 parameters and hidden states, whatever `dtype`.
     `attention` is of prompts, `resume_attention` of `resumed_tokens` tokens: names in `attention.KERNELS`.
@@ -75,6 +76,7 @@ class Rollout:
     pad_id: int
     dtype: Any = jnp.float32
     topk: int = 0
+    record_entropy: bool = False
     top_p: float = 1.0
     slots: int | None = None
     shards: int = 1
@@ -185,6 +187,13 @@ class Rollout:
         top, ids = jax.lax.top_k(z, self.topk)
         return ids.astype(jnp.int32), top - lse[:, None]
 
+    def _entropy(self, z: Array, lse: Array) -> Array | None:
+        """Of the distributions, [b] in nats; None where it is not recorded."""
+        if not self.record_entropy:
+            return None
+        logp = jnp.where(z > -jnp.inf, z - lse[:, None], 0.0)  # a token that cannot be drawn has no part in it
+        return -jnp.sum(jnp.where(z > -jnp.inf, jnp.exp(logp) * logp, 0.0), axis=-1)
+
     def is_end_token(self, token: Array) -> Array:
         return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
@@ -226,8 +235,9 @@ class Rollout:
         z = self._distribution(published, hidden[:, -1])
         by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group, 2), 0, 1)
         token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
-        topk = (jnp.repeat(x, group, 0) for x in self._topk(z, lse[0]))
-        first = Drawn(token.T.reshape(-1), logp.T.reshape(-1), *topk)
+        recorded = *self._topk(z, lse[0]), self._entropy(z, lse[0])
+        of_rows = jax.tree.map(lambda x: jnp.repeat(x, group, 0), recorded)
+        first = Drawn(token.T.reshape(-1), logp.T.reshape(-1), *of_rows)
         stop = None if self.stops is None else self._stop_after(self.stops.start(batch), first.token)
 
         waiting = Waiting(
@@ -376,7 +386,7 @@ class Rollout:
         z, row = self._distribution(published, hidden[:, 0]), self._shards.within(state.row, batch)
         index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
         token, logp, lse = self._draw(z, self._shards.look_up(waiting.uniforms, *index))
-        new = Drawn(token, logp, *self._topk(z, lse))
+        new = Drawn(token, logp, *self._topk(z, lse), self._entropy(z, lse))
         stop, drawn = self._stop_after(state.stop, token), state.drawn + live
         experts = state.experts
         if experts is not None:
@@ -447,4 +457,5 @@ class Rollout:
             topk_logp=state.out.topk_logp if self.topk else None,
             prompt_experts=prompt_experts,
             experts=state.experts,
+            behavior_entropy=state.out.entropy,
         )

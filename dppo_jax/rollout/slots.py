@@ -13,12 +13,13 @@ from dppo_jax.models.pages import PageTable
 
 @struct.dataclass
 class Drawn:
-    """Sampled tokens, their behavior log-probabilities, and the top K tokens with theirs."""
+    """Sampled tokens, their behavior log-probabilities, the top K tokens with theirs, and the behavior entropy."""
 
     token: Int32[Array, "*n"]
     logp: Float32[Array, "*n"]
     topk_ids: Int32[Array, "*n K"] | None
     topk_logp: Float32[Array, "*n K"] | None
+    entropy: Float32[Array, "*n"] | None
 
 
 @struct.dataclass

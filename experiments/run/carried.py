@@ -35,7 +35,7 @@ class Carried:
     def __init__(self, runs: Runs, prompts_of: Callable[[int], PromptBatch]):
         base = runs.base
         self._runs, self._prompts_of, self._config = runs, prompts_of, base.config
-        in_flight = rollout_in_flight(base, training_rollout(base, topk=runs.topk))
+        in_flight = rollout_in_flight(base, training_rollout(base, topk=runs.topk, entropy=runs.needs_entropy))
         by_row, everywhere, finished = base.by_row, base.everywhere, finished_shardings(base)
         length = base.config.data.max_prompt_len
         self._empty = jax.jit(lambda: runs.together([in_flight.empty(length)] * len(runs)), out_shardings=by_row)

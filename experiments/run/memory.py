@@ -50,6 +50,7 @@ def free_pages(setup: Setup, rollout: Rollout, memory: int, prompts: int, prompt
     kept += _teacher_bytes(setup)
     rows = prompts * rollout.group_size // setup.batch_shards
     each = 16 + 8 * rollout.topk + (2 if rollout.stops else 0)  # tokens, logp, two uniforms; the top K; a state
+    each += 4 if rollout.record_entropy else 0
     kept += rows * rollout.max_new_tokens * each
     free = int((1 - SPARE) * memory) - kept
     return max(0, free // page_bytes(setup, rollout) - prompts // setup.batch_shards * count_for(prompt_length))

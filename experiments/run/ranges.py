@@ -158,6 +158,7 @@ HYPERPARAMETERS: Mapping[str, Range] = {
     "delta_high": THRESHOLD,
     "delta_low": THRESHOLD,
     "dual_cap": Range(1, inf=True),
+    "entropy_floor": REAL,
     "eps_high": THRESHOLD,
     "eps_low": THRESHOLD,
     "k_high": Range(0, 1000),  # exponents

@@ -13,8 +13,8 @@ from experiments.run import memory
 from experiments.run.setup import Setup
 
 
-def training_rollout(setup: Setup, *, topk: int | None = None) -> Rollout:
-    """The behavior policy, for training. `topk`: another K than the run's."""
+def training_rollout(setup: Setup, *, topk: int | None = None, entropy: bool | None = None) -> Rollout:
+    """The behavior policy, for training. `topk` and `entropy`: what is recorded, where not as the run needs."""
     c, model = setup.config.rollout, setup.model
     topk, prompts = setup.topk if topk is None else topk, (c.in_flight + 1) * c.prompts
     if topk > model.vocab_size:
@@ -26,6 +26,7 @@ def training_rollout(setup: Setup, *, topk: int | None = None) -> Rollout:
         group_size=c.group_size,
         temperature=c.temperature,
         topk=topk,
+        record_entropy=setup.needs_entropy if entropy is None else entropy,
         weights=setup.behavior_weights,
         round_inputs=precision.activations(c.activations),
         record_experts=c.router_replay,

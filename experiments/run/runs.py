@@ -56,6 +56,11 @@ class Runs:
         """K of the rollout, for all."""
         return self.base.config.rollout.tracked if "topk" in self.needed else 0
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the rollout records the behavior policy's entropy, for all."""
+        return "behavior_entropy" in self.needed
+
     def __len__(self) -> int:
         return len(self.setups)
 
@@ -133,6 +138,7 @@ EVERY_FIELD = LossInputs(
     proximal_logp=_shape(1, 1),
     reference_logp=_shape(1, 1),
     teacher_logp=_shape(1, 1),
+    behavior_entropy=_shape(1, 1),
     topk=TopKPair(_shape(1, 1, 1), _shape(1, 1, 1), _shape(1, 1, dtype=bool), _shape(1, 1, 1)),
     exact=ExactDivergence(_shape(1, 1), _shape(1, 1)),
 )

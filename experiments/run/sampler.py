@@ -52,7 +52,8 @@ class Sampler:
         c = base.config.rollout
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        self._generate = base.on_mesh_measured(runs.each(training_rollout(base, topk=runs.topk).measured))
+        rollout = training_rollout(base, topk=runs.topk, entropy=runs.needs_entropy)
+        self._generate = base.on_mesh_measured(runs.each(rollout.measured))
         self._talks: Conversing | None = None
         if base.config.data.kind == "environment":
             if runs.stacked:

@@ -424,6 +424,11 @@ class Setup:
         """K, how many tokens' log-probabilities the rollout records: rollout.tracked where something needs them."""
         return self.config.rollout.tracked if "topk" in self.needed else 0
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the rollout records the behavior policy's entropy."""
+        return "behavior_entropy" in self.needed
+
     @cached_property
     def stops(self) -> Stops | None:
         """The stop strings of training and evaluation; None without any, and where shapes alone matter."""

@@ -60,6 +60,7 @@ LATER = {  # what methods set that never had a file, from their sources
     "gmpo": {**STD, **SEQUENCE},
     "minpro": STD,
     "m2po": STD,
+    "estr": STD,
 }
 
 
@@ -95,6 +96,7 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "vespo": ("–", "`k_high` 2, `k_low` 3, `lambda_high` 3, `lambda_low` 2"),
     "gmpo": ("–", "`eps_high` 0.4, `eps_low` 0.4"),
     "m2po": ("∞", "`delta` 0.04"),
+    "estr": ("∞", "`delta` 1, `entropy_floor` 0.01, `eps_high` 0.2, `eps_low` 0.2"),
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
 }
@@ -110,7 +112,7 @@ def test_the_page_reads_numbers_off_the_loss(name):
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 50 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 51 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",

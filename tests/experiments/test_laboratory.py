@@ -44,7 +44,7 @@ def drawn():
     c = load_config(str(ROOT / "configs" / "quickstart.py"), [])
     c.policy.path, c.compile_cache = str(ROOT / "assets" / "tiny"), ""
     c.rollout.prompts, c.rollout.group_size, c.train.minibatches = 4, 4, 1
-    with Probe(c, topk=20) as probe:
+    with Probe(c, topk=20, entropy=True) as probe:
         params = probe.state().params
         batch, lengths, prompts = probe.draw(params)
         plan = probe.plan(np.arange(len(lengths)), lengths, prompts)
@@ -61,7 +61,7 @@ def test_a_method_takes_a_step_on_the_embedded_default(name, drawn):
     checks.check(c)
     setup = Setup(c, probe.setup.model, mean_prompt=probe.setup.mean_prompt)
     needed = setup.needed
-    fields = ("proximal_logp", "reference_logp", "teacher_logp")
+    fields = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy")
     absent = [field for field in fields if field not in needed]
     absent += [] if "topk" in needed else ["topk_ids", "topk_behavior_logp", "topk_proximal_logp"]
     batch = batch.replace(**dict.fromkeys(absent))

@@ -56,7 +56,7 @@ def compiled(temperature: float, like: float, group_size: int = G, length: int =
     def run(params, prompts, key, eos_ids, pad_id):
         return Rollout(
             config, group_size=group_size, max_new_tokens=length, temperature=temperature,
-            eos_ids=tuple(eos_ids), pad_id=pad_id, **{"topk": K} | options,
+            eos_ids=tuple(eos_ids), pad_id=pad_id, **{"topk": K, "record_entropy": True} | options,
         )(params, prompts, key)  # fmt: skip
 
     return run

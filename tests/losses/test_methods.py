@@ -20,7 +20,7 @@ from tests.helpers.places import GOLDEN
 FOLDER = GOLDEN / "losses"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 CASES = ("packed", "rows", "tokens", "ties")
-OTHERS = ("proximal_logp", "reference_logp", "teacher_logp", "exact.tv", "exact.kl")
+OTHERS = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact.tv", "exact.kl")
 FIELDS = ("logp", "behavior_logp", "advantages", *OTHERS)
 
 
@@ -43,8 +43,8 @@ NEVER_MASKED = {"reinforce", "sapo", "drpo", "vespo", "minpro"}
 def needs(name: str) -> frozenset[str]:
     if name.startswith("dppo_exact"):
         return frozenset({"exact"})
-    if name == "distill":
-        return frozenset({"teacher_logp"})
+    if name in ("distill", "estr"):
+        return frozenset({"teacher_logp" if name == "distill" else "behavior_entropy"})
     return frozenset({"proximal_logp"} if name in FROM_PROXIMAL else ())
 
 
@@ -54,6 +54,7 @@ def arrays(case: str) -> dict[str, np.ndarray]:
 
 def inputs_of(z: dict[str, np.ndarray]) -> LossInputs:
     names = ("logp", "behavior_logp", "advantages", "mask", "segments", "proximal_logp", "reference_logp")
+    names += ("behavior_entropy",)
     exact = ExactDivergence(tv=jnp.asarray(z["tv"]), kl=jnp.asarray(z["kl"]))
     teacher = jnp.asarray(z["reference_logp"])  # as in the golden script
     return LossInputs(**{name: jnp.asarray(z[name]) for name in names if name in z}, teacher_logp=teacher, exact=exact)
@@ -61,7 +62,7 @@ def inputs_of(z: dict[str, np.ndarray]) -> LossInputs:
 
 def only(inputs: LossInputs, fields: frozenset[str]) -> LossInputs:
     """The inputs without the optional fields that are not needed."""
-    every = {"proximal_logp", "reference_logp", "teacher_logp", "exact"}
+    every = {"proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact"}
     return inputs.replace(**{field: None for field in every - fields})
 
 
@@ -210,7 +211,7 @@ def test_what_is_outside_the_mask_is_never_seen(case, run):
 def test_packed_sequences_equal_rows_of_their_own(case, run):
     """Each in a row of its own, its tokens one after another: neither neighbours nor holes matter."""
     z = arrays(case)
-    fields = ("logp", "behavior_logp", "proximal_logp", "reference_logp", "advantages", "tv", "kl")
+    fields = ("logp", "behavior_logp", "proximal_logp", "reference_logp", "behavior_entropy", "advantages", "tv", "kl")
     sequences = [
         (np.full(n.sum(), b), np.flatnonzero(n))
         for b, (row, mask) in enumerate(zip(z["segments"], z["mask"], strict=True))
@@ -248,6 +249,7 @@ def test_finite_at_probabilities_zero_and_one(run):
     pi, mu, pr, adv = (x.reshape(-1, 27).astype(np.float32) for x in grid)
     z = {"logp": pi, "behavior_logp": mu, "proximal_logp": pr, "advantages": adv, "mask": np.ones(pi.shape, bool)}
     z |= {"reference_logp": np.roll(pr, 1), "tv": np.full(pi.shape, 0.5), "kl": np.full(pi.shape, 87.0)}
+    z["behavior_entropy"] = np.zeros(pi.shape, np.float32)
     inputs = inputs_of(z)
     for name, several in (compiled(run)(inputs) | compiled_penalised(run)(inputs)).items():
         for out in several:

@@ -15,7 +15,7 @@ from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params
 N, G, P, R, K, TURNS, TURN_TOKENS, END = 4, 2, 6, 40, 3, 4, 9, 5
 KEY = jax.random.key(3)
 PARAMS = random_params()
-SETTINGS = dict(group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(END,), pad_id=0, topk=K)
+SETTINGS = dict(group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(END,), pad_id=0, topk=K, record_entropy=True)
 # (batches ahead, options): caches, scanned layers, shards, slots for all, pages for one row alone.
 CASES = {
     "blocks": (0, dict(slots=4)),
@@ -165,6 +165,8 @@ def test_a_token_has_the_teacher_forced_log_probability_of_all_before_it(case, m
         np.testing.assert_allclose(out.behavior_logp[out.own], want[out.own], atol=1e-4)
         top = np.take_along_axis(log_p, out.topk_ids, axis=-1)
         np.testing.assert_allclose(out.topk_logp[out.own], top[out.own], atol=1e-4)
+        entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+        np.testing.assert_allclose(out.behavior_entropy, np.where(out.own, entropy, 0), atol=1e-4)
         most = max(most, int(finished.told.turns.max()))
     assert most == TURNS
 

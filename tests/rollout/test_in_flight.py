@@ -16,7 +16,7 @@ from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params
 N, G, P, R, K, STEPS = 4, 2, 6, 40, 3, 8
 KEY = jax.random.key(3)
 PARAMS = random_params()
-SETTINGS = dict(group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(-1,), pad_id=0, topk=K)
+SETTINGS = dict(group_size=G, max_new_tokens=R, temperature=1.0, eos_ids=(-1,), pad_id=0, topk=K, record_entropy=True)
 # (batches ahead, age, options): caches, scanned layers, shards, slots for all, pages for one row alone.
 CASES = {
     "blocks": (2, 2, dict(slots=4)),
@@ -150,6 +150,8 @@ def test_a_token_has_the_log_probability_of_the_parameters_that_drew_it(case):
         np.testing.assert_allclose(
             out.topk_logp[mask], np.take_along_axis(log_p, out.topk_ids, axis=-1)[mask], atol=1e-5
         )
+        entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+        np.testing.assert_allclose(out.behavior_entropy[mask], entropy[mask], atol=1e-5)
         now = np.take_along_axis(by_step[step], out.tokens[..., None], axis=-1)[..., 0]
         old = mask & (finished.age > 0)
         assert not old.any() or np.abs(out.behavior_logp - now)[old].max() > 1e-3

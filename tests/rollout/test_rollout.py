@@ -51,13 +51,14 @@ def scenario(temperature: float, name: str):
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_behavior_logp_equals_teacher_forced_logp(temperature, name):
-    """Of the sampled tokens, and of the K topk ones; scaling by the wrong temperature would be far off."""
+    """Of the sampled tokens, and of the K topk ones, and the entropy; a wrong temperature would be far off."""
     _, pad_id, out = scenario(temperature, name)
     mask = out.response_mask
     log_p = log_probabilities(out, temperature, temperature)
     np.testing.assert_allclose(out.behavior_logp[mask], at_tokens(log_p, out.tokens)[mask], rtol=0, atol=TOLERANCE)
     topk = np.take_along_axis(log_p, out.topk_ids, axis=-1)
     np.testing.assert_allclose(out.topk_logp[mask], topk[mask], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(out.behavior_entropy[mask], entropies(log_p)[mask], rtol=0, atol=TOLERANCE)
     assert np.abs(out.behavior_logp[mask]).mean() > 0.1, "there is something to compare"
     if name == "pad is drawn":
         assert ((out.tokens == pad_id) & mask).sum() >= 5, "the pad token was sampled"
@@ -181,6 +182,8 @@ def test_nucleus_logp_is_of_the_truncated_distribution():
     np.put_along_axis(whole, out.topk_ids, out.topk_logp, axis=-1)
     np.testing.assert_array_equal(np.isfinite(whole)[clear], kept[clear])
     np.testing.assert_allclose(np.exp(whole).sum(axis=-1), 1, atol=1e-5)
+    shares = np.where(kept, p, 1) / np.where(kept, mass[..., None], 1)
+    np.testing.assert_allclose(out.behavior_entropy[clear], -(shares * np.log(shares)).sum(axis=-1)[clear], atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_batch_group_size_or_length():

@@ -75,6 +75,10 @@ SETTINGS: dict[str, list[dict]] = {
     "gmpo": [dict(eps_low=0.4, eps_high=0.4), dict(eps_low=0.02, eps_high=0.03)],
     "minpro": [dict(eps_low=1.0, eps_high=4.0), dict(eps_low=0.1, eps_high=0.05)],
     "m2po": one_delta(0.04, 2e-3),
+    "estr": [
+        dict(**WIDE, delta=1.0, entropy_floor=0.01, ratio_cap=INF),
+        dict(**TIGHT, delta=1e-3, entropy_floor=0.1, ratio_cap=1.02),
+    ],
     "distill": [dict(delta_low=0.2, ratio_cap=INF), dict(delta_low=0.02, ratio_cap=1.05)],
     "dppo_exact_tv": SIDES,
     "dppo_exact_kl": [
@@ -108,6 +112,7 @@ class Token:
     adv: float
     tv: float
     kl: float
+    entropy: float
 
     @property
     def r(self) -> float:
@@ -241,6 +246,11 @@ def m2po(t: Token, seq: Sequence, h: dict) -> list[Clause]:
     return [both(away(t), (moved and not any(x is t for x in left), far))]
 
 
+def estr(t: Token, seq: Sequence, h: dict) -> list[Clause]:
+    bound = h["delta"] * (t.entropy + h["entropy_floor"])
+    return [clip(t.r, h, t.adv), above(math.log(t.r) ** 2, bound)]
+
+
 # Methods. A mask is (token, its sequence, hyperparameters) -> clauses, of which any masks.
 
 
@@ -308,6 +318,7 @@ MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "gmpo": lambda t, seq, h: [two_sided(math.log(t.r), h["eps_high"], -h["eps_low"], t.adv)],
     "minpro": lambda t, seq, h: [],
     "m2po": m2po,
+    "estr": estr,
     "distill": distill,
     "dppo_exact_tv": lambda t, seq, h: exact(t, t.tv, h),
     "dppo_exact_kl": lambda t, seq, h: exact(t, t.kl, h),
@@ -376,7 +387,8 @@ def sequences_of(case: dict) -> list[tuple[list[tuple[int, int]], Sequence]]:
 
 def token_at(case: dict, at: tuple[int, int]) -> Token:
     probabilities = {short: math.exp(float(case[name][at])) for name, short in POLICIES.items()}
-    rest = {short: float(case[name][at]) for name, short in (("advantages", "adv"), ("tv", "tv"), ("kl", "kl"))}
+    others = {"advantages": "adv", "tv": "tv", "kl": "kl", "behavior_entropy": "entropy"}
+    rest = {short: float(case[name][at]) for name, short in others.items()}
     return Token(**probabilities, **rest)
 
 
@@ -451,6 +463,7 @@ def draw_token(rng: np.random.RandomState, drift: tuple, adv: float | None, equa
     token = dict(zip(POLICIES, (np.float32(x[sampled]) for x in (pi, mu, pr, ref)), strict=True))
     each = np.exp(mu).tolist(), np.exp(pi).tolist()
     token |= {"tv": np.float32(tv(*each)), "kl": np.float32(kl(*each))}
+    token["behavior_entropy"] = np.float32(-math.fsum(p * math.log(p) for p in each[0]))
     value = rng.standard_normal() * rng.choice([0.0, 1.0, 1.0, 2.0]) if adv is None else adv
     return token | {"advantages": np.float32(value)}
 
