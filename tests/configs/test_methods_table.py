@@ -75,6 +75,7 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "dual_clip": ("∞", "`dual_cap` 3, `eps_high` 0.2, `eps_low` 0.2"),
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
+    "pdm_topk_kl": ("5", "`delta_high` 0.05, `delta_low` 0.05, `tail` uniform"),
 }
 
 
@@ -88,7 +89,7 @@ def test_the_page_reads_numbers_off_the_loss(name):
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 44 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 48 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",
