@@ -7,7 +7,7 @@ Sections and numbers of the paper are those of arXiv 2602.04879.
 
 from ml_collections import ConfigDict, config_dict
 
-from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.losses import LOSSES, hyperparameters, words
 from dppo_jax.models.config import MATRICES
 
 INF = float("inf")
@@ -154,8 +154,10 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.name = "dppo_binary_tv"  # a key of LOSSES
+    texts = {name for loss in LOSSES.values() for name in words(loss)}
     for name in sorted({name for loss in LOSSES.values() for name in hyperparameters(loss)}):
-        c.loss[name] = config_dict.placeholder(float)  # unset: the value in loss_defaults.<loss.name>
+        # unset: the value in loss_defaults.<loss.name>
+        c.loss[name] = config_dict.placeholder(str if name in texts else float)
 
     # Used where loss.<name> is unset. From §7 and appendix E; configs/paper/sanity_test.py holds those of §5.
     # relax_* have no default alpha: §6 sweeps it.
@@ -199,6 +201,11 @@ def get_config() -> ConfigDict:
             "distill": dict(delta_low=0.2, ratio_cap=INF),  # ours; delta as DPPO's
             **{name: dict(**tv, ratio_cap=5.0) for name in DPPO_TV},
             **{name: dict(**kl, ratio_cap=5.0) for name in DPPO_KL},
+            # 2607.10848; the thresholds of the divergences that it shares with DPPO
+            "pdm_topk_tv": dict(**tv, ratio_cap=5.0, tail="uniform"),
+            "pdm_topk_kl": dict(**kl, ratio_cap=5.0, tail="uniform"),
+            "pdm_exact_tv": dict(**tv, ratio_cap=5.0),
+            "pdm_exact_kl": dict(**kl, ratio_cap=5.0),
         }
     )
 

@@ -33,6 +33,8 @@ TAIL = "over TopK ∪ {sampled} ∪ {rest}"
 QI, LIU = "Qi et al., 2602.04879", "Liu, Li et al., 2025, When speed kills stability"
 DELTA, ANCHOR = "δ and C: section 7 and appendix E.", "The ablation of the anchor (Figure 4)."
 EXACT = "δ: that of its estimates. Costs one more forward pass and two more through the head."
+GROWS, ZHOU = "the update makes it grow", "Zhou et al., 2607.10848"
+TAILS = "δ: DPPO's. `tail`: how the rest's mass lies on its tokens, evenly (uniform) or as one token (aggregated)."
 RELAXED = "Which bound holds back low-probability tokens (Figures 6 and 7). α is ours: the paper sweeps it."
 GROUP_STD, UNCAPPED = {"advantage.name": "group_mean_std"}, {"loss.ratio_cap": INF}
 SEQUENCE = {"aggregation.name": "seq_mean_token_mean"}
@@ -263,6 +265,20 @@ METHODS = {
     ),
     "dppo_exact_kl": Method(
         "DPPO, exact KL", REGION, "moving away and KL over the vocabulary > δ", "what 2602.04879 estimates", EXACT
+    ),
+    "pdm_topk_tv": Method(
+        "Predictive divergence mask, top-K TV", REGION, f"TV {TAIL} > δ, and {GROWS}", ZHOU,
+        "The paper has KL; the slope of TV is ours, and knows no signs within the rest. " + TAILS,
+    ),
+    "pdm_topk_kl": Method(
+        "Predictive divergence mask, top-K KL", REGION, f"KL {TAIL} > δ, and {GROWS}", ZHOU, TAILS
+    ),
+    "pdm_exact_tv": Method(
+        "Predictive divergence mask, exact TV", REGION, f"TV over the vocabulary > δ, and {GROWS}", ZHOU,
+        "The paper has KL; the slope of TV is ours. " + EXACT,
+    ),
+    "pdm_exact_kl": Method(
+        "Predictive divergence mask, exact KL", REGION, f"KL over the vocabulary > δ, and {GROWS}", ZHOU, EXACT
     ),
     "dppo_binary_tv_proximal": Method(
         "DPPO, binary TV, recomputed anchor", REGION, "moving away from π′ and its |π−π′| of the sampled token > δ",

@@ -11,7 +11,7 @@ Source: arXiv 2602.04879, section 4 and its appendix on approximations.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from dppo_jax.types import TopKPair
+from dppo_jax.types import SlopeSums, TopKPair
 
 # Probabilities 0 and 1 have no finite log (or log complement): log-probabilities are held inside [-LOG_MIN, -LOG_TINY].
 LOG_MIN = 1e4
@@ -105,6 +105,53 @@ def topk_kl(
     log_rest_anchor = _log_rest(anchor, in_use)
     rest = jnp.exp(log_rest_anchor) * (log_rest_anchor - _log_rest(policy, in_use))
     return jnp.maximum(entries + rest, 0.0)
+
+
+def topk_slope_sums(
+    logp: Float32[Array, "M Q"], anchor_logp: Float32[Array, "M Q"], topk: TopKPair, tail_tokens: Array | int
+) -> SlopeSums:
+    """Over TopK(mu, K) without the sampled token, and the rest as so many equally likely tokens: `tail_tokens` [M, Q].
+
+    With as many as there are this is the uniform tail of arXiv 2607.10848, with 1 its aggregated tail.
+    """
+    policy, anchor, in_use = _union(logp, anchor_logp, topk, topk.behavior_logp)
+    diff = jnp.where(in_use, prob_diff(policy, anchor), 0.0)
+    rest, rest_diff = jnp.exp(_log_rest(policy, in_use)), -jnp.sum(diff, axis=-1)
+    # The entry that is the sampled token: the one like it under both policies.
+    distance = jnp.sum(jnp.abs(jnp.stack([policy, anchor]) - jnp.stack([policy, anchor])[..., -1:]), axis=0)[..., :-1]
+    is_sampled = jnp.arange(distance.shape[-1]) == jnp.argmin(distance, axis=-1, keepdims=True)
+    pi = jnp.where(is_sampled & topk.has_sampled[..., None], 0.0, jnp.exp(policy[..., :-1]))
+    diff, tail_tokens = diff[..., :-1], jnp.maximum(tail_tokens, 1)
+    sign, rest_sign = jnp.sign(diff), jnp.sign(rest_diff)
+    return SlopeSums(
+        gap=-jnp.sum(pi * diff, axis=-1) - rest * rest_diff / tail_tokens,
+        square=jnp.sum(pi**2, axis=-1) + rest**2 / tail_tokens,
+        signed=jnp.sum(sign * pi, axis=-1) + rest_sign * rest,
+        signed_square=jnp.sum(sign * pi**2, axis=-1) + rest_sign * rest**2 / tail_tokens,
+    )
+
+
+def kl_slope(logp: Float32[Array, "M Q"], anchor_logp: Float32[Array, "M Q"], sums: SlopeSums) -> Float32[Array, "M Q"]:
+    """The derivative of KL(mu || pi), in nats, when the logits move along the gradient of log pi(a), a the sampled
+    token (2607.10848): (pi_a - mu_a) + sum_j pi_j (mu_j - pi_j).
+
+    a's own part of the sum is added to the first term, (1 - pi_a)(pi_a - mu_a), so that nothing cancels where a is
+    nearly certain.
+    """
+    return -jnp.expm1(_clipped(logp)) * prob_diff(logp, anchor_logp) + sums.gap
+
+
+def tv_slope(logp: Float32[Array, "M Q"], anchor_logp: Float32[Array, "M Q"], sums: SlopeSums) -> Float32[Array, "M Q"]:
+    """The derivative of TV along the same step. The logits' gradient is e_a - pi, so d pi_j = pi_j (1[j = a] - pi_j -
+    pi_a + sum_k pi_k^2), and with s the sign of pi - mu the derivative is half of
+
+        s_a pi_a - sum_j s_j pi_j^2 - (pi_a - sum_j pi_j^2) sum_j s_j pi_j,
+
+    the terms of a again gathered. Ours: 2607.10848 has KL alone.
+    """
+    pi, others = jnp.exp(_clipped(logp)), -jnp.expm1(_clipped(logp))
+    sampled = jnp.sign(prob_diff(logp, anchor_logp)) * pi * (others**2 + sums.square)
+    return 0.5 * (sampled - sums.signed_square - (pi * others - sums.square) * sums.signed)
 
 
 def sampled_in_topk(tokens: Array, topk_ids: Array) -> Bool[Array, "M Q"]:

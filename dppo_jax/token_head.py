@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int32
 
 from dppo_jax.devices.sharding import constrain, is_cut, summed_product
-from dppo_jax.types import ExactDivergence, HeadOutput
+from dppo_jax.types import ExactDivergence, HeadOutput, SlopeSums
 
 LOWEST = -1e30  # in place of log 0, so that 0 log 0 is 0
 
@@ -77,7 +77,7 @@ def token_head(
         vocab_chunks = vocab_chunk_count(math.prod(targets.shape), len(weight))
     static = (float(temperature), None if softcap is None else float(softcap), min(vocab_chunks, len(weight)))
     logp, entropy, ids_logp = _head(static, hidden, weight, targets, ids)
-    return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp)
+    return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp, vocabulary=jnp.int32(len(weight)))
 
 
 def exact_divergence(
@@ -85,6 +85,7 @@ def exact_divergence(
     weight: Float[Array, "V E"],
     behavior_hidden: Float[Array, "M Q E"],
     behavior_weight: Float[Array, "V E"],
+    targets: Int32[Array, "M Q"] | None = None,
     *,
     temperature: float = 1.0,
     behavior_temperature: float = 1.0,
@@ -93,7 +94,8 @@ def exact_divergence(
 ) -> ExactDivergence:
     """TV and KL(mu || pi), in nats, over the whole vocabulary, from the hidden states of both policies; no gradient.
 
-    Two passes over the vocabulary in chunks, the first for the two normalisers: never a buffer of all logits.
+    With the sampled tokens `targets` it has the sums of both slopes, too. Two passes over the vocabulary in chunks, the
+    first for the two normalisers: never a buffer of all logits.
     """
     inputs = jax.lax.stop_gradient((hidden, weight, behavior_hidden, behavior_weight))
     hidden, weight, behavior_hidden, behavior_weight = inputs
@@ -122,13 +124,18 @@ def exact_divergence(
         z, behavior_z = both_logits(number)
         logp = jnp.maximum(z - lse[..., None], LOWEST)
         behavior_logp = jnp.maximum(behavior_z - behavior_lse[..., None], LOWEST)
-        mu = jnp.exp(behavior_logp)
-        gap = jnp.abs(jnp.exp(logp) - mu)
-        return sums[0] + jnp.sum(gap, axis=-1), sums[1] + jnp.sum(mu * (behavior_logp - logp), axis=-1)
+        pi, mu = jnp.exp(logp), jnp.exp(behavior_logp)
+        diff = pi - mu
+        terms = [jnp.abs(diff), mu * (behavior_logp - logp)]
+        if targets is not None:
+            is_target = jnp.arange(z.shape[-1]) * vocab_chunks + number == targets[..., None]
+            pi = jnp.where(is_target, 0.0, pi)
+            terms += [-pi * diff, pi**2, jnp.sign(diff) * pi, jnp.sign(diff) * pi**2]  # as SlopeSums has them
+        return [total + jnp.sum(term, axis=-1) for total, term in zip(sums, terms, strict=True)]
 
-    zeros = jnp.zeros(hidden.shape[:-1], jnp.float32)
-    gap, kl = jax.lax.fori_loop(0, vocab_chunks, add, (zeros, zeros))
-    return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0))
+    zeros = [jnp.zeros(hidden.shape[:-1], jnp.float32)] * (2 if targets is None else 6)
+    gap, kl, *slope = jax.lax.fori_loop(0, vocab_chunks, add, zeros)
+    return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0), slope=SlopeSums(*slope) if slope else None)
 
 
 # Chunk j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of

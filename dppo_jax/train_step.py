@@ -71,7 +71,7 @@ class BehaviorHead:
 
 NOISE = 2  # folded into the seed's key beside the step; the rollout and the evaluation have 0 and 1 (run/setup.py)
 
-PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior_head=None, noise_key=None)
+PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior_head=None, noise_key=None, slope_sums=False)
 BehaviorForward = Callable[[Params, PackedBatch], BehaviorHead]
 # (state, batch, plan), and the behavior parameters where exact divergences are needed
 Update = Callable[..., tuple[TrainState, Metrics]]
@@ -125,11 +125,11 @@ def make_policy_logprobs(
     behavior_temperature: float | None = None,
     head_float32: bool = False,
 ) -> PolicyLogprobs:
-    """A pure function (params, packed, behavior_head=None, noise_key=None) -> HeadOutput, by a teacher-forced pass.
+    """A pure function (params, packed, and what follows) -> HeadOutput, by a teacher-forced pass.
 
     The HeadOutput [M, Q] has the logp of every response token and the entropy, in nats, and the logp of the top-K
-    tokens where `packed` has them. With a `behavior_head` it has the exact divergences from the behavior policy, too.
-    With a `noise_key` the policy is perturbed (ALP, 2603.19470).
+    tokens where `packed` has them. With a `behavior_head` it has the exact divergences from the behavior policy, too,
+    and with `slope_sums` what their slopes are made of. With a `noise_key` the policy is perturbed (ALP, 2603.19470).
 
     At the rollout's parameters this is the proximal policy; inside the update it is the policy.
     `temperature` divides the policy's logits, `behavior_temperature` the behavior policy's (None: `temperature`).
@@ -142,6 +142,7 @@ def make_policy_logprobs(
         packed: PackedBatch,
         behavior_head: BehaviorHead | None = None,
         noise_key: Key[Array, ""] | None = None,
+        slope_sums: bool = False,
     ) -> HeadOutput:
         states, routed = states_before(
             config, params, packed, dtype=dtype, remat=remat, attention=attention, noise_key=noise_key
@@ -165,6 +166,7 @@ def make_policy_logprobs(
             head_weight(params),
             behavior_head.hidden,
             behavior_head.weight,
+            packed.targets if slope_sums else None,
             temperature=temperature,
             behavior_temperature=temperature if behavior_temperature is None else behavior_temperature,
             softcap=config.logit_softcap,
@@ -244,11 +246,13 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
     """What the loss may see, from a packed batch and the policy's head on it."""
     topk = None
     if packed.topk_ids is not None:
+        has_sampled = sampled_in_topk(packed.targets, packed.topk_ids)
         topk = TopKPair(
             logp=head.ids_logp,
             behavior_logp=packed.topk_behavior_logp,
-            has_sampled=sampled_in_topk(packed.targets, packed.topk_ids),
+            has_sampled=has_sampled,
             proximal_logp=packed.topk_proximal_logp,
+            outside=None if head.vocabulary is None else head.vocabulary - packed.topk_ids.shape[-1] - ~has_sampled,
         )
     return LossInputs(
         logp=head.logp,
@@ -272,6 +276,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     behavior_forward: BehaviorForward | None = None,
+    slope_sums: bool = False,
     shadow_losses: Mapping[str, functools.partial] = MappingProxyType({}),
     count_tokens: int = 0,
     noise_seed: int | None = None,
@@ -280,16 +285,16 @@ def make_update(
 
     Aggregation weights are those of the whole minibatch; the gradients of its microbatches are added. How it is cut
     and packed changes memory and time, and nothing else. All plans of a run have one shape, so it compiles once.
-    With a `behavior_forward` it takes a fourth argument, the behavior parameters, and losses see exact divergences.
-    The masks of `shadow_losses` are measured beside that of the loss that trains; `count_tokens` is the size of the
-    vocabulary, where masked tokens are to be counted. With a `noise_seed` the policy is perturbed, by noise that
-    depends on it, on the update's number and the microbatch's.
+    With a `behavior_forward` it takes a fourth argument, the behavior parameters, and losses see exact divergences;
+    with `slope_sums` the sums of their slopes, too. The masks of `shadow_losses` are measured beside that of the loss
+    that trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a
+    `noise_seed` the policy is perturbed, by noise that depends on it, on the update's number and the microbatch's.
     """
 
     def objective(
         params: Params, frozen: Params, packed: PackedBatch, behavior_head: BehaviorHead | None, noise_key: Array | None
     ) -> tuple[Array, Metrics]:
-        extras = {"behavior_head": behavior_head, "noise_key": noise_key}
+        extras = {"behavior_head": behavior_head, "noise_key": noise_key, "slope_sums": slope_sums or None}
         extras = {name: value for name, value in extras.items() if value is not None}
         head = policy_logprobs(joined(frozen, params), packed, **extras)
         inputs = loss_inputs(packed, head)

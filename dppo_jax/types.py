@@ -99,6 +99,20 @@ class TopKPair:
     behavior_logp: Float32[Array, "M Q K"]
     has_sampled: Bool[Array, "M Q"]  # whether the sampled token is among the K
     proximal_logp: Float32[Array, "M Q K"] | None = None
+    outside: Int32[Array, "M Q"] | None = None  # tokens of the vocabulary beside the K and the sampled one
+
+
+@struct.dataclass
+class SlopeSums:
+    """Sums over the tokens j beside the sampled one, of which the slopes of divergences are made.
+
+    s_j is the sign of pi_j - mu_j. The slopes: `kl_slope` and `tv_slope` of dppo_jax/divergences.py.
+    """
+
+    gap: Float32[Array, "M Q"]  # pi_j (mu_j - pi_j)
+    square: Float32[Array, "M Q"]  # pi_j^2
+    signed: Float32[Array, "M Q"]  # s_j pi_j
+    signed_square: Float32[Array, "M Q"]  # s_j pi_j^2
 
 
 @struct.dataclass
@@ -107,6 +121,7 @@ class ExactDivergence:
 
     tv: Float32[Array, "M Q"]
     kl: Float32[Array, "M Q"]
+    slope: SlopeSums | None = None  # None unless a loss asks for it
 
 
 @struct.dataclass
@@ -157,3 +172,4 @@ class HeadOutput:
     ids_logp: Float32[Array, "M Q K"] | None = None  # of the K token ids that were passed
     exact: ExactDivergence | None = None  # from the behavior policy; None unless its hidden states were passed
     routing: Routing | None = None  # of a mixture of experts
+    vocabulary: Int32[Array, ""] | None = None  # V, how many tokens the distribution is over

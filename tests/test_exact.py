@@ -42,13 +42,16 @@ def log_softmax(hidden, weight, temperature, softcap):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
+TARGETS = np.random.default_rng(1).integers(0, V, (B, R)).astype(np.int32)
+
+
 @pytest.mark.parametrize("pieces", [1, 4, 7])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 0.1, 3.0])
 def test_against_float64(distance, softcap, pieces):
     hidden, weight, behavior_hidden, behavior_weight = policies(distance)
     found = exact_divergence(
-        hidden, weight, behavior_hidden, behavior_weight,
+        hidden, weight, behavior_hidden, behavior_weight, TARGETS,
         temperature=0.8, behavior_temperature=1.1, softcap=softcap, vocab_chunks=pieces,
     )  # fmt: skip
     pi, mu = log_softmax(hidden, weight, 0.8, softcap), log_softmax(behavior_hidden, behavior_weight, 1.1, softcap)
@@ -56,17 +59,32 @@ def test_against_float64(distance, softcap, pieces):
     kl = (np.exp(mu) * (mu - pi)).sum(-1)
     np.testing.assert_allclose(found.tv, tv, atol=1e-5)
     np.testing.assert_allclose(found.kl, kl, rtol=1e-5, atol=1e-5)
+    others = np.arange(V) != TARGETS[..., None]
+    p, diff = np.where(others, np.exp(pi), 0.0), np.exp(pi) - np.exp(mu)
+    sums = {"gap": -p * diff, "square": p**2, "signed": np.sign(diff) * p, "signed_square": np.sign(diff) * p**2}
+    if distance > 0.01:  # float32 knows the signs of differences
+        for name, each in sums.items():
+            np.testing.assert_allclose(getattr(found.slope, name), each.sum(-1), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_nothing_lies_between_a_policy_and_itself():
     hidden, weight, *_ = policies(0.0)
-    found = exact_divergence(hidden, weight, hidden, weight, vocab_chunks=5)
+    found = exact_divergence(hidden, weight, hidden, weight, TARGETS, vocab_chunks=5)
     assert (found.tv == 0).all() and (found.kl == 0).all()
+    assert (found.slope.gap == 0).all() and (found.slope.signed == 0).all() and (found.slope.signed_square == 0).all()
+
+
+def test_slopes_are_summed_where_a_token_is_given_alone():
+    hidden, weight, behavior_hidden, behavior_weight = policies(0.1)
+    plain = exact_divergence(hidden, weight, behavior_hidden, behavior_weight)
+    both = exact_divergence(hidden, weight, behavior_hidden, behavior_weight, TARGETS)
+    assert plain.slope is None
+    np.testing.assert_allclose(both.tv, plain.tv, rtol=1e-6)
+    np.testing.assert_allclose(both.kl, plain.kl, rtol=1e-6)
 
 
 def test_no_gradient_flows_and_binary_is_below():
     hidden, weight, behavior_hidden, behavior_weight = policies(0.3)
-    targets = np.random.default_rng(1).integers(0, V, (B, R)).astype(np.int32)
 
     def total(hidden, weight):
         found = exact_divergence(hidden, weight, behavior_hidden, behavior_weight)
@@ -75,7 +93,7 @@ def test_no_gradient_flows_and_binary_is_below():
     gradients, found = jax.grad(total, argnums=(0, 1), has_aux=True)(jnp.asarray(hidden), jnp.asarray(weight))
     assert all((g == 0).all() for g in gradients)
     logp, behavior_logp = (
-        token_head(h, w, targets).logp for h, w in ((hidden, weight), (behavior_hidden, behavior_weight))
+        token_head(h, w, TARGETS).logp for h, w in ((hidden, weight), (behavior_hidden, behavior_weight))
     )
     assert (binary_tv(logp, behavior_logp) <= found.tv + 1e-6).all()
     assert (binary_kl(logp, behavior_logp) <= found.kl + 1e-6).all()

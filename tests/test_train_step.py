@@ -355,7 +355,7 @@ def test_the_loss_sees_what_the_batch_holds():
         proximal_logp=at[4, ..., 0],
         topk_proximal_logp=at[4],
     )
-    head = HeadOutput(logp=at[5, ..., 0], entropy=at[5, ..., 1], ids_logp=at[5])
+    head = HeadOutput(logp=at[5, ..., 0], entropy=at[5, ..., 1], ids_logp=at[5], vocabulary=jnp.int32(2 * K))
     inputs = loss_inputs(full, head)
     assert isinstance(inputs, LossInputs)
     np.testing.assert_array_equal(inputs.topk.has_sampled, packed.targets < K)
@@ -368,6 +368,7 @@ def test_the_loss_sees_what_the_batch_holds():
         (inputs.topk.logp, head.ids_logp),
         (inputs.topk.behavior_logp, at[3]),
         (inputs.topk.proximal_logp, at[4]),
+        (inputs.topk.outside, np.where(packed.targets < K, K, K - 1)),
     ):
         np.testing.assert_array_equal(got, want)
     assert loss_inputs(packed, head).topk is None

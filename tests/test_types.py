@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import jaxtyped
 
 import dppo_jax.types as types
-from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.losses import LOSSES, hyperparameters, words
 
 CLASSES = {name: c for name, c in vars(types).items() if isinstance(c, type) and dataclasses.is_dataclass(c)}
 N, G, P, B, R, K, M, T, Q, L, k, X = 2, 7, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13
@@ -27,9 +27,12 @@ def yes(*shape):
     return jnp.ones(shape, bool)
 
 
-TOPK = dict(logp=f32(B, R, K), behavior_logp=f32(B, R, K), has_sampled=yes(B, R), proximal_logp=f32(B, R, K))
+TOPK = dict(
+    logp=f32(B, R, K), behavior_logp=f32(B, R, K), has_sampled=yes(B, R), proximal_logp=f32(B, R, K), outside=i32(B, R)
+)
 ROUTING = dict(load=f32(L, X), entropy=f32(L), tokens=f32())
-EXACT = dict(tv=f32(B, R), kl=f32(B, R))
+SLOPE = dict(gap=f32(B, R), square=f32(B, R), signed=f32(B, R), signed_square=f32(B, R))
+EXACT = dict(tv=f32(B, R), kl=f32(B, R), slope=types.SlopeSums(**SLOPE))
 FULL = {
     "PromptBatch": dict(tokens=i32(N, P), mask=yes(N, P), group=i32(N), limit=i32(N, G)),
     "RolloutBatch": dict(
@@ -51,6 +54,7 @@ FULL = {
         reference_logp=f32(M, Q), teacher_logp=f32(M, Q), experts=i32(M, T, L * k), behavior_entropy=f32(M, Q),
     ),
     "TopKPair": TOPK,
+    "SlopeSums": SLOPE,
     "ExactDivergence": EXACT,
     "LossInputs": dict(
         logp=f32(B, R), behavior_logp=f32(B, R), advantages=f32(B, R), mask=yes(B, R), segments=i32(B, R),
@@ -61,7 +65,7 @@ FULL = {
     "Routing": ROUTING,
     "HeadOutput": dict(
         logp=f32(B, R), entropy=f32(B, R), ids_logp=f32(B, R, K), exact=types.ExactDivergence(**EXACT),
-        routing=types.Routing(**ROUTING),
+        routing=types.Routing(**ROUTING), vocabulary=i32(),
     ),
 }  # fmt: skip
 
@@ -153,8 +157,11 @@ def test_each_is_frozen(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_loss_returns_is_a_loss_output(name):
+    numbers = dict.fromkeys(hyperparameters(LOSSES[name]), 0.5)
+    texts = {key: known[0] for key, known in words(LOSSES[name]).items()}
+
     def run(inputs):
-        out = LOSSES[name](inputs, **dict.fromkeys(hyperparameters(LOSSES[name]), 0.5))
+        out = LOSSES[name](inputs, **{**numbers, **texts})
         checked(types.LossOutput)(coef=out.coef, keep=out.keep, metrics=out.metrics)  # a tracer is a jax.Array
         return out
 

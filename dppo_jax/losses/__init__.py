@@ -9,21 +9,23 @@ Upper thresholds (`*_high`) guard A > 0, lower ones (`*_low`) guard A < 0. Inequ
 threshold is kept, except where a row says otherwise.
 
 To add a loss: write one function of (LossInputs, *, hyperparameters) that returns `from_keep(...)` or a `LossOutput`,
-and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`; bounds on the mismatch rho =
-pi'/mu are called `correction_*`, and tell that a loss corrects it. `Sequences` gives sums over whole responses.
+and put it into LOSSES. Its keyword-only arguments become the config keys `loss.<name>`: numbers, or one of a few words
+where the annotation is a Literal. Bounds on the mismatch rho = pi'/mu are called `correction_*`, and tell that a loss
+corrects it. `Sequences` gives sums over whole responses.
 """
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 
 from dppo_jax.divergences import prob_diff
 from dppo_jax.errors import UserError, lookup, nearest
-from dppo_jax.losses import corrections, distillation, divergence, ratio, sequence
+from dppo_jax.losses import corrections, distillation, divergence, predictive, ratio, sequence
 from dppo_jax.losses.core import (
     BoundLoss,
     Loss,
@@ -38,7 +40,7 @@ from dppo_jax.losses.core import (
     zero_outside_mask,
 )
 from dppo_jax.losses.reference import ESTIMATORS, token_kl, with_reference_kl
-from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
+from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, SlopeSums, TopKPair
 
 __all__ = [
     "ESTIMATORS",
@@ -47,6 +49,7 @@ __all__ = [
     "LossInputs",
     "LossOutput",
     "Sequences",
+    "SlopeSums",
     "TopKPair",
     "bind_loss",
     "from_keep",
@@ -90,6 +93,10 @@ LOSSES: dict[str, Loss] = {
     "dppo_topk_kl": divergence.dppo_topk_kl,
     "dppo_exact_tv": functools.partial(divergence.dppo_exact, kind="tv"),
     "dppo_exact_kl": functools.partial(divergence.dppo_exact, kind="kl"),
+    "pdm_topk_tv": functools.partial(predictive.pdm_topk, kind="tv"),
+    "pdm_topk_kl": functools.partial(predictive.pdm_topk, kind="kl"),
+    "pdm_exact_tv": functools.partial(predictive.pdm_exact, kind="tv"),
+    "pdm_exact_kl": functools.partial(predictive.pdm_exact, kind="kl"),
     "dppo_binary_tv_proximal": functools.partial(divergence.dppo_binary_tv, proximal=True),
     "dppo_binary_kl_proximal": functools.partial(divergence.dppo_binary_kl, proximal=True),
     "dppo_topk_tv_proximal": functools.partial(divergence.dppo_topk_tv, proximal=True),
@@ -119,10 +126,24 @@ def hyperparameters(loss: Loss) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
 
 
-def bind_loss(name: str, values: Mapping[str, float]) -> functools.partial:
+def words(loss: Loss) -> dict[str, tuple[str, ...]]:
+    """Its hyperparameters that are text, each with the words that it may be: those of its Literal annotation."""
+    parameters, names = inspect.signature(loss).parameters, hyperparameters(loss)
+    annotations = {name: parameters[name].annotation for name in names}
+    return {name: get_args(kind) for name, kind in annotations.items() if get_origin(kind) is Literal}
+
+
+def check_word(value: Any, known: Sequence[str], key: str) -> None:
+    """UserError for a value of `key` that is none of the known words."""
+    if not isinstance(value, str):
+        raise UserError(f"{key} must be text, not {value!r}; known: {', '.join(sorted(known))}")
+    lookup(dict.fromkeys(known), value, key)
+
+
+def bind_loss(name: str, values: Mapping[str, float | str]) -> functools.partial:
     """The loss called `name` with its hyperparameters fixed to `values`, by name.
 
-    UserError for an unknown loss, and for a hyperparameter that is unknown or missing.
+    UserError for an unknown loss, for a hyperparameter that is unknown or missing, and for an unknown word.
     """
     loss = lookup(LOSSES, name, "loss")
     names = hyperparameters(loss)
@@ -135,6 +156,8 @@ def bind_loss(name: str, values: Mapping[str, float]) -> functools.partial:
             f"loss {name!r} needs {keys}, which nothing sets (in a sweep: loss_defaults.{name}.{missing[0]}); "
             f"its hyperparameters are {sorted(names)}"
         )
+    for key, known in words(loss).items():
+        check_word(values[key], known, f"loss.{key}")
     return functools.partial(loss, **values)
 
 
@@ -144,30 +167,36 @@ def corrects_mismatch(loss: Loss) -> bool:
 
 
 # Fields that cost something to have.
-OPTIONAL = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "topk", "exact")
+OPTIONAL = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "topk", "exact", "exact.slope")
+
+
+def _without(inputs: Any, field: str) -> Any:
+    """The same with None in a field (dots reach into it)."""
+    name, _, inner = field.partition(".")
+    return dataclasses.replace(inputs, **{name: _without(getattr(inputs, name), inner) if inner else None})
 
 
 def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
-    """Which of some fields of LossInputs a bound loss needs, found by tracing it without each."""
+    """Which of some fields of LossInputs (dots reach into one) a bound loss needs, found by tracing it without each."""
     value, flag = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    topk = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+    topk, count = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     full = LossInputs(
         logp=value,
         behavior_logp=value,
         advantages=value,
         mask=flag,
-        segments=jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        segments=count,
         proximal_logp=value,
         reference_logp=value,
         teacher_logp=value,
         behavior_entropy=value,
-        topk=TopKPair(logp=topk, behavior_logp=topk, has_sampled=flag, proximal_logp=topk),
-        exact=ExactDivergence(tv=value, kl=value),
+        topk=TopKPair(logp=topk, behavior_logp=topk, has_sampled=flag, proximal_logp=topk, outside=count),
+        exact=ExactDivergence(tv=value, kl=value, slope=SlopeSums(*[value] * 4)),
     )
 
     def needs(field: str) -> bool:
         try:
-            jax.eval_shape(loss, dataclasses.replace(full, **{field: None}))
+            jax.eval_shape(loss, _without(full, field))
         except (MissingField, TypeError, AttributeError):  # asked with `require`, or used as if it were there
             return True
         return False

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import Path, check_text, disk_path, to_path, user_path
-from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.losses import LOSSES, hyperparameters, words
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,7 +252,8 @@ def _open_defaults(config: ConfigDict, overrides: Sequence[str]) -> None:
             if match[1] not in defaults:
                 defaults[match[1]] = ConfigDict()
             if match[2] not in defaults[match[1]]:
-                defaults[match[1]][match[2]] = config_dict.placeholder(float)
+                kind = str if match[2] in words(LOSSES[match[1]]) else float
+                defaults[match[1]][match[2]] = config_dict.placeholder(kind)
 
 
 def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:

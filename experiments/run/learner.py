@@ -230,7 +230,7 @@ def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Calla
             return jax.lax.switch(loss_index, losses, inputs)
 
         scaled = optax.chain(base.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
-        return base.update_with(loss, scaled, runs.needs_exact)(state, batch, plan, *behavior)
+        return base.update_with(loss, scaled, runs.needed)(state, batch, plan, *behavior)
 
     compiled = jax.jit(runs.each(update), donate_argnums=0)
     loss_index = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)

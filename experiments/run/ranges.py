@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.files import check_text
-from dppo_jax.losses import LOSSES, hyperparameters
+from dppo_jax.losses import LOSSES, check_word, hyperparameters, words
 from dppo_jax.rewards.scorer import MAX_TIME_LIMIT_S
 from dppo_jax.rewards.shaping import TERMS
 
@@ -286,9 +286,15 @@ def _check_loss(name: str, section: Any, prefix: str) -> None:
 
 
 def _check_hyperparameter(loss: Any, name: str, value: Any, key: str) -> None:
-    """By the table where the loss is of this package; of another's, NaN alone is refused."""
+    """Its words, or by the table where the loss is of this package; of another's numbers, NaN alone is refused."""
     if value is None and key.startswith("loss."):
         return
+    known = words(LOSSES[loss]).get(name) if loss in LOSSES else None
+    if known is not None:
+        check_word(value, known, key)
+        return
+    if loss in LOSSES and name not in hyperparameters(LOSSES[loss]) and isinstance(value, str):
+        return  # a word of another loss, which `bind_loss` refuses
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{key} must be a number, not {shown(value)}")
     if value != value:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dppo_jax.errors import lookup
 from dppo_jax.losses.core import BoundLoss
-from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, TopKPair
+from dppo_jax.types import ExactDivergence, LossInputs, LossOutput, SlopeSums, TopKPair
 from experiments.run.setup import Setup
 
 
@@ -139,6 +139,8 @@ EVERY_FIELD = LossInputs(
     reference_logp=_shape(1, 1),
     teacher_logp=_shape(1, 1),
     behavior_entropy=_shape(1, 1),
-    topk=TopKPair(_shape(1, 1, 1), _shape(1, 1, 1), _shape(1, 1, dtype=bool), _shape(1, 1, 1)),
-    exact=ExactDivergence(_shape(1, 1), _shape(1, 1)),
+    topk=TopKPair(
+        _shape(1, 1, 1), _shape(1, 1, 1), _shape(1, 1, dtype=bool), _shape(1, 1, 1), _shape(1, 1, dtype=jnp.int32)
+    ),
+    exact=ExactDivergence(_shape(1, 1), _shape(1, 1), SlopeSums(*[_shape(1, 1)] * 4)),
 )

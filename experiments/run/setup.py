@@ -103,12 +103,12 @@ class Setup:
         return with_reference_kl(bound, coef=c.reference.coef, estimator=c.reference.estimator)
 
     @property
-    def hyperparameters(self) -> dict[str, float]:
+    def hyperparameters(self) -> dict[str, Any]:
         """Of the loss, by name."""
         set_here = {key: value for key, value in self.config.loss.items() if key != "name" and value is not None}
         return {**self._defaults(self.config.loss.name), **set_here}
 
-    def _defaults(self, name: str) -> dict[str, float]:
+    def _defaults(self, name: str) -> dict[str, Any]:
         defaults = self.config.loss_defaults
         return dict(defaults[name]) if name in defaults else {}
 
@@ -398,15 +398,16 @@ class Setup:
             head_float32=self.config.policy.head_float32,
         )
 
-    def update_with(self, loss: BoundLoss, optimizer: optax.GradientTransformation, needs_exact: bool) -> Update:
-        """One optimizer step on a minibatch, with this loss and optimizer."""
+    def update_with(self, loss: BoundLoss, optimizer: optax.GradientTransformation, needed: frozenset[str]) -> Update:
+        """One optimizer step on a minibatch, with this loss and optimizer; `needed` are the optional fields."""
         c = self.config
         return make_update(
             self.policy_logprobs,
             loss,
             self.weights,
             optimizer,
-            behavior_forward=self.behavior_forward if needs_exact else None,
+            behavior_forward=self.behavior_forward if "exact" in needed else None,
+            slope_sums="exact.slope" in needed,
             shadow_losses=self.shadow_losses,
             count_tokens=self.model.vocab_size if c.log.tokens else 0,
             noise_seed=c.seed if c.alp.sigma else None,
@@ -415,7 +416,7 @@ class Setup:
     @cached_property
     def update(self) -> Update:
         """One optimizer step on a minibatch, with the config's own."""
-        return self.update_with(self.loss, self.optimizer, self.needs_exact)
+        return self.update_with(self.loss, self.optimizer, self.needed)
 
     # --- rollouts ---
 

@@ -99,6 +99,7 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "estr": ("∞", "`delta` 1, `entropy_floor` 0.01, `eps_high` 0.2, `eps_low` 0.2"),
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
+    "pdm_topk_kl": ("5", "`delta_high` 0.05, `delta_low` 0.05, `tail` uniform"),
 }
 
 

@@ -1,6 +1,7 @@
 """The table of ranges: every numeric key of base.py is in it, and its ends are where they should be."""
 
 import math
+from typing import Literal
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from configs import base
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, from_keep, hyperparameters
+from dppo_jax.losses import LOSSES, from_keep, hyperparameters, words
 from experiments.run import checks
 from experiments.run.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
 from experiments.run.setup import Setup
@@ -28,7 +29,7 @@ def test_every_numeric_key_has_a_range_and_every_range_a_key(config):
 
 
 def test_every_hyperparameter_has_a_range_and_every_range_a_hyperparameter(config):
-    wanted = {name: hyperparameters(LOSSES[name]) for name in LOSSES if is_own(name)}
+    wanted = {name: hyperparameters(LOSSES[name]) - set(words(LOSSES[name])) for name in LOSSES if is_own(name)}
     assert set(LOSSES) == set(wanted)
     for entry in HYPERPARAMETERS:
         loss, _, name = entry.rpartition(".")
@@ -103,6 +104,38 @@ def test_a_loss_of_ones_own_may_have_any_number_but_nan(own_loss):
     own_loss.loss.floor = None
     with pytest.raises(UserError, match=r"^loss.delta must be at least 0, not -7.0$"):
         checks.check(own_loss)
+
+
+def test_a_loss_of_ones_own_may_have_words(monkeypatch):
+    """A Literal in its signature is enough: the key holds text, and what is none of the words is refused."""
+
+    def mine(inputs, *, side: Literal["left", "right"]):
+        return from_keep(inputs, inputs.logp < 0 if side == "left" else inputs.mask, ratio_cap=5.0)
+
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    config = base.get_config()
+    config.loss.name, config.loss.side = "mine", "left"
+    checks.check(config)
+    assert Setup(config).loss.keywords == {"side": "left"}
+    config.loss.side = "lift"
+    with pytest.raises(UserError, match="^unknown loss.side 'lift'; the nearest is 'left'$"):
+        checks.check(config)
+
+
+WORDS = {
+    "loss_defaults.pdm_topk_kl.tail": ("unifrom", "unknown KEY 'unifrom'; the nearest is 'uniform'"),
+    "loss_defaults.pdm_topk_tv.tail": (0.5, "KEY must be text, not 0.5; known: aggregated, uniform"),
+    "loss.tail": ("uniform", "loss 'dppo_binary_tv' has no hyperparameter 'tail'"),
+}
+
+
+@pytest.mark.parametrize("key", WORDS)
+def test_a_hyperparameter_that_is_text_is_one_of_its_words(config, key):
+    value, said = WORDS[key]
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=said.replace("KEY", key)):
+        checks.check(config)
 
 
 def test_a_learning_rate_of_0_is_told_and_not_refused(config):

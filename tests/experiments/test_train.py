@@ -345,6 +345,7 @@ def test_every_loss_passes_the_check_with_its_defaults(folder, name):
     recomputed = (*corrected, "ppo_clip_recomputed", "minirl", "minirl_tis")
     needed = {"proximal_logp"} if name.endswith("_proximal") or name in recomputed else set()
     needed |= {field for field in ("topk", "exact") if f"_{field}_" in name}
+    needed |= {"exact.slope"} if name.startswith("pdm_exact") else set()
     needed |= {"distill": {"teacher_logp"}, "estr": {"behavior_entropy"}}.get(name, set())
     assert required_fields(Setup(config).loss) == needed
     assert corrects_mismatch(LOSSES[name]) == (name in corrected)

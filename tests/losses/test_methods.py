@@ -11,7 +11,16 @@ import pytest
 
 from dppo_jax.advantages import ADVANTAGES
 from dppo_jax.errors import UserError
-from dppo_jax.losses import LOSSES, ExactDivergence, LossInputs, bind_loss, required_fields, with_reference_kl
+from dppo_jax.losses import (
+    LOSSES,
+    ExactDivergence,
+    LossInputs,
+    SlopeSums,
+    TopKPair,
+    bind_loss,
+    required_fields,
+    with_reference_kl,
+)
 from dppo_jax.losses.core import MissingField
 from dppo_jax.rewards.shaping import overlong_penalty
 from dppo_jax.weights import WEIGHTS
@@ -20,7 +29,11 @@ from tests.helpers.places import GOLDEN
 FOLDER = GOLDEN / "losses"
 RUN = {"eager": lambda f: f, "jit": jax.jit}
 CASES = ("packed", "rows", "tokens", "ties")
-OTHERS = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact.tv", "exact.kl")
+SUMS = ("gap", "square", "signed", "signed_square")
+TRACKED = ("topk.logp", "topk.behavior_logp")
+OTHERS = ("proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact.tv", "exact.kl", *TRACKED)
+OTHERS += tuple(f"exact.slope.{name}" for name in SUMS)
+VOCABULARY = 48  # the golden script's
 FIELDS = ("logp", "behavior_logp", "advantages", *OTHERS)
 
 
@@ -43,6 +56,10 @@ NEVER_MASKED = {"reinforce", "sapo", "drpo", "vespo", "minpro"}
 def needs(name: str) -> frozenset[str]:
     if name.startswith("dppo_exact"):
         return frozenset({"exact"})
+    if name.startswith("pdm_exact"):
+        return frozenset({"exact", "exact.slope"})
+    if name.startswith("pdm_topk"):
+        return frozenset({"topk"})
     if name in ("distill", "estr"):
         return frozenset({"teacher_logp" if name == "distill" else "behavior_entropy"})
     return frozenset({"proximal_logp"} if name in FROM_PROXIMAL else ())
@@ -55,15 +72,25 @@ def arrays(case: str) -> dict[str, np.ndarray]:
 def inputs_of(z: dict[str, np.ndarray]) -> LossInputs:
     names = ("logp", "behavior_logp", "advantages", "mask", "segments", "proximal_logp", "reference_logp")
     names += ("behavior_entropy",)
-    exact = ExactDivergence(tv=jnp.asarray(z["tv"]), kl=jnp.asarray(z["kl"]))
-    teacher = jnp.asarray(z["reference_logp"])  # as in the golden script
-    return LossInputs(**{name: jnp.asarray(z[name]) for name in names if name in z}, teacher_logp=teacher, exact=exact)
+    x = {name: jnp.asarray(value) for name, value in z.items()}
+    exact = ExactDivergence(tv=x["tv"], kl=x["kl"], slope=SlopeSums(**{name: x[name] for name in SUMS}))
+    topk = TopKPair(
+        logp=x["topk_logp"],
+        behavior_logp=x["topk_behavior_logp"],
+        has_sampled=x["has_sampled"],
+        outside=VOCABULARY - x["topk_logp"].shape[-1] - ~x["has_sampled"],
+    )
+    teacher = x["reference_logp"]  # as in the golden script
+    return LossInputs(**{name: x[name] for name in names if name in x}, teacher_logp=teacher, exact=exact, topk=topk)
 
 
 def only(inputs: LossInputs, fields: frozenset[str]) -> LossInputs:
     """The inputs without the optional fields that are not needed."""
-    every = {"proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact"}
-    return inputs.replace(**{field: None for field in every - fields})
+    every = {"proximal_logp", "reference_logp", "teacher_logp", "behavior_entropy", "exact", "topk"}
+    inputs = inputs.replace(**{field: None for field in every - fields})
+    if inputs.exact is not None and "exact.slope" not in fields:
+        inputs = inputs.replace(exact=inputs.exact.replace(slope=None))
+    return inputs
 
 
 def every_loss(settings: dict[str, list[dict]], inputs: LossInputs) -> dict[str, list]:
@@ -182,13 +209,20 @@ def test_the_overlong_penalty_falls_from_zero_to_minus_one():
 # What must not matter
 
 
+def changed(holder, field: str, change):
+    """The same with another value of one field (dots reach into it)."""
+    name, _, inner = field.partition(".")
+    x = getattr(holder, name)
+    return holder.replace(**{name: changed(x, inner, change) if inner else change(x)})
+
+
 def spoil(inputs: LossInputs, field: str, value: float) -> LossInputs:
-    """`value` outside the mask of one field ("exact.tv" reaches into the pair)."""
-    head, _, tail = field.partition(".")
-    holder = inputs.exact if tail else inputs
-    name = tail if tail else head
-    changed = holder.replace(**{name: jnp.where(inputs.mask, getattr(holder, name), value)})
-    return inputs.replace(exact=changed) if tail else changed
+    """`value` outside the mask of one field."""
+
+    def change(x):
+        return jnp.where(inputs.mask.reshape(inputs.mask.shape + (1,) * (x.ndim - inputs.mask.ndim)), x, value)
+
+    return changed(inputs, field, change)
 
 
 @pytest.mark.parametrize("run", RUN)
@@ -211,14 +245,14 @@ def test_what_is_outside_the_mask_is_never_seen(case, run):
 def test_packed_sequences_equal_rows_of_their_own(case, run):
     """Each in a row of its own, its tokens one after another: neither neighbours nor holes matter."""
     z = arrays(case)
-    fields = ("logp", "behavior_logp", "proximal_logp", "reference_logp", "behavior_entropy", "advantages", "tv", "kl")
+    fields = [key for key, x in z.items() if x.dtype != np.int32 and key != "mask" and "/" not in key]
     sequences = [
         (np.full(n.sum(), b), np.flatnonzero(n))
         for b, (row, mask) in enumerate(zip(z["segments"], z["mask"], strict=True))
         for n in ((row == s) & mask for s in np.unique(row[mask]))
     ]
     assert len(sequences) > len(z["mask"])
-    alone = {field: np.zeros((len(sequences), 40), np.float32) for field in fields}
+    alone = {field: np.zeros((len(sequences), *z[field].shape[1:]), z[field].dtype) for field in fields}
     alone["mask"] = np.zeros((len(sequences), 40), bool)
     for i, (b, t) in enumerate(sequences):
         alone["mask"][i, : len(t)] = True
@@ -250,6 +284,8 @@ def test_finite_at_probabilities_zero_and_one(run):
     z = {"logp": pi, "behavior_logp": mu, "proximal_logp": pr, "advantages": adv, "mask": np.ones(pi.shape, bool)}
     z |= {"reference_logp": np.roll(pr, 1), "tv": np.full(pi.shape, 0.5), "kl": np.full(pi.shape, 87.0)}
     z["behavior_entropy"] = np.zeros(pi.shape, np.float32)
+    z |= {name: np.full(pi.shape, 1e-30, np.float32) for name in SUMS} | {"has_sampled": np.arange(27) % 2 == pi * 0}
+    z |= {"topk_logp": np.stack([pi, pr], axis=-1), "topk_behavior_logp": np.stack([mu, pi], axis=-1)}
     inputs = inputs_of(z)
     for name, several in (compiled(run)(inputs) | compiled_penalised(run)(inputs)).items():
         for out in several:
@@ -274,7 +310,7 @@ def test_a_missing_field_is_named_in_one_sentence(name):
     inputs = inputs_of(arrays("packed"))
     for field in needs(name):
         with pytest.raises(MissingField, match=rf"^this loss needs LossInputs\.{field}, which is None$") as caught:
-            loss(inputs.replace(**{field: None}))
+            loss(changed(inputs, field, lambda _: None))
         assert caught.value.field == field and isinstance(caught.value, UserError)
     for key in SETTINGS[name][0]:
         with pytest.raises(UserError, match=key):

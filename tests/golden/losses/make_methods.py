@@ -21,7 +21,8 @@ import numpy as np
 from make_losses import INF, binary, kl, log_softmax, same, tv
 
 FILE = Path(__file__).with_name("methods.npz")
-VOCABULARY, ROWS, LENGTH = 48, 5, 40
+VOCABULARY, ROWS, LENGTH, TRACKED = 48, 5, 40, 4
+SUMS = ("gap", "square", "signed", "signed_square")  # over the tokens beside the sampled one, as the types have them
 POLICIES = {"logp": "pi", "behavior_logp": "mu", "proximal_logp": "pr", "reference_logp": "ref"}
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
@@ -29,6 +30,10 @@ WIDE, TIGHT = dict(eps_low=0.2, eps_high=0.28), dict(eps_low=0.1, eps_high=0.05)
 CLIP = [dict(**WIDE, ratio_cap=INF), dict(**TIGHT, ratio_cap=1.02)]
 CORRECTED = [dict(**WIDE, correction_cap=2.0), dict(**TIGHT, correction_cap=1.01)]
 SIDES = [dict(delta_low=0.15, delta_high=0.2, ratio_cap=5.0), dict(delta_low=0.03, delta_high=0.02, ratio_cap=1.05)]
+KL_SIDES = [
+    dict(delta_low=0.05, delta_high=0.05, ratio_cap=5.0),
+    dict(delta_low=0.004, delta_high=0.002, ratio_cap=1.5),
+]
 
 
 def one_delta(usual: float, tight: float) -> list[dict]:
@@ -81,10 +86,11 @@ SETTINGS: dict[str, list[dict]] = {
     ],
     "distill": [dict(delta_low=0.2, ratio_cap=INF), dict(delta_low=0.02, ratio_cap=1.05)],
     "dppo_exact_tv": SIDES,
-    "dppo_exact_kl": [
-        dict(delta_low=0.05, delta_high=0.05, ratio_cap=5.0),
-        dict(delta_low=0.004, delta_high=0.002, ratio_cap=1.5),
-    ],
+    "dppo_exact_kl": KL_SIDES,
+    "pdm_exact_tv": SIDES,
+    "pdm_exact_kl": KL_SIDES,
+    "pdm_topk_tv": [h | dict(tail=tail) for h in SIDES for tail in ("aggregated", "uniform")],
+    "pdm_topk_kl": [h | dict(tail=tail) for h in KL_SIDES for tail in ("aggregated", "uniform")],
 }
 NEVER_MASKED = ("reinforce", "sapo", "drpo", "vespo", "minpro")
 
@@ -113,6 +119,12 @@ class Token:
     tv: float
     kl: float
     entropy: float
+    gap: float
+    square: float
+    signed: float
+    signed_square: float
+    tracked: list[tuple[float, float]]  # (pi, mu) of the behavior policy's likeliest tokens
+    has_sampled: bool
 
     @property
     def r(self) -> float:
@@ -288,6 +300,45 @@ def exact(t: Token, divergence: float, h: dict) -> list[Clause]:
     return [both(away(t), above(divergence, h["delta_high"] if t.adv > 0 else h["delta_low"]))]
 
 
+def slope(kind: str, pi: list[float], mu: list[float], sampled: int) -> float:
+    """sum_j dD/dpi_j dpi_j, where the logits move along dz = e_a - pi, so that dpi_j = pi_j (dz_j - mean dz)."""
+    dz = [float(j == sampled) - p for j, p in enumerate(pi)]
+    mean_dz = math.fsum(p * d for p, d in zip(pi, dz, strict=True))
+    by_pi = [-m / p if kind == "kl" else ((p > m) - (p < m)) / 2 for p, m in zip(pi, mu, strict=True)]
+    return math.fsum(b * p * (d - mean_dz) for b, p, d in zip(by_pi, pi, dz, strict=True))
+
+
+def entries(t: Token) -> tuple[list[tuple[float, float]], tuple[float, float], int]:
+    """(pi, mu) of TopK ∪ {sampled} and of the rest, and where the sampled token is among the first."""
+    pairs = list(t.tracked) if t.has_sampled else [*t.tracked, (t.pi, t.mu)]
+    rest = 1 - math.fsum(p for p, _ in pairs), 1 - math.fsum(m for _, m in pairs)
+    distances = [abs(p - t.pi) + abs(m - t.mu) for p, m in pairs]
+    return pairs, rest, distances.index(min(distances))
+
+
+def pdm(t: Token, divergence: float, slope: float, h: dict) -> list[Clause]:
+    grows = two_sided(slope, 0.0, 0.0, t.adv)
+    return [both(grows, above(divergence, h["delta_high"] if t.adv > 0 else h["delta_low"]))]
+
+
+def pdm_topk(t: Token, kind: str, h: dict) -> list[Clause]:
+    """The divergence with the rest as one event; its slope with the rest as its tokens, equally likely, or as one."""
+    pairs, (rest_pi, rest_mu), sampled = entries(t)
+    count = VOCABULARY - len(pairs) if h["tail"] == "uniform" else 1
+    pi, mu = ([*(pair[i] for pair in pairs), *[rest / count] * count] for i, rest in enumerate((rest_pi, rest_mu)))
+    events = [*(m for _, m in pairs), rest_mu], [*(p for p, _ in pairs), rest_pi]
+    return pdm(t, {"tv": tv, "kl": kl}[kind](*events), slope(kind, pi, mu, sampled), h)
+
+
+def pdm_exact(t: Token, kind: str, h: dict) -> list[Clause]:
+    """The slope from the sums over all other tokens, to which the sampled token's terms are added."""
+    if kind == "kl":
+        return pdm(t, t.kl, t.pi - t.mu + t.gap + t.pi * (t.mu - t.pi), h)
+    s = (t.pi > t.mu) - (t.pi < t.mu)
+    square, signed, signed_square = t.square + t.pi**2, t.signed + s * t.pi, t.signed_square + s * t.pi**2
+    return pdm(t, t.tv, (s * t.pi - signed_square - (t.pi - square) * signed) / 2, h)
+
+
 MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "reinforce": lambda t, seq, h: [],
     "dual_clip": dual,
@@ -322,6 +373,10 @@ MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "distill": distill,
     "dppo_exact_tv": lambda t, seq, h: exact(t, t.tv, h),
     "dppo_exact_kl": lambda t, seq, h: exact(t, t.kl, h),
+    "pdm_topk_tv": lambda t, seq, h: pdm_topk(t, "tv", h),
+    "pdm_topk_kl": lambda t, seq, h: pdm_topk(t, "kl", h),
+    "pdm_exact_tv": lambda t, seq, h: pdm_exact(t, "tv", h),
+    "pdm_exact_kl": lambda t, seq, h: pdm_exact(t, "kl", h),
     "ppo_clip": clip_r,
     "dppo_binary_tv": lambda t, seq, h: [two_sided(t.pi - t.mu, h["delta_high"], -h["delta_low"], t.adv)],
 }
@@ -387,9 +442,12 @@ def sequences_of(case: dict) -> list[tuple[list[tuple[int, int]], Sequence]]:
 
 def token_at(case: dict, at: tuple[int, int]) -> Token:
     probabilities = {short: math.exp(float(case[name][at])) for name, short in POLICIES.items()}
-    others = {"advantages": "adv", "tv": "tv", "kl": "kl", "behavior_entropy": "entropy"}
+    others = {"advantages": "adv", "behavior_entropy": "entropy"} | {name: name for name in ("tv", "kl", *SUMS)}
     rest = {short: float(case[name][at]) for name, short in others.items()}
-    return Token(**probabilities, **rest)
+    tracked = np.exp(np.stack([case["topk_logp"][at], case["topk_behavior_logp"][at]], axis=-1).astype(np.float64))
+    has_sampled = bool(case["has_sampled"][at])
+    pairs = [(p, m) for p, m in tracked.tolist()]
+    return Token(**probabilities, **rest, tracked=pairs, has_sampled=has_sampled)
 
 
 def reference(case: dict, settings: dict) -> dict[str, np.ndarray]:
@@ -464,6 +522,12 @@ def draw_token(rng: np.random.RandomState, drift: tuple, adv: float | None, equa
     each = np.exp(mu).tolist(), np.exp(pi).tolist()
     token |= {"tv": np.float32(tv(*each)), "kl": np.float32(kl(*each))}
     token["behavior_entropy"] = np.float32(-math.fsum(p * math.log(p) for p in each[0]))
+    others = np.arange(VOCABULARY) != sampled
+    p, m = np.exp(pi)[others], np.exp(mu)[others]
+    token |= zip(SUMS, map(np.float32, (p @ (m - p), p @ p, np.sign(p - m) @ p, np.sign(p - m) @ p**2)), strict=True)
+    ids = np.argsort(-mu, kind="stable")[:TRACKED]
+    token |= {"topk_logp": pi[ids].astype(np.float32), "topk_behavior_logp": mu[ids].astype(np.float32)}
+    token["has_sampled"] = np.bool_(sampled in ids)
     value = rng.standard_normal() * rng.choice([0.0, 1.0, 1.0, 2.0]) if adv is None else adv
     return token | {"advantages": np.float32(value)}
 
@@ -471,6 +535,9 @@ def draw_token(rng: np.random.RandomState, drift: tuple, adv: float | None, equa
 def well_posed(seq: list[dict], settings: dict, ties: bool) -> bool:
     tokens = [token_at({name: np.asarray(x)[None, None] for name, x in t.items()}, (0, 0)) for t in seq]
     every = {**settings, **{name: [h] for name, h in BASES.items()}}
+    rests = [entries(t)[1] for t in tokens]
+    if any(pi < 1e-6 or not 0 < mu < 20 * pi for pi, mu in rests):  # one minus a sum of float32 numbers
+        return False
     clauses = [c for name, several in every.items() for h in several for t in tokens for c in MASKS[name](t, tokens, h)]
     return all(far > RELATIVE or (ties and far == 0) for _, far in clauses)
 
@@ -491,7 +558,7 @@ def draw_case(seed: int, name: str) -> dict[str, np.ndarray]:
     """Two columns of padding between the sequences of a row; every fifth column of the longer ones is a hole."""
     rng = np.random.RandomState(seed)
     outside = draw_token(rng, FAR, None, None)
-    case = {key: np.full((ROWS, LENGTH), x, np.float32) for key, x in outside.items()}
+    case = {key: np.full((ROWS, LENGTH, *x.shape), x) for key, x in outside.items()}
     case |= {"mask": np.zeros((ROWS, LENGTH), bool), "segments": rng.randint(4, size=(ROWS, LENGTH)).astype(np.int32)}
     for b, row in enumerate(LAYOUT[name]):
         start = 0
