@@ -7,6 +7,7 @@ from math import comb
 from statistics import NormalDist
 
 import numpy as np
+from scipy import stats
 
 NORMAL = NormalDist()
 RESAMPLES = 2000
@@ -69,7 +70,7 @@ def interval(
     tolerance = 1e-12 * np.maximum(1.0, np.abs(mean))  # sums of equal numbers in another order
     below = (means < mean - tolerance).mean(axis=0) + 0.5 * (np.abs(means - mean) <= tolerance).mean(axis=0)
     bias = np.array([NORMAL.inv_cdf(min(max(share, 1 / resamples), 1 - 1 / resamples)) for share in below])
-    reach = np.sqrt(count / (count - 1)) * _student(0.5 + level / 2, count - 1)
+    reach = np.sqrt(count / (count - 1)) * stats.t.ppf(0.5 + level / 2, count - 1)
     ends = []
     for z in (bias - reach, bias + reach):
         share = np.array([NORMAL.cdf(x) for x in bias + z / np.maximum(1 - acceleration * z, 1e-9)])
@@ -98,13 +99,10 @@ def _quantile(ordered: np.ndarray, share: np.ndarray) -> np.ndarray:
     return ordered[low, columns] * (1 - part) + ordered[np.minimum(low + 1, most), columns] * part
 
 
-def _student(share: float, freedom: int) -> float:
-    """The quantile of Student's t, by the expansion of Abramowitz and Stegun, 26.7.5."""
-    z = NORMAL.inv_cdf(share)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+def binomial_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Both ends of the exact interval of a chance, of which so many of so many trials came out (Clopper and Pearson,
+    1934). It holds the truth at least as often as `level` says, however few the trials."""
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
+    high = stats.beta.ppf(1 - tail, successes + 1, trials - successes) if successes < trials else 1.0
+    return float(low), float(high)

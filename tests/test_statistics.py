@@ -8,7 +8,7 @@ import pytest
 
 from dppo_jax.evaluate import OUTCOMES, Samples, summary
 from dppo_jax.rewards.votes import vote
-from dppo_jax.statistics import best_at_k, interval, majority, pass_at_k
+from dppo_jax.statistics import best_at_k, binomial_interval, interval, majority, pass_at_k
 
 N = 6
 
@@ -98,3 +98,18 @@ def test_a_summary_has_best_only_where_it_is_not_pass():
     partial = summary(samples([[0.5, 1, 0], [0, 0, 0.25]], [["", "", ""]] * 2), 3, seed=0)
     assert (partial["best@2"], partial["best@3"], partial["maj"]) == pytest.approx(((5 / 6 + 1 / 6) / 2, 0.625, 0))
     assert {"maj", "best@1", "pass@2"}.isdisjoint(summary(samples([[0.5], [1]], [["1"], ["2"]]), 1, seed=0))
+
+
+@pytest.mark.parametrize("trials", [1, 6, 12])
+def test_a_binomial_interval_holds_the_truth_at_least_as_often_as_it_says(trials):
+    """By its definition: over all counts that a chance can give, weighted by how likely each is."""
+    spans = [binomial_interval(k, trials) for k in range(trials + 1)]
+    assert spans[0][0] == 0 and spans[-1][1] == 1
+    for chance in np.linspace(0.005, 0.995, 199):
+        weights = [comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(trials + 1)]
+        held = sum(weight for weight, (low, high) in zip(weights, spans, strict=True) if low <= chance <= high)
+        assert held >= 0.95 - 1e-9
+    for k, (low, high) in enumerate(spans):  # its ends are the chances at which a tail is 2.5%
+        tails = [sum(comb(trials, j) * p**j * (1 - p) ** (trials - j) for j in js)
+                 for p, js in ((low, range(k, trials + 1)), (high, range(k + 1)))]  # fmt: skip
+        assert tails[0] == pytest.approx(0.025 if k else 1) and tails[1] == pytest.approx(0.025 if k < trials else 1)

@@ -129,7 +129,8 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
         ("m1+m2", 16): (0, 1),
     }
     assert found["m1", 0]["outcome"][0] == 0.5
-    assert "| `pg_is` | 0.0003 | 1 · 0.50 | 0 · 0.25 |" in text
+    assert "| `pg_is` | 0.0003 | 1/2 · 0.50 | 0/1 · 0.25 |" in text
+    assert "- of 2: 1: 0.01 to 0.99" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
 
 
@@ -152,3 +153,13 @@ def test_a_region_around_a_rounded_rollout_masks_before_any_update(monkeypatch):
     assert found["pg_is"]["masked"] == found["minirl"]["masked"] == 0
     assert 0.03 < found["clip_higher"]["masked"] < found["clip_unsigned"]["masked"]
     assert found["clip_higher"]["pull"] > found["clip_unsigned"]["pull"]
+
+
+def test_the_edge_of_a_map_is_where_seeds_differ(tmp_path):
+    ends = {("cispo", 0): 0.75, ("cispo", 1): 0.25, ("pg_is", 0): 0.25, ("pg_is", 1): 0.25}
+    for (loss, seed), end in ends.items():
+        folder = tmp_path / Run(loss, seed, 1.0).folder
+        with RunLog(folder, hparams={}, resume_step=0, total_steps=12) as log:
+            for step in range(12):
+                log.scalars(step, {"reward/mean": end if step else 0.5})
+    assert survival.edges(tmp_path, [Run(loss, seed, 1.0) for loss, seed in ends]) == [("cispo", 1.0)]

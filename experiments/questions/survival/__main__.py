@@ -3,8 +3,8 @@
     python -m experiments.questions.survival --config configs/studies/survival.py --workdir DIR [--mismatch m4 --lag 0]
 
 A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss,
-learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the cells
-under --workdir show.
+learning rate and seed of it; where some seeds survive and some do not, it trains more of them, up to --edge. Started
+again, it goes on. With --report DIR it trains nothing and writes what the cells under --workdir show.
 """
 
 import sys
@@ -12,7 +12,7 @@ import sys
 from dppo_jax.errors import lookup, run_main
 from dppo_jax.files import Path
 from dppo_jax.losses import LOSSES
-from experiments.questions.survival.report import report
+from experiments.questions.survival.report import edges, report
 from experiments.run import cli
 from experiments.study import Arm
 from experiments.sweep import Run, train
@@ -22,6 +22,7 @@ MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weig
 LAGS = (0,)  # rollout.lag, in updates; a rollout batch takes 16
 RATES = (0.3, 0.6, 1.0)  # of optimizer.learning_rate; at 3, no loss survives even without mismatch
 SEEDS = 6
+EDGE = 12  # seeds where six of them do not share a fate
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
             "--rates": dict(type=cli.by_commas(cli.positive), default=RATES, metavar="NUMBERS", help="learning rates"),
             "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the losses' thresholds (1)"),
             "--seeds": dict(type=cli.SEEDS, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
+            "--edge": dict(type=cli.SEEDS, default=EDGE, metavar="N", help=f"seeds where fates differ ({EDGE})"),
             "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
         },
     )
@@ -46,12 +48,8 @@ def main() -> None:
     for loss in arguments.losses:
         lookup(LOSSES, loss, "loss")
         config = Arm(loss, arguments.scale).config(config)
-    runs = [
-        Run(loss, seed, rate)
-        for loss in arguments.losses
-        for rate in arguments.rates
-        for seed in range(config.seed, config.seed + arguments.seeds)
-    ]
+    seeds = range(config.seed, config.seed + arguments.seeds)
+    runs = [Run(loss, seed, rate) for loss in arguments.losses for rate in arguments.rates for seed in seeds]
     for lag in arguments.lag:
         for mismatch in arguments.mismatch:
             cell_config = config.copy_and_resolve_references()
@@ -61,6 +59,10 @@ def main() -> None:
             workdir = arguments.workdir / f"{mismatch}_lag{lag}"
             print(f"{workdir.name}: {len(runs)} runs", file=sys.stderr)
             train(cell_config, runs, workdir)
+            more = range(seeds.stop, config.seed + arguments.edge)
+            if edge := [Run(loss, seed, rate) for loss, rate in edges(workdir, runs) for seed in more]:
+                print(f"{workdir.name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
+                train(cell_config, edge, workdir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the cells of a survival map show."""
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -8,16 +9,26 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 from dppo_jax.errors import UserError
 from dppo_jax.files import Path, make_folder, write_text
+from dppo_jax.statistics import binomial_interval
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from experiments.plot import save
-from experiments.study import LAST, by_step, mean_and_interval, outcome
+from experiments.study import LAST, by_step, outcome
+from experiments.sweep import Run
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
 FIRST = 5  # steps over which it is averaged
+
+
+def mean_and_interval(values: list[float]) -> list[float]:
+    """[mean, low, high]: Student's 95% interval, which is as wide as few seeds ask for."""
+    mean, count = float(np.mean(values)), len(values)
+    reach = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
+    return [round(x, 5) for x in (mean, mean - reach, mean + reach)]
 
 
 def loss_of(config: dict[str, Any]) -> str:
@@ -64,6 +75,16 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
     ]
 
 
+def edges(workdir: Path, runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """The losses and rates of which some seeds survive and some do not, of a cell's finished runs."""
+    scalars = {run: read_scalars(workdir / run.folder) for run in runs}
+    start = float(np.mean([found["reward/mean"][1][0] for found in scalars.values()]))
+    fates: dict[tuple[str, float], set[bool]] = {}
+    for run, found in scalars.items():
+        fates.setdefault((run.loss, run.rate), set()).add(outcome(found) >= start)
+    return [key for key, lived in fates.items() if len(lived) == 2]
+
+
 def _axes(cell_list: list[dict[str, Any]]) -> tuple[list, list, list]:
     """(mismatch, lag) from small to large, losses from the largest share of survivors on, learning rates."""
     drift = {(cell["mismatch"], cell["lag"]): cell["abs_prob_diff"] for cell in cell_list}
@@ -76,16 +97,16 @@ def _axes(cell_list: list[dict[str, Any]]) -> tuple[list, list, list]:
 
 
 def markdown(cell_list: list[dict[str, Any]]) -> str:
-    """Survivors and mean outcome, a row for each loss and learning rate."""
+    """Survivors and mean outcome, a row for each loss and learning rate, and what a count of survivors is worth."""
     columns, losses, rates = _axes(cell_list)
     at = {(c["mismatch"], c["lag"], c["loss"], c["learning_rate"]): c for c in cell_list}
     drift = {(c["mismatch"], c["lag"]): c["abs_prob_diff"] for c in cell_list}
     start = {(c["mismatch"], c["lag"]): c["start"] for c in cell_list}
     heads = [f"{key[0]}, lag {key[1]} ({drift[key]:.0e}, {start[key]:.2f})" for key in columns]
     lines = [
-        f"Seeds that survive (mean reward of the last {LAST} steps at least that of the first step) of "
-        f"{max(c['seeds'] for c in cell_list)}, and the mean of that reward. In brackets, mean |π − μ| between rollout "
-        f"and updates over the first {FIRST} steps, and the first reward.",
+        f"Seeds that survive (mean reward of the last {LAST} steps at least that of the first step) of all seeds, and "
+        f"the mean of that reward. In brackets, mean |π − μ| between rollout and updates over the first {FIRST} steps, "
+        "and the first reward.",
         "",
         "| loss | learning rate | " + " | ".join(heads) + " |",
         "|---" * (2 + len(heads)) + "|",
@@ -93,40 +114,55 @@ def markdown(cell_list: list[dict[str, Any]]) -> str:
     for loss in losses:
         for rate in rates:
             row = [at.get((*column, loss, rate)) for column in columns]
-            cells = ["" if c is None else f"{c['survived']} · {c['outcome'][0]:.2f}" for c in row]
-            lines.append(f"| `{loss}` | {rate:g} | " + " | ".join(cells) + " |")
+            if any(row):
+                lines.append(f"| `{loss}` | {rate:g} | " + " | ".join(map(_cell, row)) + " |")
+    lines += ["", "The chance of survival that a count allows, 95% (exact: Clopper and Pearson, 1934):"]
+    for seeds in sorted({c["seeds"] for c in cell_list}):
+        found = sorted({c["survived"] for c in cell_list if c["seeds"] == seeds})
+        spans = [f"{k}: {low:.2f} to {high:.2f}" for k in found for low, high in [binomial_interval(k, seeds)]]
+        lines.append(f"- of {seeds}: " + "; ".join(spans))
     return "\n".join(lines) + "\n"
 
 
+def _cell(cell: dict[str, Any] | None) -> str:
+    return "" if cell is None else f"{cell['survived']}/{cell['seeds']} · {cell['outcome'][0]:.2f}"
+
+
 def draw(cell_list: list[dict[str, Any]], path: Path) -> None:
-    """A square for each cell, coloured by the mean outcome, with the number of seeds that survive in it."""
-    columns, losses, rates = _axes(cell_list)
-    lags = sorted({lag for _, lag in columns})
-    figure, panels = plt.subplots(
-        len(lags), len(losses), figsize=(2.1 * len(losses) + 1, 1.9 * len(lags) + 0.9), squeeze=False,
-        layout="constrained", sharey=True,
+    """A square for each cell, from red, where no seed lives, to green, where all do; a panel for each mismatch and
+    learning rate."""
+    columns, losses, _ = _axes(cell_list)
+    panels = sorted({(c["mismatch"], c["learning_rate"]) for c in cell_list}, key=_by_drift(cell_list))
+    lags = {key: sorted({c["lag"] for c in cell_list if (c["mismatch"], c["learning_rate"]) == key}) for key in panels}
+    widths = [len(lags[key]) for key in panels]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(0.62 * sum(widths) + 2.8, 0.36 * len(losses) + 1.7), squeeze=False,
+        layout="constrained", sharey=True, width_ratios=widths,
     )  # fmt: skip
-    image = None
-    for row, lag in zip(panels, lags, strict=True):
-        names = [mismatch for mismatch, column_lag in columns if column_lag == lag]
-        for axis, loss in zip(row, losses, strict=True):
-            grid = np.full((len(rates), len(names)), np.nan)
-            for cell in cell_list:
-                if cell["lag"] == lag and cell["loss"] == loss:
-                    y, x = rates.index(cell["learning_rate"]), names.index(cell["mismatch"])
-                    grid[y, x] = cell["outcome"][0]
-                    axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
-            image = axis.imshow(grid, cmap="RdYlBu", vmin=0.1, vmax=0.9, origin="lower", aspect="auto")
-            axis.set_xticks(range(len(names)), names, fontsize=8)
-            axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
-            if lag == lags[0]:
-                axis.set_title(loss.replace(", ", "\n"), fontsize=8)
-            if lag == lags[-1]:
-                axis.set_xlabel("rollout rounded to", fontsize=8)
-        row[0].set_ylabel(f"lag {lag}\nlearning rate", fontsize=8)
-    figure.colorbar(image, ax=panels, label=f"mean reward, last {LAST} steps", shrink=0.8)
+    for axis, key in zip(axes[0], panels, strict=True):
+        shares = np.full((len(losses), len(lags[key])), np.nan)
+        for cell in cell_list:
+            if (cell["mismatch"], cell["learning_rate"]) == key:
+                y, x = losses.index(cell["loss"]), lags[key].index(cell["lag"])
+                shares[y, x] = cell["survived"] / cell["seeds"]
+                axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
+        axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(lags[key])), [str(lag) for lag in lags[key]], fontsize=8)
+        axis.set_yticks(range(len(losses)), losses, fontsize=8)
+        rounded = "exact rollouts" if key[0] == "none" else f"rollouts rounded to {key[0]}"
+        axis.set_title(f"{rounded}\nlearning rate {key[1]:g}", fontsize=8)
+        axis.set_xlabel("age of the rollout, in updates", fontsize=8)
+    figure.suptitle("Runs that survive, of all seeds", fontsize=10)
     save(figure, path)
     plt.close(figure)
+
+
+def _by_drift(cell_list: list[dict[str, Any]]) -> Callable[[tuple[str, float]], tuple[float, float]]:
+    """Panels in the order of their mismatch, then of their learning rate."""
+    least: dict[str, float] = {}
+    for cell in sorted(cell_list, key=lambda cell: (cell["lag"], cell["abs_prob_diff"])):
+        least.setdefault(cell["mismatch"], cell["abs_prob_diff"])
+    return lambda key: (least[key[0]], key[1])
 
 
 def report(workdir: Path, out: Path) -> str:
