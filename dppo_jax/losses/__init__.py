@@ -102,6 +102,11 @@ LOSSES: dict[str, Loss] = {
     "relax_low": functools.partial(ratio.relaxed_clip, low=True, high=False),
     "relax_high": functools.partial(ratio.relaxed_clip, low=False, high=True),
     "relax_both": functools.partial(ratio.relaxed_clip, low=True, high=True),
+    "dis": ratio.dis,
+    "ripo": ratio.ripo,
+    "aspo": ratio.aspo,
+    "up": ratio.up,
+    "prime_rl": divergence.prime_rl,
     "distill": distillation.distill,
 }
 
