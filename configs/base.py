@@ -129,6 +129,7 @@ def get_config() -> ConfigDict:
 
     c.advantage = ConfigDict()
     c.advantage.name = "group_mean"  # a key of ADVANTAGES, or gae; §5: no standard deviation
+    c.advantage.ddof = 0  # 1: n - 1 under the deviations of group_mean_std and batch_norm, as verl and TRL; 0: n
     c.advantage.drop_equal = False  # groups of equal rewards take no part in the update (ScaleRL, DAPO)
 
     c.critic = ConfigDict()  # used where advantage.name is gae: PPO with a critic
@@ -198,6 +199,11 @@ def get_config() -> ConfigDict:
             "minirl_tis": dict(**higher, ratio_cap=3.0),
             "minimal_mask": dict(delta_low=0.5, ratio_cap=5.0),  # §5.3
             **{f"relax_{side}": dict(**higher, ratio_cap=5.0) for side in ("low", "high", "both")},
+            "dis": dict(eps_low=0.3, eps_high=5.0, ratio_cap=INF),  # 2607.07508, section 4.1, mathematics
+            "ripo": dict(budget=0.05, ratio_low=0.5, ratio_high=10.0, ratio_cap=INF),  # 2607.10169
+            "aspo": dict(**clip, ratio_cap=3.0),  # 2510.06062; it gives no cap: that of dual_clip
+            "up": dict(eps_low=0.2, ratio_cap=INF),  # 2607.06987
+            "prime_rl": dict(**tv, tau=1e-3),  # prime-rl's default loss, April to August 2026
             "distill": dict(delta_low=0.2, ratio_cap=INF),  # ours; delta as DPPO's
             **{name: dict(**tv, ratio_cap=5.0) for name in DPPO_TV},
             **{name: dict(**kl, ratio_cap=5.0) for name in DPPO_KL},

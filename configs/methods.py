@@ -31,6 +31,8 @@ REGION, CORRECTED = "M min(r, C) A", "M (π/π′) ρ A"
 CLIP, CLIP_PROXIMAL = "A>0: r > 1+ε_high; A<0: r < 1−ε_low", "A>0: π/π′ > 1+ε_high; A<0: π/π′ < 1−ε_low"
 TAIL = "over TopK ∪ {sampled} ∪ {rest}"
 QI, LIU = "Qi et al., 2602.04879", "Liu, Li et al., 2025, When speed kills stability"
+DIS = "Hou et al., 2607.07508, section 3.1"
+SAO = "The advantages are those of the paper's GRPO with DIS; SAO itself has one response to a prompt and a critic."
 DELTA, ANCHOR = "δ and C: section 7 and appendix E.", "The ablation of the anchor (Figure 4)."
 EXACT = "δ: that of its estimates. Costs one more forward pass and two more through the head."
 GROWS, ZHOU = "the update makes it grow", "Zhou et al., 2607.10848"
@@ -298,7 +300,7 @@ METHODS = {
     ),
     "binary_tv_unsigned": Method(
         "Binary TV without the sign of A", REGION, "|π−μ| > δ", "the rule of prime-rl's IPO loss",
-        "δ as the signed one; prime-rl has 0.3.",
+        "δ as the signed one; prime-rl has 0.3 since September 2026, when IPO is its default.",
     ),
     "kpop": Method(
         "KPop", REGION, "KL(Bern μ‖Bern π) > δ or KL(Bern π‖Bern μ) > δ", "both binary KLs, sign-free", ""
@@ -308,6 +310,35 @@ METHODS = {
         "δ: section 4 of the paper; at that size it is nearly PG-IS on single probabilities.",
     ),
     "minimal_mask": Method("Minimal mask", REGION, "A<0: μ−π ≥ δ", f"{QI}, section 5.3", "The paper's 0.8 fails."),
+    # Bands, and weights that differ by the sign of A
+    "dis_math": Method(
+        "DIS, mathematics", REGION, "r outside (1−ε_low, 1+ε_high)", DIS, f"A band from 0.7 to 6. {SAO}",
+        {"loss.name": "dis", "loss.eps_low": 0.3, "loss.eps_high": 5.0, **GROUP_STD},
+    ),
+    "dis_coding": Method(
+        "DIS, coding", REGION, "r outside (1−ε_low, 1+ε_high)", DIS, f"A band from 0.2 to 4. {SAO}",
+        {"loss.name": "dis", "loss.eps_low": 0.8, "loss.eps_high": 3.0, **GROUP_STD},
+    ),
+    "ripo": Method(
+        "RIPO", REGION, "A>0: r > min(1+ε, ratio_high); A<0: r < max(1−ε, ratio_low); ε = √(budget/μ)",
+        "Cai et al., 2607.10169", "The paper: this budget, 8 responses to a prompt, no reference.",
+        GROUP_STD,
+    ),
+    "aspo": Method(
+        "ASPO", "M min(w, C) A, w = 1/r where A>0, else r", CLIP, "Wang et al., 2510.06062",
+        "ε: the paper's. It gives no number for C, which both signs have: that of dual-clip PPO. Its reference is left "
+        "out.",
+        GROUP_STD,
+    ),
+    "up": Method(
+        "UP", "A>0: A; A<0: M min(r, C) A", "A<0: r < 1−ε_low", "Fan et al., 2607.06987, equation 15",
+        "UP-DAPO, without DAPO's resampling and its buffer.",
+        GROUP_STD,
+    ),
+    "prime_rl": Method(
+        "prime-rl's DPPO", "M r A − 2τ log r", "A>0: π−μ > δ; A<0: μ−π > δ", "prime-rl, default_loss_fn, 2026",
+        "Its default loss from April to August 2026, with these numbers; then IPO, without the sign of A.",
+    ),
     # Another model in the place of rewards
     "distill": Method(
         "On-policy distillation", "M min(r, C) log(π_T/π)", "π_T < π and μ−π > δ", "Agarwal et al., 2306.13649",

@@ -38,11 +38,19 @@ def group_mean(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_gr
     return rewards - _group_mean(rewards, group, num_groups)
 
 
-def group_mean_std(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
-    """(R - mean) / (std + 1e-6), with the group's population standard deviation (GRPO, 2402.03300, section 4.1)."""
+def group_mean_std(
+    rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int, ddof: int = 0
+) -> Float32[Array, "B"]:
+    """(R - mean) / (std + 1e-6), with the standard deviation of the group (GRPO, 2402.03300, section 4.1).
+
+    The variance is the sum of squares over n - `ddof`, of the group's n: 0, of the population; 1, as torch.std has it,
+    and verl and TRL with it.
+    """
     _check_groups("group_mean_std", rewards, num_groups)
     centred = group_mean(rewards, group, num_groups=num_groups)
-    return centred / (jnp.sqrt(_group_mean(centred**2, group, num_groups)) + EPSILON)
+    count = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups)[group]
+    variance = _group_mean(centred**2, group, num_groups) * count / jnp.maximum(count - ddof, 1.0)
+    return centred / (jnp.sqrt(variance) + EPSILON)
 
 
 def leave_one_out(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
@@ -64,11 +72,14 @@ def max_rl(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups
     return jnp.where(positive, centred / jnp.where(positive, mean, 1.0), 0.0)
 
 
-def batch_norm(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
-    """(R - group mean) / (std of that over the batch + 1e-6) (ScaleRL, 2510.13786)."""
+def batch_norm(
+    rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int, ddof: int = 0
+) -> Float32[Array, "B"]:
+    """(R - group mean) / (std of that over the batch + 1e-6) (ScaleRL, 2510.13786); `ddof` as of `group_mean_std`, with
+    n = B."""
     _check_groups("batch_norm", rewards, num_groups)
     centred = group_mean(rewards, group, num_groups=num_groups)
-    return centred / (jnp.std(centred) + EPSILON)
+    return centred / (jnp.std(centred, ddof=ddof) + EPSILON)
 
 
 def batch_mean(rewards: Float32[Array, "B"], group: Int32[Array, "B"], *, num_groups: int) -> Float32[Array, "B"]:
@@ -108,14 +119,20 @@ def gae(
     discount: float,
     lam: float,
 ) -> Float32[Array, "B T"]:
-    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0."""
+    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0.
+
+    What is outside the mask is skipped: the position after a hole, such as an environment's words, follows the one
+    before it, without a discount for the hole (verl's `compute_gae_advantage_return`; SAO, 2607.07508, equations 4
+    and 5). 0 outside the mask.
+    """
     rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
 
     def backwards(carry, column):
         advantage, next_value = carry
         reward, value, valid = column
-        advantage = jnp.where(valid, reward + discount * next_value - value + discount * lam * advantage, 0.0)
-        return (advantage, value), advantage
+        here = reward + discount * next_value - value + discount * lam * advantage
+        carry = jnp.where(valid, here, advantage), jnp.where(valid, value, next_value)
+        return carry, jnp.where(valid, here, 0.0)
 
     start = (jnp.zeros_like(rewards[:, 0]), jnp.zeros_like(rewards[:, 0]))
     _, advantages = jax.lax.scan(backwards, start, (rewards.T, values.T, mask.T), reverse=True)

@@ -95,9 +95,10 @@ def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) 
 
 
 def last_token(rewards: Float32[Array, "B"], mask: Bool[Array, "B R"]) -> Float32[Array, "B R"]:
-    """Each response's reward at its last token, 0 elsewhere. Masks are contiguous from the first column."""
-    last = jnp.sum(mask, axis=1) - 1
-    return jnp.where(jnp.arange(mask.shape[1]) == last[:, None], rewards[:, None], 0.0)
+    """Each response's reward at its last masked token, 0 elsewhere; nowhere of a row without one."""
+    column = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask, column, -1), axis=1, keepdims=True)
+    return jnp.where(column == last, rewards[:, None], 0.0)
 
 
 def make_critic_update(

@@ -49,6 +49,7 @@ FIXED = {
     "policy.temperature": 1.0, "rollout.group_size": 1, "rollout.slots": 0, "rollout.lag": 0, "rollout.resample": 0,
     "rollout.in_flight": 0, "rollout.max_age": None, "rollout.router_replay": False, "data.verifier": "exact_match",
     "reward.function": "", "reward.overlong_filter": False, "advantage.name": "reward", "advantage.drop_equal": False,
+    "advantage.ddof": 0,
     "reference.coef": 0.0, "alp.sigma": 0.0, "loss.name": "reinforce", "aggregation.name": "token_mean",
     "train.minibatches": 1, "train.epochs": 1, "train.staleness": 0, "eval.every": 0, "log.regions": (),
     "log.tokens": 0,

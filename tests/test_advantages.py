@@ -15,7 +15,7 @@ from dppo_jax.errors import UserError
 from tests.helpers.places import GOLDEN
 
 with np.load(GOLDEN / "losses" / "losses.npz") as _file:
-    STORED = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "json")}
+    STORED = {name: x for name, x in _file.items() if name.split("/")[0] in ("advantages", "gae", "gae_holes", "json")}
 GAE = json.loads(str(STORED["json/gae"]))
 NAMES = ("group_mean", "group_mean_std", "leave_one_out", "max_rl", "batch_norm", "batch_mean")
 GROUPED = tuple(name for name in NAMES if name != "batch_mean")  # those that compare a response with its group
@@ -23,8 +23,11 @@ RUN = {"eager": lambda f: f, "jit": jax.jit}
 GROUPS = 6
 
 
-def call(name, rewards, group, num_groups=GROUPS, run="eager"):
-    f = RUN[run](partial(ADVANTAGES[name], num_groups=num_groups))
+WITH_DDOF = ("group_mean_std", "batch_norm")
+
+
+def call(name, rewards, group, num_groups=GROUPS, run="eager", **settings):
+    f = RUN[run](partial(ADVANTAGES[name], num_groups=num_groups, **settings))
     return f(jnp.asarray(rewards, jnp.float32), jnp.asarray(group, jnp.int32))
 
 
@@ -33,13 +36,14 @@ def test_the_table_is_complete():
 
 
 @pytest.mark.parametrize("run", RUN)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}_ddof1" for name in WITH_DDOF)])
 def test_advantages_equal_the_float64_definition(name, run):
     group = STORED["advantages/group"]
     assert (np.diff(group) < 0).any()  # interleaved
     rewards, wanted = STORED["advantages/rewards"], STORED[f"advantages/{name}"]
+    settings = {"ddof": 1} if name.endswith("_ddof1") else {}
     for i in range(len(rewards)):
-        got = call(name, rewards[i], group, run=run)
+        got = call(name.removesuffix("_ddof1"), rewards[i], group, run=run, **settings)
         assert got.shape == (len(group),) and got.dtype == jnp.float32
         want = wanted[i]
         error = np.abs(np.asarray(got, np.float64) - want) / np.maximum(1, np.abs(want))
@@ -116,14 +120,23 @@ def test_what_is_better_than_its_group_has_a_positive_advantage(name, groups):
     np.testing.assert_array_equal(np.sign(got[clear]), np.sign(centred[clear]))
 
 
+@pytest.mark.parametrize("name", WITH_DDOF)
+def test_a_sample_deviation_of_one_is_refused_and_of_one_among_others_is_0(name):
+    with pytest.raises(UserError, match=f"^{name} needs at least 2 responses per prompt, but 1 rows form 1 groups"):
+        call(name, [1.0], [0], num_groups=1, ddof=1)
+    assert np.isfinite(got := call(name, [0.3, 1.0, 0.0, 1.0], [0, 1, 1, 1], num_groups=2, ddof=1)).all()
+    assert got[0] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("run", RUN)
+@pytest.mark.parametrize("case", ["gae", "gae_holes"])
 @pytest.mark.parametrize("i", range(len(GAE)))
-def test_gae_equals_the_float64_definition(i, run):
-    rewards, values, mask = (STORED[f"gae/{name}"] for name in ("rewards", "values", "mask"))
+def test_gae_equals_the_float64_definition(i, case, run):
+    rewards, values, mask = (STORED[f"{case}/{name}"] for name in ("rewards", "values", "mask"))
     f = RUN[run](partial(gae, **GAE[i]))
     got = f(rewards, values, mask)
     assert got.shape == rewards.shape and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, STORED["gae/advantages"][i], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, STORED[f"{case}/advantages"][i], rtol=2e-5, atol=2e-5)
     assert (np.asarray(got)[~mask] == 0).all()
     for spoiled in (np.nan, np.inf):
         again = f(np.where(mask, rewards, spoiled), np.where(mask, values, spoiled), mask)
@@ -137,6 +150,15 @@ def test_gae_gradients_are_finite_and_stay_inside_the_mask(run):
     spoiled = np.where(mask, rewards, np.nan), np.where(mask, values, np.nan)
     for grad in RUN[run](jax.grad(f, argnums=(0, 1)))(*spoiled):
         assert np.isfinite(grad).all() and (np.asarray(grad)[~mask] == 0).all()
+
+
+def test_gae_does_not_see_where_the_holes_are():
+    """The chain was cut at a hole: what came before it never saw the reward after it."""
+    rewards, values, mask = (STORED[f"gae_holes/{name}"] for name in ("rewards", "values", "mask"))
+    got = np.asarray(gae(rewards, values, mask, discount=0.9, lam=0.8))
+    for row, inside in enumerate(mask):
+        alone = gae(*(x[row, inside][None] for x in (rewards, values, mask)), discount=0.9, lam=0.8)
+        np.testing.assert_allclose(got[row, inside], alone[0], rtol=1e-5, atol=1e-6)
 
 
 def test_gae_with_lambda_one_is_return_minus_value():

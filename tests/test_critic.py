@@ -88,6 +88,12 @@ def test_the_reward_comes_with_the_last_token(batch):
     assert found.sum() == 10
 
 
+def test_the_reward_of_a_response_with_holes_comes_with_its_last_own_token():
+    mask = np.array([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    found = last_token(jnp.array([2.0, 3.0, 5.0]), jnp.asarray(mask))
+    np.testing.assert_array_equal(found, [[0, 0, 0, 2, 0], [3, 0, 0, 0, 0], [0] * 5])
+
+
 @pytest.mark.parametrize("clip", [float("inf"), 0.5])
 def test_updates_fit_fixed_returns(batch, clip):
     optimizer = optax.adam(0.01)

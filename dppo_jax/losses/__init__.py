@@ -116,6 +116,11 @@ LOSSES: dict[str, Loss] = {
     "minpro": sequence.minpro,
     "m2po": sequence.m2po,
     "estr": ratio.estr,
+    "dis": ratio.dis,
+    "ripo": ratio.ripo,
+    "aspo": ratio.aspo,
+    "up": ratio.up,
+    "prime_rl": divergence.prime_rl,
     "distill": distillation.distill,
 }
 

@@ -91,7 +91,8 @@ def minimal_mask(inputs: LossInputs, *, delta_low: float, ratio_cap: float) -> L
 def binary_tv_unsigned(inputs: LossInputs, *, delta_low: float, delta_high: float, ratio_cap: float) -> LossOutput:
     """Masked when pi-mu > delta_high or mu-pi > delta_low, whatever the sign of A: binary DPPO without its condition.
 
-    The same rule is the default loss of the prime-rl library, under the name of IPO, with 0.3.
+    The rule of the prime-rl library's IPO: its default loss in March 2026 with 0.2, and with `prime_rl`'s penalty; an
+    option from June with 0.1; the default again since August, since September with 0.3 and without the penalty.
     """
     inputs = zero_outside_mask(inputs)
     diff = prob_diff(inputs.logp, inputs.behavior_logp)
@@ -121,3 +122,17 @@ def drpo(inputs: LossInputs, *, delta: float, ratio_cap: float) -> LossOutput:
         ratio * (1 - jnp.sign(inputs.advantages) * diff / delta),
         metrics={"divergence": (jnp.abs(diff), inputs.mask)},
     )
+
+
+def prime_rl(inputs: LossInputs, *, delta_low: float, delta_high: float, tau: float) -> LossOutput:
+    """c = M r A - 2 tau log r, with the mask of `dppo_binary_tv`.
+
+    The second term, of the penalty tau log(r)^2, acts on masked tokens too, as in `kimi_k25`. The default loss of the
+    prime-rl library from April to August 2026 (`default_loss_fn`); IPO, `binary_tv_unsigned`, came before and after it.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = log_ratio(inputs.logp, inputs.behavior_logp)
+    diff = prob_diff(inputs.logp, inputs.behavior_logp)
+    keep = two_sided(inputs.advantages, diff > delta_high, -diff > delta_low)
+    metrics = {"divergence": (jnp.abs(diff), inputs.mask)}
+    return output(inputs, bounded_exp(logs), keep, extra=-2 * tau * logs, metrics=metrics)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dppo_jax.divergences import LOG_MIN
 from dppo_jax.losses.core import bounded_exp, from_keep, log_ratio, output, require, two_sided, zero_outside_mask
 from dppo_jax.types import LossInputs, LossOutput
 
@@ -112,3 +113,50 @@ def estr(
     entropy, logs = require(inputs, "behavior_entropy"), log_ratio(inputs.logp, inputs.behavior_logp)
     keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
     return from_keep(inputs, keep & (logs**2 <= delta * (entropy + entropy_floor)), ratio_cap=ratio_cap)
+
+
+def dis(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
+    """Kept iff 1-eps_low < r < 1+eps_high, whatever the sign of A; a ratio on a bound is masked here.
+
+    DIS, direct double-sided importance sampling: SAO, 2607.07508, equations 1 to 3.
+    """
+    inputs = zero_outside_mask(inputs)
+    ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))
+    return from_keep(inputs, (ratio > 1 - eps_low) & (ratio < 1 + eps_high), ratio_cap=ratio_cap)
+
+
+def ripo(inputs: LossInputs, *, budget: float, ratio_low: float, ratio_high: float, ratio_cap: float) -> LossOutput:
+    """PPO's mask with eps = sqrt(budget/mu) of the token: A>0 and r > min(1+eps, ratio_high), or A<0 and
+    r < max(1-eps, ratio_low).
+
+    mu (r-1)^2 = budget on the bound: twice the token's part of KL(mu || pi), to second order. RIPO, 2607.10169.
+    """
+    inputs = zero_outside_mask(inputs)
+    ratio = jnp.exp(log_ratio(inputs.logp, inputs.behavior_logp))
+    eps = jnp.sqrt(budget) * bounded_exp(-jnp.maximum(inputs.behavior_logp, -LOG_MIN) / 2)
+    high, low = jnp.minimum(1 + eps, ratio_high), jnp.maximum(1 - eps, ratio_low)
+    return from_keep(inputs, two_sided(inputs.advantages, ratio > high, ratio < low), ratio_cap=ratio_cap)
+
+
+def aspo(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
+    """c = M min(w, C) A with w = 1/r where A>0, else r; masked like PPO's ratio.
+
+    The cap is the paper's soft dual clip: beyond it the weight is C, and the gradient flows. ASPO, 2510.06062.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = log_ratio(inputs.logp, inputs.behavior_logp)
+    weight = bounded_exp(jnp.where(inputs.advantages > 0, -logs, logs))
+    keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
+    return output(inputs, jnp.minimum(weight, ratio_cap), keep)
+
+
+def up(inputs: LossInputs, *, eps_low: float, ratio_cap: float) -> LossOutput:
+    """c = A where A>0, with neither ratio nor clip; else c = M min(r, C) A, masked when r < 1-eps_low.
+
+    UP, unbounded positive asymmetric optimization, 2607.06987, equation 15: where A>0 its ratio is pi over a copy of pi
+    without a gradient, which is 1.
+    """
+    inputs = zero_outside_mask(inputs)
+    logs = log_ratio(inputs.logp, inputs.behavior_logp)
+    weight = jnp.where(inputs.advantages > 0, 1.0, jnp.minimum(bounded_exp(logs), ratio_cap))
+    return output(inputs, weight, ~((inputs.advantages < 0) & (jnp.exp(logs) < 1 - eps_low)))

@@ -118,8 +118,6 @@ def _check_environment(c: ConfigDict, name: str, data: ConfigDict) -> None:
     if (turn := c.rollout.turn_tokens) is not None and turn > c.rollout.max_new_tokens:
         most = c.rollout.max_new_tokens
         raise UserError(f"rollout.turn_tokens = {turn} is more than rollout.max_new_tokens = {most}, of all turns")
-    if c.advantage.name == "gae":
-        raise UserError(f"{kind}: advantage.name = gae is not made for conversations; set advantage.name=group_mean")
 
 
 def _check_hub(name: str, data: ConfigDict) -> None:

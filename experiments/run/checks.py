@@ -252,6 +252,11 @@ def _check_learning(c: ConfigDict, setup: Setup) -> None:
     if group is not None:
         batch = jax.ShapeDtypeStruct((c.rollout.prompts * c.rollout.group_size,), jnp.float32)
         jax.eval_shape(group, batch, jax.ShapeDtypeStruct(batch.shape, jnp.int32))
+    if c.advantage.ddof and "ddof" not in getattr(group, "keywords", {}):
+        raise UserError(
+            f"advantage.ddof = {c.advantage.ddof} is for the standard deviations of group_mean_std and batch_norm, and "
+            f"advantage.name = {c.advantage.name} has none; set advantage.ddof=0"
+        )
     if c.advantage.name == "max_rl":
         _check_binary(c, setup)
     for key in ("advantage.drop_equal", "rollout.resample"):

@@ -106,6 +106,7 @@ NUMBERS: Mapping[str, Range] = {
     "reward.model.max_len": SIZE,
     "reward.model.rows": SIZE,
     "reward.kl_coef": Range(0, 1e6),
+    "advantage.ddof": Range(0, 1),
     "critic.learning_rate": REAL,
     "critic.discount": SHARE,
     "critic.lam": SHARE,
@@ -152,6 +153,11 @@ HYPERPARAMETERS: Mapping[str, Range] = {
     "correction_cap": Range(open_least=True, inf=True),
     "correction_high": Range(open_least=True, inf=True),
     "correction_low": REAL,
+    "budget": THRESHOLD,
+    "dis.eps_high": Range(open_least=True, inf=True),  # its bounds are outside: none is kept between 1 and 1
+    "dis.eps_low": Range(open_least=True, inf=True),
+    "ratio_high": Range(1, inf=True),
+    "ratio_low": SHARE,
     "delta": THRESHOLD,
     "drpo.delta": Range(open_least=True, inf=True),  # a divisor
     "delta_budget": REAL,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -134,7 +135,10 @@ class Setup:
     def advantages(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
         """(rewards [B], group [B]) -> advantages [B]; None where a critic gives them."""
         function = lookup({**ADVANTAGES, "gae": None}, self.config.advantage.name, "advantage.name")
-        return None if function is None else functools.partial(function, num_groups=self.config.rollout.prompts)
+        if function is None:
+            return None
+        ddof = {"ddof": self.config.advantage.ddof} if "ddof" in inspect.signature(function).parameters else {}
+        return functools.partial(function, num_groups=self.config.rollout.prompts, **ddof)
 
     @property
     def reward_kl(self) -> Callable[[TrainBatch], tuple[jax.Array, jax.Array]] | None:

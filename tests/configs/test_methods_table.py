@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.methods import METHODS, get_config, set_method
+from configs.methods import INF, METHODS, get_config, set_method
 from configs.reuse import get_config as reuse
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from experiments import methods, sweep
 from experiments.questions.survival import __main__ as survival
 from experiments.run import checks
-from experiments.run.cli import load_config
+from experiments.run.cli import keys, load_config
 from experiments.run.setup import Setup
 from experiments.study import Arm
 from tests.golden.make_methods import beyond_quickstart
@@ -109,11 +109,36 @@ def test_the_page_reads_numbers_off_the_loss(name):
     assert (row["C"], row["other numbers"]) == NUMBERS[name]
 
 
+DIS = {"loss.name": "dis", "loss.ratio_cap": INF, "advantage.name": "group_mean_std"}
+BANDS = {  # method: what its source gives, as the run has it
+    "dis_math": DIS | {"loss.eps_low": 0.3, "loss.eps_high": 5.0},  # 2607.07508, section 4.1
+    "dis_coding": DIS | {"loss.eps_low": 0.8, "loss.eps_high": 3.0},
+    "ripo": {
+        "loss.budget": 0.05, "loss.ratio_low": 0.5, "loss.ratio_high": 10.0, "loss.ratio_cap": INF,
+        "advantage.name": "group_mean_std",
+    },
+    "aspo": {"loss.eps_low": 0.2, "loss.eps_high": 0.2, "loss.ratio_cap": 3.0, "advantage.name": "group_mean_std"},
+    "up": {"loss.eps_low": 0.2, "loss.ratio_cap": INF, "advantage.name": "group_mean_std"},
+    "prime_rl": {
+        "loss.delta_low": 0.2, "loss.delta_high": 0.2, "loss.tau": 1e-3, "advantage.name": "group_mean",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_a_method_sets_what_its_source_gives(name):
+    config = get_config(name)
+    bound = {f"loss.{key}": value for key, value in Setup(config).loss.keywords.items()}
+    values = dict(keys(config)) | {"loss.name": config.loss.name} | bound
+    assert {key: values[key] for key in BANDS[name]} == BANDS[name]
+    assert (config.aggregation.name, config.reference.coef) == ("token_mean", 0.0)
+
+
 # --- FILE:ARGUMENT ---
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 51 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 62 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",

@@ -148,6 +148,11 @@ OVERRIDES = {
     "--config.data.name=\udcff": "data.name: a lone surrogate, \\udcff, which is no character",
     # what can teach nothing
     "--config.optimizer.clip_norm=0": "optimizer.clip_norm = 0 would make every update 0; inf: never clipped",
+    "--config.advantage.ddof=1": (
+        "advantage.ddof = 1 is for the standard deviations of group_mean_std and batch_norm, and advantage.name = "
+        "group_mean has none; set advantage.ddof=0"
+    ),
+    "--config.advantage.ddof=2": "advantage.ddof must be at least 0 and at most 1, not 2",
     "--config.loss.ratio_cap=0": "ratio_cap = 0 of loss 'dppo_binary_tv' would make every update 0",
     # what does not fit
     "--config.reward.overlong_buffer=7": "reward.overlong_buffer = 7 is longer than a response, rollout.max_new_tokens",
@@ -207,6 +212,17 @@ ALONE = ("--config.advantage.name=reward", "--config.rollout.group_size=1")
 NOTHING = {
     "advantage.drop_equal leaves out groups of equal rewards": (*ALONE, "--config.advantage.drop_equal=1"),
     "rollout.resample leaves out groups of equal rewards": (*ALONE, "--config.rollout.resample=2"),
+    "advantage.ddof = 1 is for the standard deviations of group_mean_std and batch_norm, and": (
+        "--config.advantage.name=gae",
+        "--config.advantage.ddof=1",
+    ),
+    "batch_norm needs at least 2 responses per prompt, but 1 rows form 1 groups": (
+        "--config.advantage.name=batch_norm",
+        "--config.advantage.ddof=1",
+        "--config.rollout.group_size=1",
+        "--config.rollout.prompts=1",
+        "--config.train.minibatches=1",
+    ),
     "critic.whiten: of a batch of one token nothing is left to learn": (
         "--config.advantage.name=gae",
         "--config.rollout.group_size=1",

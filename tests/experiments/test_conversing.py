@@ -105,6 +105,20 @@ def test_a_bad_environment_ends_its_own_rows_alone(folder, finished, tmp_path):
         assert a["reply"].startswith(b["reply"]) and (a == b or b["reward"] == 0)
 
 
+@pytest.mark.slow
+def test_a_critic_values_every_turn(folder, tmp_path):
+    """Its values are 0 at first: with lambda 1 every token of the policy's has the reward as its advantage, before an
+    environment's answer as behind it, and the first update is that of `reward`."""
+    once = TALKS | dict(steps=1, checkpoint__every=0, train__minibatches=1)
+    critic = dict(advantage__name="gae", critic__lam=1.0, critic__whiten=False)
+    with_critic = read_scalars(run(small_config(folder, **once, **critic), tmp_path / "critic").folder)
+    without = read_scalars(run(small_config(folder, **once, advantage__name="reward"), tmp_path / "reward").folder)
+    assert column(without, "grad_norm")[0] > 0 and column(without, "rollout/context_mean")[0] > 0
+    for tag in ("grad_norm", "loss/surrogate", "response/length_mean"):
+        np.testing.assert_allclose(column(with_critic, tag), column(without, tag), rtol=1e-5, err_msg=tag)
+    assert column(with_critic, "critic/return")[0] > 0 and not column(with_critic, "critic/value")[0]
+
+
 ENVIRONMENT = dict(data__kind="environment", data__name="two_sums", data__path="", data__verifier="task")
 REFUSED = {
     "data.kind = 'jsonl' has one turn, but data.max_turns = 3; set data.kind to env": dict(data__max_turns=3),
@@ -118,7 +132,6 @@ REFUSED = {
     "rollout.turn_tokens = 9 is more than rollout.max_new_tokens = 6, of all turns": dict(
         ENVIRONMENT, rollout__turn_tokens=9
     ),
-    "data.kind = 'environment': advantage.name = gae is not": dict(ENVIRONMENT, advantage__name="gae"),
     "data.kind = 'environment' generates its examples, but data.path": dict(ENVIRONMENT, data__path="x"),
     "data.kind = 'environment' has no rows for data.answer_from": dict(ENVIRONMENT, data__answer_from="####"),
 }

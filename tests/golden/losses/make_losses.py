@@ -163,33 +163,42 @@ def reference(case: dict, settings: dict) -> dict[str, np.ndarray]:
 # Advantages and weights.
 
 
+def deviation(values: list[float], ddof: int) -> float:
+    """Of the population (0) or of a sample (1)."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - ddof))
+
+
 def advantages(rewards: np.ndarray, group: np.ndarray) -> dict[str, np.ndarray]:
     r = rewards.astype(np.float64)
     mates = [[r[j] for j in range(len(r)) if group[j] == group[i]] for i in range(len(r))]
     mean = [sum(m) / len(m) for m in mates]
-    std = [math.sqrt(sum((x - mu) ** 2 for x in m) / len(m)) for m, mu in zip(mates, mean, strict=True)]
     centred = [x - mu for x, mu in zip(r, mean, strict=True)]
-    middle = sum(centred) / len(centred)
-    batch_std = math.sqrt(sum((c - middle) ** 2 for c in centred) / len(centred))
+    std = [[deviation(m, ddof) for m in mates] for ddof in (0, 1)]
+    batch_std = [deviation(centred, ddof) for ddof in (0, 1)]
     rows = range(len(r))
     return {
         "group_mean": np.array(centred),
-        "group_mean_std": np.array([centred[i] / (std[i] + 1e-6) for i in rows]),
+        "group_mean_std": np.array([centred[i] / (std[0][i] + 1e-6) for i in rows]),
+        "group_mean_std_ddof1": np.array([centred[i] / (std[1][i] + 1e-6) for i in rows]),
         "leave_one_out": np.array([r[i] - (sum(mates[i]) - r[i]) / (len(mates[i]) - 1) for i in rows]),
         "max_rl": np.array([centred[i] / mean[i] if mean[i] > 0 else 0.0 for i in rows]),
-        "batch_norm": np.array([c / (batch_std + 1e-6) for c in centred]),
+        "batch_norm": np.array([c / (batch_std[0] + 1e-6) for c in centred]),
+        "batch_norm_ddof1": np.array([c / (batch_std[1] + 1e-6) for c in centred]),
         "batch_mean": np.array([x - sum(r) / len(r) for x in r]),
     }
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, discount: float, lam: float) -> np.ndarray:
-    """sum_k (discount lam)^k (r_{t+k} + discount V_{t+k+1} - V_{t+k}) over the row's length, V = 0 past its end."""
+    """sum_k (discount lam)^k (r_{t+k} + discount V_{t+k+1} - V_{t+k}) over a row's masked positions, one after another;
+    V = 0 past the last."""
     out = np.zeros(mask.shape)
-    for b, n in enumerate(mask.sum(axis=1)):
-        r, v = rewards[b, :n].astype(np.float64), [*values[b, :n].astype(np.float64), 0.0]
-        errors = [r[t] + discount * v[t + 1] - v[t] for t in range(n)]
-        for t in range(n):
-            out[b, t] = sum((discount * lam) ** (s - t) * errors[s] for s in range(t, n))
+    for b, row in enumerate(mask):
+        at = np.flatnonzero(row)
+        r, v = rewards[b, at].astype(np.float64), [*values[b, at].astype(np.float64), 0.0]
+        errors = [r[t] + discount * v[t + 1] - v[t] for t in range(len(at))]
+        for t in range(len(at)):
+            out[b, at[t]] = sum((discount * lam) ** (s - t) * errors[s] for s in range(t, len(at)))
     return out
 
 
@@ -285,6 +294,10 @@ def draw_inputs() -> dict[str, np.ndarray]:
     ]).astype(np.float32)
     found["gae/rewards"], found["gae/values"] = rng.standard_normal((2, 4, 9)).astype(np.float32)
     found["gae/mask"] = np.arange(9) < np.array([9, 4, 1, 0])[:, None]
+    drawn = np.random.RandomState(6).standard_normal((2, 5, 9)).astype(np.float32)
+    found["gae_holes/rewards"], found["gae_holes/values"] = drawn
+    holes = [(0, 1), (3, 4), (7, 8), (0, 2, 3, 4, 7, 8), (0, 1, 2, 4, 5, 6, 7, 8)]  # start, middle, end, all; one token
+    found["gae_holes/mask"] = np.array([[t not in row for t in range(9)] for row in holes])
     lengths = np.array([[7, 7, 7, 7], [5, 1, 0, 7], [0, 0, 0, 0]])
     found["weights/mask"] = np.arange(7) < lengths[..., None]
     found["weights/mask"][1, 0, 2] = False  # a hole
@@ -303,9 +316,9 @@ def answers(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found |= {f"{c}/{name}": x for name, x in reference(case, settings).items()}
     each = [advantages(r, inputs["advantages/group"]) for r in inputs["advantages/rewards"]]
     found |= {f"advantages/{name}": np.stack([e[name] for e in each]) for name in each[0]}
-    found["gae/advantages"] = np.stack(
-        [gae(inputs["gae/rewards"], inputs["gae/values"], inputs["gae/mask"], **g) for g in GAE]
-    )
+    for c in ("gae", "gae_holes"):
+        arrays = [inputs[f"{c}/{name}"] for name in ("rewards", "values", "mask")]
+        found[f"{c}/advantages"] = np.stack([gae(*arrays, **g) for g in GAE])
     each = [weights(m, CONSTANT) for m in inputs["weights/mask"]]
     found |= {f"weights/{name}": np.stack([e[name] for e in each]) for name in each[0]}
     for key, value in (("settings", SETTINGS), ("ties", TIES), ("gae", GAE), ("constant", CONSTANT)):

@@ -84,6 +84,14 @@ SETTINGS: dict[str, list[dict]] = {
         dict(**WIDE, delta=1.0, entropy_floor=0.01, ratio_cap=INF),
         dict(**TIGHT, delta=1e-3, entropy_floor=0.1, ratio_cap=1.02),
     ],
+    "dis": [dict(eps_low=0.3, eps_high=5.0, ratio_cap=INF), dict(**TIGHT, ratio_cap=1.02)],
+    "ripo": [
+        dict(budget=0.05, ratio_low=0.5, ratio_high=10.0, ratio_cap=INF),
+        dict(budget=0.001, ratio_low=0.92, ratio_high=1.1, ratio_cap=1.05),
+    ],
+    "aspo": [dict(**WIDE, ratio_cap=3.0), dict(**TIGHT, ratio_cap=1.05)],
+    "up": [dict(eps_low=0.2, ratio_cap=INF), dict(eps_low=0.05, ratio_cap=1.05)],
+    "prime_rl": [dict(delta_low=0.2, delta_high=0.2, tau=1e-3), dict(delta_low=0.03, delta_high=0.02, tau=1.0)],
     "distill": [dict(delta_low=0.2, ratio_cap=INF), dict(delta_low=0.02, ratio_cap=1.05)],
     "dppo_exact_tv": SIDES,
     "dppo_exact_kl": KL_SIDES,
@@ -95,7 +103,7 @@ SETTINGS: dict[str, list[dict]] = {
 NEVER_MASKED = ("reinforce", "sapo", "drpo", "vespo", "minpro")
 
 # Where policies are equal, every statistic equals these thresholds. DRPO divides by its own.
-NEUTRAL = {"eps": 0.0, "delta": 0.0, "correction": 1.0, "dual": 1.0}
+NEUTRAL = {"eps": 0.0, "budget": 0.0, "delta": 0.0, "correction": 1.0, "dual": 1.0}
 TIES = {
     name: [{k: v if name == "drpo" else NEUTRAL.get(k.split("_")[0], v) for k, v in several[0].items()}]
     for name, several in SETTINGS.items()
@@ -150,6 +158,12 @@ def above(x: float, bound: float) -> Clause:
     if gap == 0:
         return False, 0.0
     return x > bound, gap / max(abs(x), abs(bound)) if gap > ABSOLUTE else RELATIVE / 2
+
+
+def at_least(x: float, bound: float) -> Clause:
+    """x >= bound."""
+    below, far = above(bound, x)
+    return not below, far
 
 
 def both(a: Clause, b: Clause) -> Clause:
@@ -291,6 +305,12 @@ def kpop(t: Token, seq: Sequence, h: dict) -> list[Clause]:
     return [above(kl(mu, pi), h["delta"]), above(kl(pi, mu), h["delta"])]
 
 
+def ripo(t: Token, seq: Sequence, h: dict) -> list[Clause]:
+    """Beyond the token's own bound, or beyond the fixed one."""
+    eps = math.sqrt(h["budget"] / t.mu)
+    return [two_sided(t.r, 1 + eps, 1 - eps, t.adv), two_sided(t.r, h["ratio_high"], h["ratio_low"], t.adv)]
+
+
 def distill(t: Token, seq: Sequence, h: dict) -> list[Clause]:
     """The reference policy's numbers are the teacher's here."""
     return [both(above(t.pi, t.ref), above(t.mu - t.pi, h["delta_low"]))]
@@ -370,6 +390,11 @@ MASKS: dict[str, Callable[[Token, Sequence, dict], list[Clause]]] = {
     "minpro": lambda t, seq, h: [],
     "m2po": m2po,
     "estr": estr,
+    "dis": lambda t, seq, h: [at_least(1 - h["eps_low"], t.r), at_least(t.r, 1 + h["eps_high"])],
+    "ripo": ripo,
+    "aspo": clip_r,
+    "up": lambda t, seq, h: [above(1 - h["eps_low"], t.r) if t.adv < 0 else NEVER],
+    "prime_rl": lambda t, seq, h: [two_sided(t.pi - t.mu, h["delta_high"], -h["delta_low"], t.adv)],
     "distill": distill,
     "dppo_exact_tv": lambda t, seq, h: exact(t, t.tv, h),
     "dppo_exact_kl": lambda t, seq, h: exact(t, t.kl, h),
@@ -408,15 +433,18 @@ COEFFICIENTS: dict[str, Callable[[Token, Sequence, dict], float]] = {
     "vespo": vespo,
     "gmpo": gmpo,
     "minpro": minpro,
+    "aspo": lambda t, seq, h: min(t.mu / t.pi if t.adv > 0 else t.r, h["ratio_cap"]) * t.adv,
+    "up": lambda t, seq, h: (1 if t.adv > 0 else min(t.r, h["ratio_cap"])) * t.adv,
+    "prime_rl": lambda t, seq, h: t.r * t.adv,
     "distill": lambda t, seq, h: min(t.r, h["ratio_cap"]) * (math.log(t.ref) - math.log(t.pi)),
 }
 
 
 def coefficient(name: str, t: Token, seq: Sequence, h: dict) -> tuple[float, bool]:
-    """(c, kept). Kimi's penalty acts on masked tokens as well."""
+    """(c, kept). The penalty on log(r)^2 acts on masked tokens as well."""
     keep = not any(fires for fires, _ in MASKS[name](t, seq, h))
     unmasked = COEFFICIENTS.get(name, lambda t, seq, h: min(t.r, h["ratio_cap"]) * t.adv)(t, seq, h)
-    penalty = 2 * h["tau"] * math.log(t.r) if name == "kimi_k25" else 0.0
+    penalty = 2 * h["tau"] * math.log(t.r) if name in ("kimi_k25", "prime_rl") else 0.0
     return (unmasked if keep else 0.0) - penalty, keep
 
 
