@@ -398,13 +398,19 @@ class Setup:
             head_float32=self.config.policy.head_float32,
         )
 
-    def update_with(self, loss: BoundLoss, optimizer: optax.GradientTransformation, needs_exact: bool) -> Update:
-        """One optimizer step on a minibatch, with this loss and optimizer."""
+    def update_with(
+        self,
+        loss: BoundLoss,
+        weights: Callable[..., jax.Array],
+        optimizer: optax.GradientTransformation,
+        needs_exact: bool,
+    ) -> Update:
+        """One optimizer step on a minibatch, with this loss, aggregation and optimizer."""
         c = self.config
         return make_update(
             self.policy_logprobs,
             loss,
-            self.weights,
+            weights,
             optimizer,
             behavior_forward=self.behavior_forward if needs_exact else None,
             shadow_losses=self.shadow_losses,
@@ -415,7 +421,7 @@ class Setup:
     @cached_property
     def update(self) -> Update:
         """One optimizer step on a minibatch, with the config's own."""
-        return self.update_with(self.loss, self.optimizer, self.needs_exact)
+        return self.update_with(self.loss, self.weights, self.optimizer, self.needs_exact)
 
     # --- rollouts ---
 

@@ -2,20 +2,19 @@
 
     python -m experiments.questions.survival --config configs/studies/survival.py --workdir DIR [--mismatch m4 --lag 0]
 
-A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss,
-learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the cells
-under --workdir show.
+A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss or
+method, learning rate and seed of it. Started again, it goes on. With --report DIR it trains nothing and writes what the
+cells under --workdir show.
 """
 
 import sys
 
-from dppo_jax.errors import lookup, run_main
+from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path
-from dppo_jax.losses import LOSSES
 from experiments.questions.survival.report import report
 from experiments.run import cli
 from experiments.study import Arm
-from experiments.sweep import Run, train
+from experiments.sweep import NAMED, make_runs, train
 
 DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
@@ -29,7 +28,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each cell; resumes"),
-            "--losses": dict(type=cli.by_commas(), default=DEFAULT_LOSSES, metavar="NAMES", help="by commas"),
+            **NAMED,
             "--mismatch": dict(
                 type=cli.by_commas(), default=MISMATCH, metavar="FORMATS", help="of activations[+weights]"
             ),
@@ -43,15 +42,13 @@ def main() -> None:
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
-    for loss in arguments.losses:
-        lookup(LOSSES, loss, "loss")
+    if arguments.methods and arguments.scale != 1:
+        raise UserError("--scale is of losses, and a method has its own thresholds: give --losses, or no --scale")
+    losses = arguments.losses or (() if arguments.methods else DEFAULT_LOSSES)
+    seeds = range(config.seed, config.seed + arguments.seeds)
+    runs = make_runs(losses, arguments.methods, arguments.rates, seeds)
+    for loss in losses:
         config = Arm(loss, arguments.scale).config(config)
-    runs = [
-        Run(loss, seed, rate)
-        for loss in arguments.losses
-        for rate in arguments.rates
-        for seed in range(config.seed, config.seed + arguments.seeds)
-    ]
     for lag in arguments.lag:
         for mismatch in arguments.mismatch:
             cell_config = config.copy_and_resolve_references()

@@ -14,16 +14,17 @@ from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from experiments.plot import save
+from experiments.plot.runs import method_or_loss
 from experiments.study import LAST, by_step, mean_and_interval, outcome
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
 FIRST = 5  # steps over which it is averaged
 
 
-def loss_of(config: dict[str, Any]) -> str:
-    """The loss, and its threshold on a divergence if it has one."""
-    name = config["loss"]["name"]
-    delta = config["loss_defaults"].get(name, {}).get("delta_high")
+def name_of(folder: Path, config: dict[str, Any]) -> str:
+    """The method or the loss of a run, and its threshold on a divergence if it has one."""
+    loss = config["loss"]["name"]
+    name, delta = method_or_loss(folder, loss), config["loss_defaults"].get(loss, {}).get("delta_high")
     return name if delta is None else f"{name}, δ {delta:g}"
 
 
@@ -41,7 +42,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         rollout = config["rollout"]
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
-        groups.setdefault((mismatch, rollout["lag"], loss_of(config), rate), []).append(run)
+        groups.setdefault((mismatch, rollout["lag"], name_of(folder, config), rate), []).append(run)
     if not groups:
         raise UserError(f"none of the {len(folders)} runs in {workdir} is finished; train them to their end first")
     starts: dict[tuple, list[float]] = {}
