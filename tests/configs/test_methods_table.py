@@ -15,6 +15,7 @@ from dppo_jax.losses import LOSSES
 from experiments import methods, sweep
 from experiments.questions.survival import __main__ as survival
 from experiments.run import checks
+from experiments.run.check_data import value
 from experiments.run.cli import load_config
 from experiments.run.setup import Setup
 from experiments.study import Arm
@@ -185,11 +186,14 @@ def test_a_methods_run_of_a_sweep_has_the_config_of_that_method(name):
 
 
 def test_most_methods_share_a_sweep():
-    """All but those whose loop or shapes are others: what they set is no key of `OF_METHODS`, nor the loss's."""
+    """All but those whose loop or shapes are others: what they set anew is no key of `OF_METHODS`, nor the loss's."""
     config, alone = reuse(), set()
     for name, method in METHODS.items():
-        keys = {key for key in method.sets if not key.startswith("loss.")} - {*sweep.OF_METHODS}
-        critic = get_config(name).advantage.name == "gae"
+        own = reuse()
+        set_method(own, name)
+        keys = {key for key in method.sets if not key.startswith("loss.") and value(own, key) != value(config, key)}
+        keys -= {*sweep.OF_METHODS}
+        critic = own.advantage.name == "gae"
         try:
             sweep.check(config, sweep.make_runs([], [name], [1.0], [0]))
         except UserError:
