@@ -74,14 +74,13 @@ def make_runs(losses: Sequence[str], methods: Sequence[str], rates: Sequence[flo
     not say whether it is a loss or a method."""
     for name in losses:
         lookup(LOSSES, name, "loss")
+    for name in (*losses, *methods) if losses and methods else ():
+        if name in LOSSES and name in METHODS:
+            raise UserError(
+                f"{name!r} is a loss and a method, and a sweep of both would not say which: give --losses and "
+                "--methods a --workdir each"
+            )
     pairs = [*((name, None) for name in losses), *((loss_of(name), name) for name in methods)]
-    if losses and methods:
-        for loss, method in pairs:
-            if (loss if method is None else method) in {*LOSSES} & {*METHODS}:
-                raise UserError(
-                    f"{loss if method is None else method!r} is a loss and a method, and a sweep of both would not say "
-                    "which: give --losses and --methods a --workdir each"
-                )
     return [Run(loss, seed, rate, method) for loss, method in pairs for rate in rates for seed in seeds]
 
 
@@ -103,11 +102,15 @@ def check(config: ConfigDict, runs: list[Run]) -> None:
     for key in _alone(config):
         raise UserError(f"a sweep does without {key}: {ALONE[key]}; leave it at its default, or use experiments.train")
     _check_methods(config, list(dict.fromkeys(run.method for run in runs if run.method is not None)))
-    whole: set[str] = set()
+    whole: set[tuple[str, str | None]] = set()
     for run in runs:
         lookup(LOSSES, run.loss, "loss")
-        (ranges.check_values if run.name in whole else checks.check)(config_of(config, run))
-        whole.add(run.name)  # seeds and rates are only numbers
+        one = run.loss, run.method
+        try:
+            (ranges.check_values if one in whole else checks.check)(config_of(config, run))
+        except UserError as error:
+            raise error if run.method is None else UserError(f"method {run.method!r}: {error}") from None
+        whole.add(one)  # seeds and rates are only numbers
     folders = [run.folder for run in runs]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"two runs of the sweep would share the folder {twice[0]!r}: their rates are too close")

@@ -47,9 +47,10 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
 
 def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
     config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    runs = [*RUNS[1:3], *make_runs([], ["gspo"], [1.0], [1])]
     for over in ("vmap", "map"):
-        train(config, RUNS[1:4], tmp_path / over, over=over)
-    for one in RUNS[1:4]:
+        train(config, runs, tmp_path / over, over=over)
+    for one in runs:
         vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
         for tag in vmap:
             if not tag.startswith(MACHINE):
