@@ -350,6 +350,11 @@ METHODS = {
 ARGUMENTS = tuple(METHODS)  # what get_config takes, for the command line's refusals
 
 
+def loss_of(name: str) -> str:
+    """The loss that a method trains. UserError for an unknown name."""
+    return lookup(METHODS, name, "method").sets.get("loss.name", name)
+
+
 def set_method(c: ConfigDict, name: str) -> None:
     """Makes a config one of this method; model, data and sizes stay. UserError for an unknown name."""
     sets = {"loss.name": name, **lookup(METHODS, name, "method").sets}

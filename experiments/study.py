@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dppo_jax.errors import UserError, nearest
+from configs.methods import METHODS, loss_of
+from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.files import Path, make_folder, write_text
 from dppo_jax.storage.run_log import Scalars, read_scalars
 from experiments import sweep
 from experiments.plot import Curve, bootstrap_interval, draw, save
 from experiments.run import checks, cli
-from experiments.sweep import Run, config_of
+from experiments.sweep import OF_METHODS, Run, config_of
 from experiments.train import train as train_one
 
 LAST = 10  # steps at a run's end whose mean reward is its outcome
@@ -37,12 +38,22 @@ THRESHOLDS = ("delta", "eps")  # hyperparameters that begin so are scaled by Arm
 
 class Arm(NamedTuple):
     """A loss with its loss_defaults, but for thresholds `scale` times as wide and the `numbers` given; `settings` are
-    other keys of the config, by dotted name."""
+    other keys of the config, by dotted name. With a `method`, whose loss it is, all that the method sets: `Arm.of`."""
 
     loss: str
     scale: float = 1.0
     numbers: tuple[tuple[str, float], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    method: str | None = None
+
+    @classmethod
+    def of(cls, method: str, settings: tuple[tuple[str, Any], ...] = ()) -> "Arm":
+        """A method of configs/methods.py. UserError for an unknown name, and for a setting that methods have for
+        themselves."""
+        for key, _ in settings:
+            if key in OF_METHODS or key.startswith("loss") or key in lookup(METHODS, method, "method").sets:
+                raise UserError(f"an arm sets {key}, which method {method!r} has for itself; take an arm of its loss")
+        return cls(loss_of(method), settings=settings, method=method)
 
     @property
     def name(self) -> str:
@@ -50,7 +61,11 @@ class Arm(NamedTuple):
         scaled = [] if self.scale == 1 else [f"x{self.scale:g}"]
         numbers = [f"{key}{value:g}" for key, value in self.numbers]
         settings = [f"{key.rpartition('.')[2]}{value}" for key, value in self.settings]
-        return "_".join([self.loss, *scaled, *numbers, *settings])
+        return "_".join([self.method or self.loss, *scaled, *numbers, *settings])
+
+    def runs(self, seeds: Sequence[int]) -> list[Run]:
+        """One of every seed."""
+        return [Run(self.loss, seed, 1.0, self.method) for seed in seeds]
 
     def config(self, config: ConfigDict) -> ConfigDict:
         """The config whose defaults for this loss are the arm's."""
@@ -66,13 +81,14 @@ class Arm(NamedTuple):
 def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequence[int], *, separate: bool) -> None:
     """Trains what is not trained yet, once all arms are checked."""
     for arm in arms:
-        arm_config, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
+        arm_config, runs = arm.config(config), arm.runs(seeds)
         if separate:
+            sweep.check_own(arm_config, runs)
             checks.check(config_of(arm_config, runs[0]))
         else:
             sweep.check(arm_config, runs)
     for arm in arms:
-        arm_config, runs = arm.config(config), [Run(arm.loss, seed, 1.0) for seed in seeds]
+        arm_config, runs = arm.config(config), arm.runs(seeds)
         if separate:
             for run in runs:
                 train_one(config_of(arm_config, run), workdir / arm.name / run.folder)
@@ -82,7 +98,7 @@ def train(config: ConfigDict, arms: Sequence[Arm], workdir: Path, seeds: Sequenc
 
 def read(workdir: Path, arm: Arm, seeds: Sequence[int]) -> list[Scalars]:
     """The arm's runs, by seed."""
-    return [read_scalars(workdir / arm.name / Run(arm.loss, seed, 1.0).folder) for seed in seeds]
+    return [read_scalars(workdir / arm.name / run.folder) for run in arm.runs(seeds)]
 
 
 def outcome(run: Scalars) -> float:

@@ -3,7 +3,8 @@
     python -m experiments.plot --runs runs/a runs/b --out curves.png [--smooth 5] [--group loss.delta_low]
 
 One panel per quantity that any run logged, and a curve for each config. Runs whose config.json differs in the seed
-only are one curve: their mean, in its 95% bootstrap interval. A curve is named by one key of the config.
+only are one curve: their mean, in its 95% bootstrap interval. A curve is named by one key of the config, or by the
+method that a sweep trained.
 """
 
 from experiments.plot.command import main

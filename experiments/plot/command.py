@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="W",
         help="5: centred mean over 5 steps; 0.9: exponential mean, 0.9 of it the past; default 1: none",
     )
-    parser.add_argument("--group", metavar="KEY", help="the config key that names the curves; default loss.name")
+    parser.add_argument(
+        "--group", metavar="KEY", help="the config key that names the curves; default loss.name, or a sweep's method"
+    )
     parser.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="draw these instead; 'region/*/masked'")
     args, unknown = parser.parse_known_args(argv)
     if unknown:

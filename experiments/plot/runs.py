@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from configs.methods import METHODS, loss_of
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import Path, is_bucket, to_path
 from dppo_jax.storage.loggers.tensorboard import EVENTS
@@ -13,6 +14,7 @@ from dppo_jax.storage.run_config import flatten, read_config
 from dppo_jax.storage.run_log import Scalars, read_scalars
 
 NAMED_BY = "loss.name"
+OF_A_SWEEP = re.compile(r"(?P<name>.+?)(_x[0-9.e+-]+)?/seed_\d+")  # the end of a run's folder
 MOST_KEYS = 2  # with more keys that differ, curves of one name are told apart by folders
 
 
@@ -26,7 +28,8 @@ class Curve(NamedTuple):
 def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
     """Reads the runs and puts those of one config together, in the order given. A folder given twice counts once.
 
-    key: dotted name of the config key that names the curves. None: loss.name, or the folder of a run without it.
+    key: dotted name of the config key that names the curves. None: the method of a sweep's run, else loss.name, or the
+    folder of a run without it.
     With "seed", seeds are curves of their own.
     """
     paths = {_resolved(to_path(folder)): folder for folder in folders}
@@ -38,11 +41,27 @@ def group_runs(folders: Sequence[str], key: str | None = None) -> list[Curve]:
         names = [str(p).removeprefix(f"{shared}/") for p in unique]
     runs = [read_scalars(folder) for folder in folder_of.values()]
     configs = [_config(path, folder, key) for path, folder in folder_of.items()]
+    if key is None:
+        configs = [_with_method(path, config) for path, config in zip(unique, configs, strict=True)]
     members: dict[str, list[int]] = {}
     for i, (path, config) in enumerate(zip(unique, configs, strict=True)):
         members.setdefault(_curve_key(path, config, key), []).append(i)
     labels = _labels(list(members.values()), names, configs, NAMED_BY if key is None else key)
     return [Curve(label, [runs[i] for i in group]) for label, group in zip(labels, members.values(), strict=True)]
+
+
+def method_or_loss(folder: Path, loss: str) -> str:
+    """What a run trains: the method that a sweep named its folder by, or this loss, its config's."""
+    found = OF_A_SWEEP.fullmatch(f"{folder.parent.name}/{folder.name}")
+    named = found is not None and found["name"] in METHODS and loss_of(found["name"]) == loss
+    return found["name"] if found is not None and named else loss
+
+
+def _with_method(path: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config with the method in the place of its loss."""
+    if config is None or not isinstance(config.get(NAMED_BY), str):
+        return config
+    return config | {NAMED_BY: method_or_loss(path, config[NAMED_BY])}
 
 
 def _resolved(path: Path) -> Path:

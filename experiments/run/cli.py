@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import runpy
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -300,9 +299,6 @@ def parse(
     )
     for name, options in arguments.items():
         parser.add_argument(name, **options)
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.split("=")[0] == "--methods" and "--losses" in arguments:
-            raise UserError("--methods is --losses now: it takes losses; a method is --config configs/methods.py:NAME")
     namespace, overrides = parser.parse_known_args(argv)
     if first:
         first(namespace)

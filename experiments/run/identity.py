@@ -138,7 +138,7 @@ def same_runs(saved: list[str], now: list[str], workdir: Path) -> None:
     else:
         sentence = (
             f"cannot resume {str(workdir)!r}: its checkpoint has the runs {', '.join(saved)}; asked for are "
-            f"{', '.join(now)}; give --losses, --rates and --seeds as they were"
+            f"{', '.join(now)}; give --losses, --methods, --rates and --seeds as they were"
         )
     raise UserError(f"{sentence}, or take another --workdir")
 

@@ -23,6 +23,7 @@ from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
 from experiments.run.runs import Runs, with_all_metrics
 from experiments.run.samples import Replies, Samples
+from experiments.run.setup import Setup
 from experiments.run.teacher import Teacher
 
 
@@ -42,12 +43,13 @@ class Learner:
         kl = base.reward_kl
         self._reward_kl = jax.jit(runs.at_once(kl), out_shardings=by_row) if kl else None
         self._teacher = Teacher(runs) if "teacher_logp" in runs.needed else None
-        by_group = base.advantages
-        self._advantages = jax.jit(runs.at_once(by_group), out_shardings=by_row) if by_group else None
-        self._critic = None if by_group else Critic(base)
+        self._critic = None if base.advantages else Critic(base)
+        self._advantages: Callable[[jax.Array, jax.Array], jax.Array] | None = None
         if runs.stacked:
+            self._advantages = _stacked_advantages(runs)
             self._update, self._init = _stacked_update(runs, rates)
         else:
+            self._advantages = jax.jit(base.advantages, out_shardings=by_row) if base.advantages else None
             self._update = jit_update(base.update, base.shardings, base.mesh, needs_exact=base.needs_exact)
             self._init = functools.partial(base.init_state, owned=True)
         self._finite = jit_finite()
@@ -137,7 +139,7 @@ class Learner:
             advantages = self._critic.advantages(batch, self._plan_all(replies), rewards, penalties)
             batch = dataclasses.replace(batch, advantages=advantages)
         if self._leaves_out:
-            kept = self._runs.together([self._kept(run) for run in replies])
+            kept = self._runs.together(self._kept(replies))
             batch = dataclasses.replace(batch, mask=batch.mask & kept[..., None])
         return batch
 
@@ -157,7 +159,8 @@ class Learner:
         """The plan of every optimizer minibatch of a step, made from the lengths of its replies."""
         lengths = [run.lengths for run in replies]
         if self._leaves_out:
-            lengths = [np.where(self._kept(run), run.lengths, 0) for run in replies]
+            kept = self._kept(replies)
+            lengths = [np.where(rows, run.lengths, 0) for rows, run in zip(kept, replies, strict=True)]
         for indices in zip(*(setup.minibatches(step) for setup in self._runs.setups), strict=True):
             yield self._plan(indices, replies, lengths)
 
@@ -193,16 +196,12 @@ class Learner:
 
     @property
     def _leaves_out(self) -> bool:
-        """Whether some responses may take no part in the update."""
-        return self._setup.config.advantage.drop_equal or self._setup.config.reward.overlong_filter
+        """Whether some responses of some run may take no part in the update."""
+        return any(s.config.advantage.drop_equal or s.config.reward.overlong_filter for s in self._runs.setups)
 
-    def _kept(self, replies: Replies) -> np.ndarray:
-        """Which responses take part, bool[B]: not of equal groups, nor truncated, where the config leaves these out."""
-        c = self._setup.config
-        kept: np.ndarray = np.ones(len(replies.lengths), bool)
-        if c.advantage.drop_equal:
-            kept &= metrics_lib.unequal_groups(replies.shaped_rewards, c.rollout.group_size)
-        return kept & ~replies.truncated if c.reward.overlong_filter else kept
+    def _kept(self, replies: list[Replies]) -> list[np.ndarray]:
+        """By run, which responses take part, bool[B]."""
+        return [_taking_part(setup, run) for setup, run in zip(self._runs.setups, replies, strict=True)]
 
     def _to_rows(self, values: list[np.ndarray]) -> jax.Array:
         """Numbers of all rows, on the devices that hold them."""
@@ -216,30 +215,59 @@ class Learner:
         return hosts.share_over(self._mesh, c.prompts).grouped(c.group_size)
 
 
+def _taking_part(setup: Setup, replies: Replies) -> np.ndarray:
+    """Which responses of a run, bool[B]: not of equal groups, nor truncated, where its config leaves these out."""
+    c = setup.config
+    kept: np.ndarray = np.ones(len(replies.lengths), bool)
+    if c.advantage.drop_equal:
+        kept &= metrics_lib.unequal_groups(replies.shaped_rewards, c.rollout.group_size)
+    return kept & ~replies.truncated if c.reward.overlong_filter else kept
+
+
+def _stacked_advantages(runs: Runs) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(rewards [S, B], group [S, B]) -> advantages [S, B], of each run by its own function."""
+    setups, index = runs.different(lambda setup: setup.config.advantage.name)
+    functions = [setup.advantages for setup in setups]
+
+    def advantages(number: jax.Array, rewards: jax.Array, group: jax.Array) -> jax.Array:
+        return jax.lax.switch(number, functions, rewards, group)
+
+    return functools.partial(jax.jit(runs.at_once(advantages)), index)
+
+
+def _loss_key(setup: Setup) -> tuple:
+    """Of runs with one loss, its hyperparameters and the reference's penalty included, the same."""
+    reference = setup.config.reference
+    return setup.config.loss.name, tuple(sorted(setup.hyperparameters.items())), reference.coef, reference.estimator
+
+
 def _stacked_update(runs: Runs, rates: Sequence[float]) -> tuple[Callable, Callable[[Params], TrainState]]:
-    """The update of all runs, each with its own loss and rate, and the state that they begin with.
+    """The update of all runs, each with its own loss, aggregation and rate, and the state that they begin with.
 
     Under vmap every run computes the losses of all and keeps its own; under map it computes its own alone.
     """
-    names = sorted({setup.config.loss.name for setup in runs.setups})
-    losses = with_all_metrics([next(s for s in runs.setups if s.config.loss.name == name).loss for name in names])
-    base = runs.base
+    of_losses, loss_index = runs.different(_loss_key)
+    losses, base = with_all_metrics([setup.loss for setup in of_losses]), runs.base
+    of_weights, weights_index = runs.different(lambda s: (s.config.aggregation.name, s.config.aggregation.constant))
 
-    def update(state, batch, plan, loss_index, rate, *behavior):
+    def update(state, batch, plan, loss_number, weights_number, rate, *behavior):
         def loss(inputs: LossInputs) -> LossOutput:
-            return jax.lax.switch(loss_index, losses, inputs)
+            return jax.lax.switch(loss_number, losses, inputs)
+
+        def weights(mask: jax.Array, group: jax.Array) -> jax.Array:
+            branches = [lambda mask, group, own=setup.weights: own(mask, group=group) for setup in of_weights]
+            return jax.lax.switch(weights_number, branches, mask, group)
 
         scaled = optax.chain(base.optimizer, optax.stateless(lambda u, _: jax.tree.map(lambda x: rate * x, u)))
-        return base.update_with(loss, scaled, runs.needed)(state, batch, plan, *behavior)
+        return base.update_with(loss, weights, scaled, runs.needed)(state, batch, plan, *behavior)
 
     compiled = jax.jit(runs.each(update), donate_argnums=0)
-    loss_index = jnp.asarray([names.index(setup.config.loss.name) for setup in runs.setups], jnp.int32)
     factor = jnp.asarray(rates, jnp.float32)
     # The structure of `scaled`'s state, whose factor is known inside the update alone.
     unscaled = optax.chain(base.optimizer, optax.stateless(lambda u, _: u))
     fresh = jax.jit(lambda params: jax.vmap(lambda _: init_state(params, unscaled))(jnp.arange(len(runs))))
 
     def call(state: TrainState, batch: TrainBatch, plan: Plan, *behavior: Params) -> tuple[TrainState, Metrics]:
-        return compiled(state, batch, plan, loss_index, factor, *behavior)
+        return compiled(state, batch, plan, loss_index, weights_index, factor, *behavior)
 
     return call, lambda params: fresh(params)

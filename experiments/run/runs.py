@@ -5,7 +5,7 @@ compiled, saved and laid out over a mesh is the run itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,8 +31,9 @@ OVER = {"vmap": jax.vmap, "map": _in_turns}
 
 class Runs:
     """`setups` of the runs. `base` is what is compiled: the one run's own setup or, of stacked runs, one from which
-    they differ in loss, seed and a factor of the learning rate alone. `over`: vmap, map, or auto (map on a CPU, else
-    vmap)."""
+    they differ in the seed, a factor of the learning rate, and what `different` or the host takes from each: the loss,
+    aggregation, advantage, the reward's terms, resampling, which responses are left out. `over`: vmap, map, or auto
+    (map on a CPU, else vmap)."""
 
     def __init__(self, setups: Sequence[Setup], over: str = "auto", *, base: Setup | None = None):
         if over == "auto":
@@ -80,6 +81,15 @@ class Runs:
     def alone(self, tree: Any, number: int) -> Any:
         """The tree of one run, from one for all."""
         return jax.tree.map(lambda leaf: leaf[number], tree) if self.stacked else tree
+
+    def different(self, key: Callable[[Setup], Hashable]) -> tuple[list[Setup], jax.Array]:
+        """Of every value of `key` the first setup that has it, and of every run which of these is like its own,
+        i32[S]: the branches and the index of a `lax.switch`."""
+        firsts: dict[Hashable, Setup] = {}
+        for setup in self.setups:
+            firsts.setdefault(key(setup), setup)
+        order = list(firsts)
+        return list(firsts.values()), jnp.asarray([order.index(key(setup)) for setup in self.setups], jnp.int32)
 
     def own_metrics(self, scalars: dict[str, float], number: int) -> dict[str, float]:
         """Without what other losses than this run's measure."""

@@ -117,7 +117,7 @@ class Sampler:
         if self._config.train.staleness and step + 1 < self._config.steps:
             self._next_rollout = self._sample(self._prompts_of(step + 1), step + 1)
         samples = self._submitted(step, drawing, host)
-        return self._resampled(step, samples) if self._config.rollout.resample else samples
+        return self._resampled(step, samples) if max(self._further_batches) else samples
 
     def _prompts_of(self, step: int) -> PromptBatch:
         """The prompts of a step, of all runs, on the devices."""
@@ -241,34 +241,52 @@ class Sampler:
 
     def _resampled(self, step: int, samples: Samples) -> Samples:
         """Groups of equal rewards make room for unequal ones of further batches, until there is none or enough were
-        drawn."""
-        c, group = self._config.rollout, self._config.rollout.group_size
+        drawn. A run that is done with it, or has none, keeps what it has, and is drawn beside the others in vain."""
         self.rewards(samples)
-        for attempt in range(1, c.resample + 1):
-            unequal = [unequal_groups(replies.shaped_rewards, group)[::group] for replies in samples.replies]
-            if all(groups.all() for groups in unequal):
+        for attempt in range(1, max(self._further_batches) + 1):
+            unequal = self._unequal(samples)
+            done = [
+                attempt > most or bool(groups.all())
+                for most, groups in zip(self._further_batches, unequal, strict=True)
+            ]
+            if all(done):
                 break
             far_step = step + attempt * AWAY
             prompts = self._prompts_of(far_step)
             rollout, work = self._sample(prompts, far_step)
             drawing = samples.drawing._replace(prompts=prompts, rollout=rollout, work=work)
             more = self._submitted(far_step, drawing, self._to_host(drawing.rollout))
-            more_unequal = [unequal_groups(replies.shaped_rewards, group)[::group] for replies in self.rewards(more)]
-            sources = [chosen(groups, more_groups) for groups, more_groups in zip(unequal, more_unequal, strict=True)]
-            samples = self._merged(samples, more, sources)
+            self.rewards(more)
+            pairs = zip(unequal, self._unequal(more), strict=True)
+            sources = [chosen(groups, more_groups) for groups, more_groups in pairs]
+            samples = self._merged(samples, more, sources, done)
         return samples
 
-    def _merged(self, before: Samples, more: Samples, sources: list[np.ndarray]) -> Samples:
-        """One batch of the two, the groups of every run taken as its `sources` say: see `chosen`."""
+    @functools.cached_property
+    def _further_batches(self) -> list[int]:
+        """rollout.resample of every run."""
+        return [setup.config.rollout.resample for setup in self._runs.setups]
+
+    def _unequal(self, samples: Samples) -> list[np.ndarray]:
+        """By run, which groups have unequal rewards, bool[N]."""
         group = self._config.rollout.group_size
+        return [unequal_groups(replies.shaped_rewards, group)[::group] for replies in samples.replies]
+
+    def _merged(self, before: Samples, more: Samples, sources: list[np.ndarray], done: list[bool]) -> Samples:
+        """One batch of the two, the groups of every run taken as its `sources` say (see `chosen`), but for those that
+        are `done`."""
+        group = self._config.rollout.group_size
+        kept = np.arange(self._config.rollout.prompts)
+        sources = [kept if over else own for own, over in zip(sources, done, strict=True)]
         by_row = [rows_of(source, group) for source in sources]
         a, b = before.drawing, more.drawing
         prompts = self._take(a.prompts, b.prompts, self._runs.together(sources))
         rollout = self._take(a.rollout, b.rollout, self._runs.together(by_row))
         prompts, rollout = prompts.replace(group=a.prompts.group), rollout.replace(group=a.rollout.group)
         drawing = a._replace(prompts=prompts, rollout=rollout)
-        pairs = zip(before.replies, more.replies, sources, strict=True)
-        return Samples(drawing, [merged(first, second, source, group) for first, second, source in pairs], None)
+        of_runs = zip(before.replies, more.replies, sources, done, strict=True)
+        replies = [first if over else merged(first, second, source, group) for first, second, source, over in of_runs]
+        return Samples(drawing, replies, None)
 
     @functools.cached_property
     def _take(self):

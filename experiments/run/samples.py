@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dppo_jax.data.examples import Example
-from dppo_jax.metrics import unequal_groups
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending
 from dppo_jax.rollout import Finished, Work
@@ -112,8 +111,6 @@ def rows_of(groups: np.ndarray, group_size: int) -> np.ndarray:
 
 def merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int) -> Replies:
     """What was drawn first with what was drawn later in its place; groups, i[N], as of `chosen`."""
-    if all(unequal_groups(before.shaped_rewards, group_size)):
-        return before
     index = rows_of(groups, group_size)
 
     def host(a, b):

@@ -402,13 +402,20 @@ class Setup:
             head_float32=self.config.policy.head_float32,
         )
 
-    def update_with(self, loss: BoundLoss, optimizer: optax.GradientTransformation, needed: frozenset[str]) -> Update:
-        """One optimizer step on a minibatch, with this loss and optimizer; `needed` are the optional fields."""
+    def update_with(
+        self,
+        loss: BoundLoss,
+        weights: Callable[..., jax.Array],
+        optimizer: optax.GradientTransformation,
+        needed: frozenset[str],
+    ) -> Update:
+        """One optimizer step on a minibatch, with this loss, aggregation and optimizer; `needed` are the optional
+        fields."""
         c = self.config
         return make_update(
             self.policy_logprobs,
             loss,
-            self.weights,
+            weights,
             optimizer,
             behavior_forward=self.behavior_forward if "exact" in needed else None,
             slope_sums="exact.slope" in needed,
@@ -420,7 +427,7 @@ class Setup:
     @cached_property
     def update(self) -> Update:
         """One optimizer step on a minibatch, with the config's own."""
-        return self.update_with(self.loss, self.optimizer, self.needed)
+        return self.update_with(self.loss, self.weights, self.optimizer, self.needed)
 
     # --- rollouts ---
 

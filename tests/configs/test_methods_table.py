@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import quickstart
 from configs.methods import INF, METHODS, get_config, set_method
 from configs.reuse import get_config as reuse
 from dppo_jax.errors import UserError
@@ -14,6 +15,7 @@ from dppo_jax.losses import LOSSES
 from experiments import methods, sweep
 from experiments.questions.survival import __main__ as survival
 from experiments.run import checks
+from experiments.run.check_data import value
 from experiments.run.cli import keys, load_config
 from experiments.run.setup import Setup
 from experiments.study import Arm
@@ -218,15 +220,87 @@ def test_a_command_refuses_a_table_without_a_name():
     assert (found.returncode, found.stderr) == (2, f"error: {REFUSED['configs/methods.py']}\n")
 
 
-# --- losses are called losses ---
+# --- methods of a sweep ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_run_of_a_sweep_has_the_config_of_that_method(name):
+    """Whatever else is in the config, but for sizes, and for numbers of the config's own loss."""
+    (run,) = sweep.make_runs([], [name], [1.0], [3])
+    config = quickstart.get_config()
+    config.loss.ratio_cap, config.steps = 7.0, 5
+    own = get_config(name)
+    own.seed, own.steps = 3, 5
+    assert sweep.config_of(config, run).to_dict() == own.to_dict()
+    assert (run.folder, run.loss) == (f"{name}/seed_3", own.loss.name)
+
+
+def test_most_methods_share_a_sweep():
+    """All but those whose loop or shapes are others: what they set anew is no key of `OF_METHODS`, nor the loss's."""
+    config, alone = reuse(), set()
+    for name, method in METHODS.items():
+        own = reuse()
+        set_method(own, name)
+        keys = {key for key in method.sets if not key.startswith("loss.") and value(own, key) != value(config, key)}
+        keys -= {*sweep.OF_METHODS}
+        critic = own.advantage.name == "gae"
+        try:
+            sweep.check(config, sweep.make_runs([], [name], [1.0], [0]))
+        except UserError:
+            alone.add(name)
+        assert (name in alone) == (critic or bool(keys)), name
+    assert {"ppo", "reinforce", "distill"} <= alone
+
+
+APART = "run it alone: python -m experiments.train --config configs/methods.py"
+NOT_SWEPT = {
+    "--methods=gspo,gsp": "unknown method 'gsp'; the nearest is 'gspo'",
+    "--methods=ppo,gspo": "method 'ppo' sets advantage.name = gae, and critics are not trained side by side: "
+    f"{APART}:ppo; of those given, a sweep can have gspo",
+    "--methods=alp": "method 'alp' sets alp.sigma, and its noise is drawn from one seed, a constant of the compiled "
+    f"update: {APART}:alp",
+    "--methods=scale_rl,vaco": "method 'scale_rl' sets policy.head_float32 = True, and the runs of a sweep share "
+    f"theirs, False: set policy.head_float32=True for all, or {APART}:scale_rl; of those given, a sweep can have vaco",
+    "--methods=gspo --config.advantage.name=reward": "advantage.name = 'reward' is the config's, and methods have "
+    "their own: set advantage.name=group_mean, or give --losses",
+    "--methods=gspo --config.loss.ratio_cap=2": "loss.ratio_cap is set, of dppo_binary_tv, which is not among the "
+    "losses of this sweep; set loss_defaults.gspo.ratio_cap",
+    "--methods=gspo,dapo --config.train.staleness=1": "method 'dapo': rollout.resample draws from the parameters of "
+    "its step, which train.staleness = 1 no longer has; set train.staleness=0",
+    "--methods=dapo --losses=cispo": "'cispo' is a loss and a method, and a sweep of both would not say which: give "
+    "--losses and --methods a --workdir each",
+}
 
 
 @pytest.mark.parametrize("command", [sweep, survival], ids=["sweep", "survival"])
-@pytest.mark.parametrize("given", [["--methods", "cispo"], ["--methods=cispo"], ["--methods"]])
-def test_the_old_name_of_losses_is_refused_with_the_new_one(monkeypatch, command, given):
-    monkeypatch.setattr(sys, "argv", ["command", "--config", "configs/reuse.py", "--workdir", "no", *given])
-    with pytest.raises(UserError, match="^--methods is --losses now: "):
+@pytest.mark.parametrize("given", NOT_SWEPT)
+def test_methods_that_a_sweep_refuses(monkeypatch, tmp_path, command, given):
+    words = ["--config", "configs/reuse.py", "--workdir", str(tmp_path / "no"), *given.split()]
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(UserError) as caught:
         command.main()
+    assert str(caught.value) == NOT_SWEPT[given]
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_sweep_of_nothing_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["command", "--config", "configs/reuse.py", "--workdir", str(tmp_path / "no")])
+    with pytest.raises(UserError, match="^--losses or --methods is required"):
+        sweep.main()
+
+
+def test_thresholds_of_methods_are_not_scaled(monkeypatch, tmp_path):
+    words = ["--config", "configs/reuse.py", "--workdir", str(tmp_path / "no"), "--methods=gspo", "--scale=2"]
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(UserError, match="^--scale is of losses"):
+        survival.main()
+
+
+def test_losses_and_methods_of_different_names_share_a_sweep():
+    runs = sweep.make_runs(["ppo_clip"], ["dapo"], [1.0, 0.5], [0])
+    folders = ["ppo_clip/seed_0", "ppo_clip_x0.5/seed_0", "dapo/seed_0", "dapo_x0.5/seed_0"]
+    assert [run.folder for run in runs] == folders
+    sweep.check(reuse(), runs)
 
 
 # --- what a loss declares ---

@@ -121,6 +121,19 @@ def test_a_curve_is_named_by_a_key_of_the_config(tmp_path):
     assert labels(low, bare) == ["low", "cispo"]  # a folder of that name: no two curves share a label
 
 
+def test_a_curve_of_a_sweep_is_named_by_its_method(tmp_path):
+    def run(name: str, loss: str, seed: int, **others) -> str:
+        folder = tmp_path / name / f"seed_{seed}"
+        return write_run(folder, {"reward/mean": [1.0]}, seed=seed, loss={"name": loss}, **others)
+
+    runs = [run(name, "ppo_clip", seed, A=name) for name in ("dr_grpo", "max_rl") for seed in range(2)]
+    assert labels(*runs) == ["dr_grpo (2 runs)", "max_rl (2 runs)"]
+    assert labels(*runs, key="loss.name") == ["ppo_clip, A=dr_grpo (2 runs)", "ppo_clip, A=max_rl (2 runs)"]
+    slow, other = run("dr_grpo_x0.3", "ppo_clip", 0, A="dr_grpo", rate=0.3), run("dr_grpo_x1e-05", "cispo", 0)
+    assert labels(runs[0], slow) == ["dr_grpo, rate=unset", "dr_grpo, rate=0.3"]
+    assert labels(runs[0], other) == ["dr_grpo", "cispo"]  # what a folder says of another loss is not believed
+
+
 def test_the_interval_is_the_percentile_bootstraps():
     values = np.random.default_rng(3).normal(size=(7, 4))
     low, high = bootstrap_interval(values)

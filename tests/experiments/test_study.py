@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import reuse
+from configs.methods import loss_of
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_config import write_config
 from dppo_jax.storage.run_log import RunLog, read_scalars
@@ -32,6 +33,20 @@ def test_every_arm_is_a_run(question):
     assert len({arm.name for arm in found}) == len(found)
     for arm in found:
         checks.check(config_of(arm.config(reuse.get_config()), Run(arm.loss, 0, 1.0)))
+
+
+def test_an_arm_may_be_a_method():
+    arm = Arm.of("grpo", (("rollout.in_flight", 2),))
+    assert arm.name == "grpo_in_flight2"
+    (run,) = arm.runs([1])
+    own = config_of(arm.config(reuse.get_config()), run)
+    assert (run.folder, own.rollout.in_flight, own.loss.name) == ("grpo/seed_1", 2, "ppo_clip")
+    assert (own.advantage.name, own.reference.coef) == ("group_mean_std", 0.04)
+    for key in ("advantage.name", "loss.eps_low", "loss_defaults.gspo.eps_low"):
+        with pytest.raises(UserError, match=f"an arm sets {key}, which method 'gspo' has for itself"):
+            Arm.of("gspo", ((key, 0.1),))
+    with pytest.raises(UserError, match="the nearest is 'gspo'"):
+        Arm.of("gsp")
 
 
 def test_an_arm_scales_thresholds_and_nothing_else():
@@ -103,13 +118,13 @@ def test_arms_with_settings_are_compared_with_their_loss_without():
 
 
 def test_a_map_tells_survivors_by_cell(tmp_path):
-    def write(cell: str, lag: int, seed: int, ends: float, steps: int = 12) -> None:
-        folder = tmp_path / cell / "pg_is" / f"seed_{seed}"
+    def write(cell: str, lag: int, seed: int, ends: float, steps: int = 12, name: str = "pg_is") -> None:
+        folder = tmp_path / cell / name / f"seed_{seed}"
         activations, _, weights = cell.partition("+")
         config = dict(
             steps=12,
             rollout=dict(activations=activations, weights=weights, lag=lag),
-            loss=dict(name="pg_is"),
+            loss=dict(name=loss_of(name)),
             loss_defaults={},
             optimizer=dict(learning_rate=3e-4),
         )
@@ -132,6 +147,10 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     assert "| `pg_is` | 0.0003 | 1/2 · 0.50 | 0/1 · 0.25 |" in text
     assert "- of 2: 1: 0.01 to 0.99" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+    for method, ends in (("dr_grpo", 0.75), ("max_rl", 0.25)):  # of one loss
+        write("m1", 0, 0, ends, name=method)
+    text = survival.report(tmp_path, tmp_path / "out")
+    assert "| `dr_grpo` | 0.0003 | 1 · 0.75 |" in text and "| `max_rl` | 0.0003 | 0 · 0.25 |" in text
 
 
 def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
@@ -162,4 +181,5 @@ def test_the_edge_of_a_map_is_where_seeds_differ(tmp_path):
         with RunLog(folder, hparams={}, resume_step=0, total_steps=12) as log:
             for step in range(12):
                 log.scalars(step, {"reward/mean": end if step else 0.5})
-    assert survival.edges(tmp_path, [Run(loss, seed, 1.0) for loss, seed in ends]) == [("cispo", 1.0)]
+    found = survival.edges(tmp_path, [Run(loss, seed, 1.0) for loss, seed in ends], range(2, 4))
+    assert found == [Run("cispo", 2, 1.0), Run("cispo", 3, 1.0)]

@@ -11,7 +11,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import restore_params
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import MACHINE, read_scalars
-from experiments.sweep import Run, check, config_of, train
+from experiments.sweep import Run, check, config_of, make_runs, train
 from tests.helpers.fixtures import hurried, run, run_config, small_config, tiny
 
 RATES = {"ppo_clip": 1.0, "minirl": 0.5, "dppo_topk_tv": 1.0}  # of losses
@@ -47,9 +47,10 @@ def test_a_swept_run_is_the_separate_one(one, swept, tmp_path, tmp_path_factory)
 
 def test_runs_at_once_are_runs_in_turns(tmp_path, tmp_path_factory):
     config = small_config(tiny(tmp_path_factory), **NUMBERS)
+    runs = [*RUNS[1:3], *make_runs([], ["gspo"], [1.0], [1])]
     for over in ("vmap", "map"):
-        train(config, RUNS[1:4], tmp_path / over, over=over)
-    for one in RUNS[1:4]:
+        train(config, runs, tmp_path / over, over=over)
+    for one in runs:
         vmap, turns = (read_scalars(tmp_path / over / one.folder) for over in ("vmap", "map"))
         for tag in vmap:
             if not tag.startswith(MACHINE):
@@ -141,6 +142,27 @@ def test_numbers_of_the_configs_own_loss_are_of_no_other(tmp_path_factory):
     runs = [Run("cispo", 0, 1.0), Run("pg_is", 0, 1.0)]
     check(config, runs)
     assert [config_of(config, one).loss.ratio_cap for one in runs] == [2.0, None]
+
+
+# An advantage, an aggregation, a penalty, shaped rewards, further batches or left-out groups of their own.
+METHODS_APART = ("gspo", "dapo", "cispo", "scale_rl", "dr_grpo", "max_rl", "dppo_binary_tv", "grpo")
+
+
+def test_swept_methods_are_the_separate_ones(tmp_path, tmp_path_factory):
+    numbers = dict(steps=2, policy__head_float32=True, optimizer__eps=1e-4, checkpoint__every=0)  # as scale_rl has it
+    config = small_config(tiny(tmp_path_factory), **numbers)
+    runs = [run._replace(seed=number % 2) for number, run in enumerate(make_runs([], METHODS_APART, [1.0], [0]))]
+    train(config, runs, tmp_path / "sweep")
+    for one in runs:
+        separate = run(config_of(config, one), tmp_path / one.folder).folder
+        assert read_config(tmp_path / "sweep" / one.folder) == read_config(separate)
+        found, want = read_scalars(tmp_path / "sweep" / one.folder), read_scalars(separate)
+        assert found.keys() == want.keys()
+        assert (want["rollout/resampled"][1].max() > 0) == (one.method == "dapo")
+        for tag in found:
+            if not tag.startswith(MACHINE):
+                message = f"{one.method}: {tag}"
+                np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-5, atol=1e-6, err_msg=message)
 
 
 REFUSED = {

@@ -2,20 +2,19 @@
 
     python -m experiments.questions.survival --config configs/studies/survival.py --workdir DIR [--mismatch m4 --lag 0]
 
-A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss,
-learning rate and seed of it; where some seeds survive and some do not, it trains more of them, up to --edge. Started
-again, it goes on. With --report DIR it trains nothing and writes what the cells under --workdir show.
+A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss or
+method, learning rate and seed of it; where some seeds survive and some do not, it trains more of them, up to --edge.
+Started again, it goes on. With --report DIR it trains nothing and writes what the cells under --workdir show.
 """
 
 import sys
 
-from dppo_jax.errors import lookup, run_main
+from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path
-from dppo_jax.losses import LOSSES
 from experiments.questions.survival.report import edges, report
 from experiments.run import cli
 from experiments.study import Arm
-from experiments.sweep import Run, train
+from experiments.sweep import NAMED, make_runs, train
 
 DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
@@ -30,7 +29,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each cell; resumes"),
-            "--losses": dict(type=cli.by_commas(), default=DEFAULT_LOSSES, metavar="NAMES", help="by commas"),
+            **NAMED,
             "--mismatch": dict(
                 type=cli.by_commas(), default=MISMATCH, metavar="FORMATS", help="of activations[+weights]"
             ),
@@ -45,11 +44,13 @@ def main() -> None:
     if arguments.report:
         print(report(arguments.workdir, arguments.report), end="")
         return
-    for loss in arguments.losses:
-        lookup(LOSSES, loss, "loss")
-        config = Arm(loss, arguments.scale).config(config)
+    if arguments.methods and arguments.scale != 1:
+        raise UserError("--scale is of losses, and a method has its own thresholds: give --losses, or no --scale")
+    losses = arguments.losses or (() if arguments.methods else DEFAULT_LOSSES)
     seeds = range(config.seed, config.seed + arguments.seeds)
-    runs = [Run(loss, seed, rate) for loss in arguments.losses for rate in arguments.rates for seed in seeds]
+    runs = make_runs(losses, arguments.methods, arguments.rates, seeds)
+    for loss in losses:
+        config = Arm(loss, arguments.scale).config(config)
     for lag in arguments.lag:
         for mismatch in arguments.mismatch:
             cell_config = config.copy_and_resolve_references()
@@ -60,7 +61,7 @@ def main() -> None:
             print(f"{workdir.name}: {len(runs)} runs", file=sys.stderr)
             train(cell_config, runs, workdir)
             more = range(seeds.stop, config.seed + arguments.edge)
-            if edge := [Run(loss, seed, rate) for loss, rate in edges(workdir, runs) for seed in more]:
+            if edge := edges(workdir, runs, more):
                 print(f"{workdir.name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
                 train(cell_config, edge, workdir)
 

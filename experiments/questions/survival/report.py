@@ -17,6 +17,7 @@ from dppo_jax.statistics import binomial_interval
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from experiments.plot import save
+from experiments.plot.runs import method_or_loss
 from experiments.study import LAST, by_step, outcome
 from experiments.sweep import Run
 
@@ -31,10 +32,10 @@ def mean_and_interval(values: list[float]) -> list[float]:
     return [round(x, 5) for x in (mean, mean - reach, mean + reach)]
 
 
-def loss_of(config: dict[str, Any]) -> str:
-    """The loss, and its threshold on a divergence if it has one."""
-    name = config["loss"]["name"]
-    delta = config["loss_defaults"].get(name, {}).get("delta_high")
+def name_of(folder: Path, config: dict[str, Any]) -> str:
+    """The method or the loss of a run, and its threshold on a divergence if it has one."""
+    loss = config["loss"]["name"]
+    name, delta = method_or_loss(folder, loss), config["loss_defaults"].get(loss, {}).get("delta_high")
     return name if delta is None else f"{name}, δ {delta:g}"
 
 
@@ -52,7 +53,7 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
         rollout = config["rollout"]
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
-        groups.setdefault((mismatch, rollout["lag"], loss_of(config), rate), []).append(run)
+        groups.setdefault((mismatch, rollout["lag"], name_of(folder, config), rate), []).append(run)
     if not groups:
         raise UserError(f"none of the {len(folders)} runs in {workdir} is finished; train them to their end first")
     starts: dict[tuple, list[float]] = {}
@@ -75,14 +76,14 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def edges(workdir: Path, runs: Sequence[Run]) -> list[tuple[str, float]]:
-    """The losses and rates of which some seeds survive and some do not, of a cell's finished runs."""
+def edges(workdir: Path, runs: Sequence[Run], seeds: Sequence[int]) -> list[Run]:
+    """The same with other seeds, of those losses or methods and rates of which some seeds survive and some do not."""
     scalars = {run: read_scalars(workdir / run.folder) for run in runs}
     start = float(np.mean([found["reward/mean"][1][0] for found in scalars.values()]))
-    fates: dict[tuple[str, float], set[bool]] = {}
+    fates: dict[Run, set[bool]] = {}
     for run, found in scalars.items():
-        fates.setdefault((run.loss, run.rate), set()).add(outcome(found) >= start)
-    return [key for key, lived in fates.items() if len(lived) == 2]
+        fates.setdefault(run._replace(seed=0), set()).add(outcome(found) >= start)
+    return [run._replace(seed=seed) for run, lived in fates.items() if len(lived) == 2 for seed in seeds]
 
 
 def _axes(cell_list: list[dict[str, Any]]) -> tuple[list, list, list]:
