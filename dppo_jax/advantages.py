@@ -92,9 +92,10 @@ def gae(
     mask: Bool[Array, "B T"],
     *,
     discount: float,
-    lam: float,
+    lam: float | Float32[Array, "B"],
 ) -> Float32[Array, "B T"]:
-    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0."""
+    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0. `lam`:
+    lambda of all rows, or of each."""
     rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
 
     def backwards(carry, column):

@@ -75,6 +75,7 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "dual_clip": ("∞", "`dual_cap` 3, `eps_high` 0.2, `eps_low` 0.2"),
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
+    "bpco": ("5", "`delta_high` 0.2, `delta_low` 0.2"),
 }
 
 
@@ -84,11 +85,26 @@ def test_the_page_reads_numbers_off_the_loss(name):
     assert (row["C"], row["other numbers"]) == NUMBERS[name]
 
 
+def test_bpco_has_the_critic_of_its_paper_and_one_response_a_prompt():
+    """2608.23566 and its authors' code: atan between 0 and 1, alpha 0.4, sums over tokens, values clipped to 0.5."""
+    c, default = get_config("bpco"), get_config("dppo_binary_tv")
+    found = {key: c.critic[key] for key in ("bounds", "targets", "lam_alpha", "whiten", "value_clip", "discount")}
+    assert found == dict(
+        bounds=(0.0, 1.0), targets="monte_carlo", lam_alpha=0.4, whiten=False, value_clip=0.5, discount=1.0
+    )
+    assert (c.loss.name, c.advantage.name, c.aggregation.name) == ("dppo_binary_tv", "gae", "seq_mean_token_sum")
+    assert c.rollout.group_size == 1
+    assert c.rollout.prompts == default.rollout.prompts * default.rollout.group_size
+    twice = get_config("bpco")
+    set_method(twice, "bpco")
+    assert twice.to_dict() == c.to_dict()
+
+
 # --- FILE:ARGUMENT ---
 
 REFUSED = {
     "configs/methods.py": "config file configs/methods.py needs an argument: write configs/methods.py:ARGUMENT, one of "
-    "reinforce, rloo, pg_is, pg_tis, cispo and 44 more",
+    "reinforce, rloo, pg_is, pg_tis, cispo and 45 more",
     "configs/methods.py:gspoo": "config file configs/methods.py has no 'gspoo'; the nearest is 'gspo'",
     "configs/methods.py:": "--config configs/methods.py: has no argument after its colon; write FILE:ARGUMENT, or FILE "
     "alone",
