@@ -136,8 +136,14 @@ def get_config() -> ConfigDict:
     c.critic.learning_rate = 1e-5
     c.critic.discount = 1.0
     c.critic.lam = 0.95  # lambda of generalised advantage estimation (PPO, 1707.06347, section 5)
+    c.critic.lam_alpha = config_dict.placeholder(float)  # lambda = 1 - 1/(alpha L) by length L, >= 0; unset: critic.lam
+    c.critic.bounds = ()  # least and greatest reward: every value is between them (BPCO: (0.0, 1.0)); (): linear head
+    c.critic.targets = "gae"  # of its values: gae: advantage + value | monte_carlo: the discounted return (BPCO)
     c.critic.value_clip = 0.2  # the value's change that its loss sees; inf: all of it
     c.critic.whiten = True  # advantages of a batch have mean 0 and deviation 1
+    c.critic.privileged = ""  # what it sees beside the prompt, and the policy never: answer, or a column; "": nothing
+    c.critic.template = "{prompt}\n\nThe reference answer is: {privileged}."  # its prompt then, within data.template
+    c.critic.max_prompt_len = 128  # tokens of that prompt; of a longer one as data.too_long says
 
     c.reference = ConfigDict()  # a penalty on the divergence from the policy that the run began with (GRPO)
     c.reference.coef = 0.0  # beta; 0: none, and no pass of it

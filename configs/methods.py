@@ -257,6 +257,18 @@ METHODS = {
     "dppo_binary_tv": Method(
         "DPPO, binary TV", REGION, "moving away and |π−μ| of the sampled token > δ", f"{QI}, section 4", DELTA
     ),
+    "bpco": Method(
+        "BPCO", REGION, "A>0: π−μ > δ; A<0: μ−π > δ", "Qi, Zhou, Lee, 2608.23566",
+        "A bounded critic, trained on what responses earn; λ = 1 − 1/(0.4 L), no whitening, one response a prompt. The "
+        "paper's code: learning rates 1e-6 and 5e-6 (critic), 1,024 prompts, 4 updates a batch, sums over tokens, "
+        "values clipped to 0.5. The critic's learning rate is ours.",
+        {
+            "loss.name": "dppo_binary_tv", "advantage.name": "gae", "aggregation.name": "seq_mean_token_sum",
+            "rollout.prompts": lambda c: c.rollout.prompts * c.rollout.group_size, "rollout.group_size": 1,
+            "critic.bounds": (0.0, 1.0), "critic.targets": "monte_carlo", "critic.lam_alpha": 0.4,
+            "critic.whiten": False, "critic.value_clip": 0.5, "critic.learning_rate": 1e-3,
+        },
+    ),
     "dppo_binary_kl": Method(
         "DPPO, binary KL", REGION, "moving away and KL(Bern μ‖Bern π) > δ", f"{QI}, section 4", DELTA
     ),

@@ -117,9 +117,10 @@ def gae(
     mask: Bool[Array, "B T"],
     *,
     discount: float,
-    lam: float,
+    lam: float | Float32[Array, "B"],
 ) -> Float32[Array, "B T"]:
-    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0.
+    """Generalised advantage estimation (1506.02438, equation 16); the value after a row's last position is 0. `lam`:
+    lambda of all rows, or of each.
 
     What is outside the mask is skipped: the position after a hole, such as an environment's words, follows the one
     before it, without a discount for the hole (verl's `compute_gae_advantage_return`; SAO, 2607.07508, equations 4

@@ -1,4 +1,8 @@
-"""A critic for PPO: the policy's architecture with a linear value head, trained on the returns of its own estimates."""
+"""A critic for PPO: the policy's architecture with a value head, trained on returns.
+
+The head is linear, or bounded to the range of the rewards; the returns are those of its own estimates, or what the
+responses earned (BPCO, 2608.23566).
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
@@ -47,24 +51,53 @@ def critic_axes(config: ModelConfig) -> Params:
     return {"body": param_axes(critic_config(config)), "value": {"weight": ("norm",), "bias": ()}}
 
 
-def make_values(config: ModelConfig, *, dtype: Any, remat: str, attention: str = "xla") -> Values:
-    """A pure function (critic parameters, packed) -> the value of the state before each response token."""
+def bounded(logits: Float32[Array, "..."], low: float, high: float) -> Float32[Array, "..."]:
+    """low + (high - low) (1/2 + atan(z) / pi): values between the rewards' bounds, the middle at z = 0 (BPCO,
+    2608.23566). The gradient falls as 1 / (1 + z^2), and not exponentially as a sigmoid's."""
+    return low + (high - low) * (0.5 + jnp.arctan(logits) / jnp.pi)
+
+
+def make_values(
+    config: ModelConfig, *, dtype: Any, remat: str, attention: str = "xla", bounds: tuple[float, ...] = ()
+) -> Values:
+    """A pure function (critic parameters, packed) -> the value of the state before each response token.
+
+    `bounds`: least and greatest reward, between which `bounded` keeps every value; (): the head is linear.
+    """
     config = critic_config(config)
 
     def values(params: Params, packed: PackedBatch) -> Float32[Array, "M Q"]:
         packed = dataclasses.replace(packed, experts=None)  # the recorded experts are the policy's
         states, _ = states_before(config, params["body"], packed, dtype=dtype, remat=remat, attention=attention)
-        return states.astype(jnp.float32) @ params["value"]["weight"] + params["value"]["bias"]
+        head = states.astype(jnp.float32) @ params["value"]["weight"] + params["value"]["bias"]
+        return bounded(head, *bounds) if bounds else head
 
     return values
 
 
-def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) -> Callable[..., Any]:
+def length_lam(lengths: Int32[Array, "B"], alpha: float) -> Float32[Array, "B"]:
+    """lambda = 1 - 1 / (alpha L) for responses of L tokens: the last reward weighs about exp(-1 / alpha) at the first
+    token, however long the response is (BPCO, 2608.23566; first in VAPO, 2504.05118).
+
+    It is held at 0 where alpha L < 1, of which the paper says nothing; its authors' code lets lambda be negative there.
+    """
+    return jnp.maximum(1.0 - 1.0 / (alpha * jnp.maximum(lengths, 1)), 0.0)
+
+
+# What the values are trained towards: returns of the estimates, advantage + value; or the discounted sum of what the
+# response earned, in which the critic's own values have no part.
+TARGETS = dict.fromkeys(("gae", "monte_carlo"))
+
+
+def make_estimate(
+    values: Values, *, discount: float, lam: float, whiten: bool, targets: str = "gae", lam_alpha: float | None = None
+) -> Callable[..., Any]:
     """A pure function (critic parameters, batch, plan of all its rows, rewards [B], penalties=None) -> (advantages
     [B, R], Estimates).
 
     The reward comes with a response's last token, and of the penalties [B, R] each with its own, from which it is taken
-    away. `whiten` gives the batch's advantages mean 0 and deviation 1.
+    away. `whiten` gives the batch's advantages mean 0 and deviation 1. `targets` is a key of TARGETS. `lam_alpha` gives
+    each response a lambda by its length, in the place of `lam`; see `length_lam`.
     """
 
     def estimate(
@@ -83,8 +116,12 @@ def make_estimate(values: Values, *, discount: float, lam: float, whiten: bool) 
         old_values = jax.lax.fori_loop(0, plan.num_microbatches, fill_in, jnp.zeros_like(ones))
         token_rewards = last_token(rewards, batch.mask)
         token_rewards = token_rewards if penalties is None else token_rewards - penalties
-        advantages = gae(token_rewards, old_values, batch.mask, discount=discount, lam=lam)
-        estimates = Estimates(old_values, jnp.where(batch.mask, advantages + old_values, 0.0))
+        lams = lam if lam_alpha is None else length_lam(jnp.sum(batch.mask, axis=1), lam_alpha)
+        advantages = gae(token_rewards, old_values, batch.mask, discount=discount, lam=lams)
+        returns = jnp.where(batch.mask, advantages + old_values, 0.0)
+        if targets == "monte_carlo":  # without values, and with lambda 1, the estimate is the sum of the rewards
+            returns = gae(token_rewards, jnp.zeros_like(old_values), batch.mask, discount=discount, lam=1.0)
+        estimates = Estimates(old_values, returns)
         if whiten:
             count = jnp.maximum(jnp.sum(batch.mask), 1)
             centred = jnp.where(batch.mask, advantages - jnp.sum(advantages) / count, 0.0)

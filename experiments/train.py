@@ -19,6 +19,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.files import Path
 from dppo_jax.storage.run_log import summary_table
 from experiments.run import cli
+from experiments.run.critic import privileged
 from experiments.run.evaluation import Evaluation
 from experiments.run.export import export
 from experiments.run.identity import same_config_everywhere
@@ -64,7 +65,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         same_config_everywhere(config)
         setup = load_setup(config, stack, begun=workdir)
         config = setup.config
-        stream, scorer = load_prompts(setup, config.data, config.rollout.prompts, stack)
+        stream, scorer = load_prompts(setup, config.data, config.rollout.prompts, stack, critic=privileged(config))
         reward_model = load_reward_model(setup, stream.examples, stack)
         beside = reward_model.device_bytes if reward_model else 0
         setup = dataclasses.replace(setup, mean_prompt=stream.mean_prompt_length, beside_bytes=beside)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int32
 
 from dppo_jax.data.chat import DATE, ChatRenderer, check_date
 from dppo_jax.data.examples import LEFT_OUT, Example, Task
+from dppo_jax.data.privileged import Privileged
 from dppo_jax.data.tokenizer import eos_ids as eos_ids
 from dppo_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from dppo_jax.errors import UserError, first_line
@@ -168,6 +169,18 @@ def decode_replies(
     return replies
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], length: int, pad_id: int = 0
+) -> tuple[Int32[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
+    """Tokens of prompts, and where they are not padding."""
+    tokens: np.ndarray = np.full((len(prompts), length), pad_id, np.int32)
+    mask: np.ndarray = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(prompts):
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = True
+    return tokens, mask
+
+
 def _labels(example: Example) -> str | list[str]:
     """The label; a list where there are several, or a verifier of their own."""
     if example.verifier:
@@ -184,6 +197,8 @@ class PromptStream:
     num_prompts: N, prompts per step. max_prompt_len: P, in tokens, special tokens and chat template included.
     chat, template, chat_kwargs, date: see `PromptEncoder`.
     too_long: what becomes of a prompt of more than P tokens: "error", or "skip" (counted in `.skipped`).
+    critic: what a critic sees in the prompt's place, encoded beside it, in no batch; a longer one than it allows counts
+    as too long. None: what the policy sees.
     """
 
     def __init__(
@@ -199,6 +214,7 @@ class PromptStream:
         chat_kwargs: Mapping[str, Any] | None = None,
         date: str = DATE,
         too_long: str = "error",
+        critic: Privileged | None = None,
     ):
         if num_prompts < 1:
             raise UserError(f"the number of prompts per step must be at least 1, not {num_prompts}")
@@ -210,27 +226,22 @@ class PromptStream:
         self.examples: list[Example] = []
         self.skipped = 0
         self._task = task
+        self._critic, self._too_long = critic, too_long
         self._ids: list[list[int]] = []
+        self._critic_ids: list[list[int]] = []  # none, where the critic sees what the policy sees
         # The padding id is never looked at: masks say what is padding.
         self._pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         settings: dict[str, Any] = dict(template=template, chat_kwargs=chat_kwargs, date=date)
         with PromptEncoder(tokenizer, chat=chat, **settings) as encode:
             for number, example in enumerate(task.examples, start=1):
                 where = example.where or f"{task.name}: prompt {number} of {len(task.examples)}"
-                try:
-                    ids = encode(example.prompt)
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
-                if len(ids) > max_prompt_len:
-                    if too_long == "error":
-                        raise UserError(
-                            f"{where} ({example.prompt!r:.60}) has {len(ids)} tokens, more than "
-                            f"data.max_prompt_len={max_prompt_len}; raise it, or set data.too_long='skip'"
-                        )
+                encoded = self._encode(encode, example, where)
+                if encoded is None:
                     self.skipped += 1
                     continue
                 self.examples.append(example)
-                self._ids.append(ids)
+                self._ids.append(encoded[0])
+                self._critic_ids += encoded[1:]
         distinct_prompts, distinct_ids = {str(example.prompt) for example in self.examples}, set(map(tuple, self._ids))
         if chat and len(distinct_ids) == 1 < len(distinct_prompts):
             raise UserError(
@@ -241,15 +252,38 @@ class PromptStream:
             raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens")
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
+    def _encode(self, encode: PromptEncoder, example: Example, where: str) -> list[list[int]] | None:
+        """The ids of the policy's prompt, and of the critic's own; None where one of them is too long and skipped."""
+        encoded = []
+        try:
+            encoded.append((encode(example.prompt), self.max_prompt_len, "data"))
+            if self._critic:
+                encoded.append((encode(self._critic.prompt(example)), self._critic.max_prompt_len, "critic"))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        for ids, most, section in encoded:
+            if len(ids) > most:
+                if self._too_long == "skip":
+                    return None
+                whose = " with what the critic sees" if section == "critic" else ""
+                raise UserError(
+                    f"{where} ({example.prompt!r:.60}){whose} has {len(ids)} tokens, more than "
+                    f"{section}.max_prompt_len={most}; raise it, or set data.too_long='skip'"
+                )
+        return [ids for ids, *_ in encoded]
+
     def __len__(self) -> int:
         """Examples in an epoch."""
         return len(self.examples)
 
     @property
     def fingerprint(self) -> str:
-        """Of all token ids and gold answers: what a run draws its prompts from and scores by."""
+        """Of all token ids, the critic's own too, and gold answers: what a run draws its prompts from and scores by."""
         answers = (_labels(example) for example in self.examples)
-        return fingerprints.of_prompts(zip(self._ids, answers, strict=True))
+        ids = self._ids
+        if self._critic:
+            ids = [[*own, -1, *critics] for own, critics in zip(ids, self._critic_ids, strict=True)]
+        return fingerprints.of_prompts(zip(ids, answers, strict=True))
 
     @property
     def mean_prompt_length(self) -> float:
@@ -272,7 +306,8 @@ class PromptStream:
     def left_out(self) -> str | None:
         """A sentence on what is not used of the data; None where all is."""
         counts = self.counts
-        parts = [f"{counts[kind]} {description}" for kind, description in LEFT_OUT.items() if counts[kind]]
+        kinds = LEFT_OUT | ({"skipped": f"{LEFT_OUT['skipped']}, or of critic.max_prompt_len"} if self._critic else {})
+        parts = [f"{counts[kind]} {description}" for kind, description in kinds.items() if counts[kind]]
         return f"{self._task.name}: {counts['examples']} examples; left out: {', '.join(parts)}" if parts else None
 
     @property
@@ -296,10 +331,12 @@ class PromptStream:
 
     def of_groups(self, origin: np.ndarray) -> tuple[list[Example], np.ndarray]:
         """Example, and length i[n] in tokens, of prompts by (step, number in its batch): origin i[n, 2]."""
-        n = len(self.examples)
-        positions = [int(step) * self.num_prompts + int(number) for step, number in origin]
-        index = [int(self._permutation(position // n)[position % n]) for position in positions]
+        index = self._of_origin(origin)
         return [self.examples[i] for i in index], np.array([len(self._ids[i]) for i in index])
+
+    def critic_prompts(self, origin: np.ndarray) -> list[list[int]] | None:
+        """The ids of the critic's own prompts, by origin as in `of_groups`; None where it sees what the policy sees."""
+        return [self._critic_ids[i] for i in self._of_origin(origin)] if self._critic else None
 
     def eval_batches(
         self, num_prompts: int, rows: Sequence[int] | np.ndarray | None = None
@@ -314,7 +351,13 @@ class PromptStream:
 
     def _of_step(self, step: int) -> list[int]:
         """The examples of a step's prompts."""
-        positions = range(step * self.num_prompts, (step + 1) * self.num_prompts)
+        return self._at(range(step * self.num_prompts, (step + 1) * self.num_prompts))
+
+    def _of_origin(self, origin: np.ndarray) -> list[int]:
+        """The examples of prompts by (step, number in its batch)."""
+        return self._at(int(step) * self.num_prompts + int(number) for step, number in origin)
+
+    def _at(self, positions: Iterable[int]) -> list[int]:
         n = len(self.examples)
         return [int(self._permutation(position // n)[position % n]) for position in positions]
 
@@ -326,11 +369,6 @@ class PromptStream:
     ) -> tuple[PromptBatch, list[Example]]:
         """The batch of these examples, or those of its rows that are asked for."""
         rows = range(len(index)) if rows is None else rows
-        tokens: np.ndarray = np.full((len(rows), self.max_prompt_len), self._pad_id, np.int32)
-        mask: np.ndarray = np.zeros(tokens.shape, bool)
-        for at, row in enumerate(rows):
-            ids = self._ids[index[row]]
-            tokens[at, -len(ids) :] = ids
-            mask[at, -len(ids) :] = True
+        tokens, mask = left_padded([self._ids[index[row]] for row in rows], self.max_prompt_len, self._pad_id)
         batch = PromptBatch(tokens=tokens, mask=mask, group=np.asarray(rows, np.int32))
         return batch, [self.examples[index[row]] for row in rows]

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 from configs import base
 from dppo_jax import precision, quantize
 from dppo_jax.advantages import ADVANTAGES
+from dppo_jax.critic import TARGETS
 from dppo_jax.data.examples import UNSCORED
+from dppo_jax.data.privileged import check_template
 from dppo_jax.devices.sharding import check_divisible
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.files import check_path, user_path
@@ -55,6 +57,7 @@ def check(config: ConfigDict) -> None:
     _check_reward(config, setup)
     check_scores(config, setup)
     _check_learning(config, setup)
+    _check_critic(config)
     if config.log.wandb:
         check_project(config.log.wandb)
 
@@ -70,6 +73,10 @@ def remarks(config: ConfigDict) -> list[str]:
         notes.append(f"log.profile_step = {config.log.profile_step}: of {config.steps} steps none is traced")
     if config.teacher.path and "teacher_logp" not in Setup(config).needed:
         notes.append(f"teacher.path = {shown(config.teacher.path)}: loss {config.loss.name!r} asks for no teacher")
+    if config.critic.privileged and config.advantage.name != "gae":
+        notes.append(
+            f"critic.privileged = {shown(config.critic.privileged)}: advantage {config.advantage.name!r} has no critic"
+        )
     return notes
 
 
@@ -101,6 +108,7 @@ def _check_names(c: ConfigDict) -> None:
     lookup(WEIGHTS, c.aggregation.name, "aggregation.name")
     lookup(ESTIMATORS, c.reference.estimator, "reference.estimator")
     lookup({**ADVANTAGES, "gae": None}, c.advantage.name, "advantage.name")
+    lookup(TARGETS, c.critic.targets, "critic.targets")
 
 
 def _check_paths(c: ConfigDict) -> None:
@@ -275,6 +283,17 @@ def _check_learning(c: ConfigDict, setup: Setup) -> None:
         raise UserError(f"loss.correction_low = {low} is above loss.correction_high = {high}: no token would be kept")
 
 
+def _check_critic(c: ConfigDict) -> None:
+    """What the critic sees beside the policy."""
+    if c.critic.privileged:
+        check_template(c.critic.template)
+        return
+    defaults = base.get_config().critic
+    for key in ("template", "max_prompt_len"):
+        if c.critic[key] != defaults[key]:
+            raise UserError(f"critic.{key} = {shown(c.critic[key])} is of critic.privileged, which is empty: set it")
+
+
 def _check_binary(c: ConfigDict, setup: Setup) -> None:
     """The reward of an advantage that is for 0 and 1. What reward.function gives is looked at when it is there."""
     made = "advantage.name = max_rl is for rewards of 0 and 1"
@@ -338,6 +357,11 @@ def check_length(config: ConfigDict, model: ModelConfig) -> None:
                 f"{name}.max_prompt_len + {key} = {data.max_prompt_len} + {value(config, key)} exceeds the model's "
                 f"{model.longest_row} positions"
             )
+    most = config.critic.max_prompt_len + config.rollout.max_new_tokens
+    if config.critic.privileged and most > model.longest_row:
+        raise UserError(
+            f"critic.max_prompt_len + rollout.max_new_tokens = {most} exceeds the model's {model.longest_row} positions"
+        )
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, model: ModelConfig) -> None:

@@ -136,7 +136,7 @@ class Learner:
         if self._advantages is not None:
             batch = dataclasses.replace(batch, advantages=self._advantages(rewards, batch.group))
         elif self._critic:
-            advantages = self._critic.advantages(batch, self._plan_all(replies), rewards, penalties)
+            advantages = self._critic.advantages(batch, self._plan_all(replies), replies[0], rewards, penalties)
             batch = dataclasses.replace(batch, advantages=advantages)
         if self._leaves_out:
             kept = self._runs.together(self._kept(replies))

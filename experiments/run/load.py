@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dppo_jax.data.examples import Task
+from dppo_jax.data.privileged import Privileged
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.tasks import load_task
 from dppo_jax.data.tokenizer import eos_ids, load_tokenizer
@@ -132,10 +133,16 @@ def load_text(directory: Path, model: ModelConfig) -> Text:
 
 
 def load_prompts(
-    setup: Setup, data: ConfigDict, num_prompts: int, stack: ExitStack, *, verified: bool = False
+    setup: Setup,
+    data: ConfigDict,
+    num_prompts: int,
+    stack: ExitStack,
+    *,
+    verified: bool = False,
+    critic: Privileged | None = None,
 ) -> tuple[PromptStream, Scorer]:
     """The prompts of a data section, and the scorer of their answers, which `stack` closes: reward.function, if there
-    is one and they are not to be `verified` by data.verifier in any case."""
+    is one and they are not to be `verified` by data.verifier in any case. `critic` as in PromptStream."""
     c = setup.config
     own = own_reward(c.reward.function) if c.reward.function and not verified else None
     task = load_task(
@@ -170,6 +177,7 @@ def load_prompts(
         chat_kwargs=data.chat_kwargs.to_dict(),
         date=data.date,
         too_long=data.too_long,
+        critic=critic,
     )
     lives = ANSWERS_PER_WORKER if data.kind == "environment" else None
     scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s, replies_per_worker=lives)

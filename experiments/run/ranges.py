@@ -110,7 +110,9 @@ NUMBERS: Mapping[str, Range] = {
     "critic.learning_rate": REAL,
     "critic.discount": SHARE,
     "critic.lam": SHARE,
+    "critic.lam_alpha": Range(open_least=True),
     "critic.value_clip": THRESHOLD,
+    "critic.max_prompt_len": SIZE,
     "reference.coef": Range(0, 1e6),
     "alp.sigma": Range(0, 1000),
     "alp.learning_rate": REAL,
@@ -178,6 +180,7 @@ HYPERPARAMETERS: Mapping[str, Range] = {
     "w_min": SHARE,
 }
 
+BOUNDS = ("critic.bounds",)  # two numbers, or none; other tuples hold names
 UNSET = ("data.size",)  # keys that may be None, beside the placeholders of base.py
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple of names"}
 DATA = "eval.sets."  # NAME.KEY: as data.KEY
@@ -242,6 +245,9 @@ def _check_value(value: Any, kind: Any, key: str, *, unset: bool) -> None:
     plain = f"data.{key.rsplit('.', 1)[1]}" if key.startswith(DATA) else key
     if value is None and (unset or plain in UNSET):
         return
+    if key in BOUNDS:
+        _check_bounds(value, key)
+        return
     kinds: Any = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{key} must be {KINDS[kind]}, not {shown(value)}")
@@ -268,6 +274,17 @@ def _check_names(names: Sequence[Any], key: str) -> None:
             raise UserError(f"{key} must be {KINDS[tuple]}, but holds {shown(name)}")
         if name in names[:i]:
             raise UserError(f"{key} names {shown(name)} twice")
+
+
+def _check_bounds(bounds: Any, key: str) -> None:
+    """Two numbers, the lower one first; or none."""
+    several = isinstance(bounds, list | tuple) and len(bounds) in (0, 2)
+    if not several or any(isinstance(x, bool) or not isinstance(x, int | float) for x in bounds):
+        raise UserError(f"{key} must be two numbers, as (0.0, 1.0), or (), not {shown(bounds)}")
+    for number in bounds:
+        _check_number(_as_float(number), Range(-LARGEST, LARGEST), key)
+    if bounds and not np.float32(bounds[0]) < np.float32(bounds[1]):
+        raise UserError(f"{key} = {shown(tuple(bounds))}: the least reward must be below the greatest")
 
 
 def _as_float(value: float) -> float:

@@ -174,9 +174,9 @@ class Sampler:
             texts = decode_replies(self._text.tokenizer, tokens, mask, self._text.eos_ids)
             pairs = dict(zip(self.row_share.owned.tolist(), zip(examples, texts, strict=True), strict=True))
             unscored = self._config.data.verifier == UNSCORED and not self._config.reward.function
-            replies.append(
-                Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, live=live, unscored=unscored)
-            )
+            own = Replies(prompt_lengths, lengths, truncated, pairs, none, none, {}, work, live=live, unscored=unscored)
+            own.critic_prompts = stream.critic_prompts(origin)
+            replies.append(own)
             if not self._talks:
                 pending.append(self._scorer.submit(texts, examples))
         if drawing.finished is not None:

@@ -36,6 +36,7 @@ class Replies:
     unscored: bool = False  # no verifier: what is shown of the rewards is the whole
     own_lengths: np.ndarray | None = None  # i[B], tokens that the policy drew, of conversations; None: all
     own_texts: list[str] | None = None  # of what it drew, of the rows that this host scores
+    critic_prompts: list[list[int]] | None = None  # ids of the N prompts that the critic sees; None: the policy's
 
     @property
     def shown_rewards(self) -> np.ndarray:
@@ -46,6 +47,12 @@ class Replies:
         """{"rollout/occupancy": the share of these slots that had a row, over all decode steps}, if it is known."""
         steps = self.work.get("decode_steps", 0.0)
         return {} if self.live is None else {"rollout/occupancy": self.live / max(steps * slots, 1.0)}
+
+    @property
+    def critic_prompt_lengths(self) -> np.ndarray:
+        """i[N], tokens of the prompts that the critic sees."""
+        own = self.critic_prompts
+        return self.prompt_lengths if own is None else np.array([len(ids) for ids in own])
 
     @property
     def drawn(self) -> np.ndarray:
@@ -119,6 +126,10 @@ def merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int) 
     def of(replies: Replies, name: str) -> np.ndarray:  # of a part that no reply of a batch has: 0
         return replies.terms.get(name, np.zeros_like(replies.verified))
 
+    own = None
+    if before.critic_prompts is not None and more.critic_prompts is not None:
+        critics = [*before.critic_prompts, *more.critic_prompts]
+        own = [critics[group] for group in groups]
     pairs = before.pairs | {row + len(before.verified): pair for row, pair in more.pairs.items()}
     return Replies(
         prompt_lengths=np.concatenate([before.prompt_lengths, more.prompt_lengths])[groups],
@@ -134,4 +145,5 @@ def merged(before: Replies, more: Replies, groups: np.ndarray, group_size: int) 
         live=None if before.live is None or more.live is None else before.live + more.live,
         redrawn=before.redrawn + 1,
         unscored=before.unscored,
+        critic_prompts=own,
     )

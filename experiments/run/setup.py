@@ -188,14 +188,18 @@ class Setup:
     @cached_property
     def pack_shape(self) -> PackShape:
         """The shape of one packed microbatch."""
+        return self.pack_shape_of(self.config.data.max_prompt_len)
+
+    def pack_shape_of(self, prompt_length: int) -> PackShape:
+        """The same for prompts of up to `prompt_length` tokens, which are not shorter than the data's in the mean."""
         c, shards = self.config, self.batch_shards
         minibatch = c.rollout.prompts // c.train.minibatches * c.rollout.group_size
         return packing.pack_shape(
-            prompt_length=c.data.max_prompt_len,
+            prompt_length=prompt_length,
             max_new_tokens=c.rollout.max_new_tokens,
             rows=min(c.train.micro_rows, math.ceil(minibatch / shards)) * shards,
             mean_prompt=self.mean_prompt if c.train.pack else None,
-            multiple=length_multiple(self.platform, c.data.max_prompt_len + c.rollout.max_new_tokens),
+            multiple=length_multiple(self.platform, prompt_length + c.rollout.max_new_tokens),
         )
 
     # --- the optimizer ---

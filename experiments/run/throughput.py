@@ -29,7 +29,7 @@ class Throughput:
         more or less than them, and there is no `throughput/mfu` where the chip's peak is not known."""
         c = self._setup.config
         whole, seconds = samples.whole_seconds(), samples.seconds()
-        rollout, update = self.rollout_flops(own), self.update_flops(plans)
+        rollout, update = self.rollout_flops(own), self.update_flops(plans, own)
         flops = {"": (rollout + update + self.scored_flops(own)) / whole}
         if not (c.train.staleness or c.rollout.resample):
             flops |= {"rollout_": rollout / seconds["time/rollout"], "update_": update / seconds["time/train"]}
@@ -61,9 +61,9 @@ class Throughput:
         decoded = passed.sum() if own.live is None else own.live + told
         return of_prompts + of_responses * float(decoded) / max(float(passed.sum()), 1.0)
 
-    def update_flops(self, plans: Sequence[Plan]) -> float:
+    def update_flops(self, plans: Sequence[Plan], own: Replies | None = None) -> float:
         """Of the optimizer steps, with the further passes that some of them make: of the behavior policy, of a
-        critic."""
+        critic, whose prompts may be its own."""
         total = 0.0
         for plan in plans:
             lengths = packing.sample_lengths(plan)
@@ -71,14 +71,15 @@ class Throughput:
             total += trained_flops(self._setup.trained_model, lengths, predicted)
             if self._setup.needs_exact:
                 total += forward_flops(self._setup.model, 0, lengths, predicted)
-            if self._setup.advantages is None:
-                total += trained_flops(self._setup.model, lengths, 0)
+            if self._setup.advantages is None and own is not None:
+                more = _by_row(own.critic_prompt_lengths - own.prompt_lengths, own)[plan.batch_rows]
+                total += trained_flops(self._setup.model, lengths + np.where(lengths > 0, more, 0), 0)
         return total
 
     def scored_flops(self, own: Replies) -> float:
         """Of the passes over the whole batch before the updates: other policies, the teacher, a critic."""
         setup, predicted = self._setup, float(own.lengths.sum())
-        whole = np.repeat(own.prompt_lengths, len(own.lengths) // len(own.prompt_lengths)) + own.lengths
+        whole = _by_row(own.prompt_lengths, own) + own.lengths
         total = sum(
             forward_flops(setup.model, 0, whole, predicted)
             for name in ("proximal_logp", "reference_logp")
@@ -86,4 +87,11 @@ class Throughput:
         )
         if "teacher_logp" in setup.needed and setup.teacher is not None:
             total += forward_flops(setup.teacher.model, 0, whole, predicted)
-        return total + (forward_flops(setup.model, 0, whole, 0) if setup.advantages is None else 0.0)
+        if setup.advantages is None:
+            total += forward_flops(setup.model, 0, _by_row(own.critic_prompt_lengths, own) + own.lengths, 0)
+        return total
+
+
+def _by_row(of_prompts: np.ndarray, own: Replies) -> np.ndarray:
+    """Of the prompt of every response, i[B], from i[N]."""
+    return np.repeat(of_prompts, len(own.lengths) // len(of_prompts))

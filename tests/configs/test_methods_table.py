@@ -102,6 +102,7 @@ NUMBERS = {  # C, other numbers: the sources' and configs/base.py's
     "relax_low": ("5", "`alpha` 0.1, `eps_high` 0.27, `eps_low` 0.2"),
     "reinforce": ("–", "–"),
     "pdm_topk_kl": ("5", "`delta_high` 0.05, `delta_low` 0.05, `tail` uniform"),
+    "bpco": ("5", "`delta_high` 0.2, `delta_low` 0.2"),
 }
 
 
@@ -134,6 +135,21 @@ def test_a_method_sets_what_its_source_gives(name):
     values = dict(keys(config)) | {"loss.name": config.loss.name} | bound
     assert {key: values[key] for key in BANDS[name]} == BANDS[name]
     assert (config.aggregation.name, config.reference.coef) == ("token_mean", 0.0)
+
+
+def test_bpco_has_the_critic_of_its_paper_and_one_response_a_prompt():
+    """2608.23566 and its authors' code: atan between 0 and 1, alpha 0.4, sums over tokens, values clipped to 0.5."""
+    c, default = get_config("bpco"), get_config("dppo_binary_tv")
+    found = {key: c.critic[key] for key in ("bounds", "targets", "lam_alpha", "whiten", "value_clip", "discount")}
+    assert found == dict(
+        bounds=(0.0, 1.0), targets="monte_carlo", lam_alpha=0.4, whiten=False, value_clip=0.5, discount=1.0
+    )
+    assert (c.loss.name, c.advantage.name, c.aggregation.name) == ("dppo_binary_tv", "gae", "seq_mean_token_sum")
+    assert c.rollout.group_size == 1
+    assert c.rollout.prompts == default.rollout.prompts * default.rollout.group_size
+    twice = get_config("bpco")
+    set_method(twice, "bpco")
+    assert twice.to_dict() == c.to_dict()
 
 
 # --- FILE:ARGUMENT ---

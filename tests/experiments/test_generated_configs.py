@@ -58,6 +58,8 @@ OUTSIDE: dict[str, list[float]] = {
     "critic.discount": [1.01, INF],
     "critic.lam": [5.0],
     "critic.learning_rate": [INF],
+    "critic.lam_alpha": [0.0, INF],
+    "critic.max_prompt_len": [0],
     "optimizer.learning_rate": [INF, 1e300],
     "optimizer.b1": [1.0, 2.0, 1 - 1e-12],
     "optimizer.b2": [1.0, 1.5],
@@ -92,6 +94,9 @@ GOOD: dict[str, list[Any]] = {
     "rollout.lag": [2],
     "reward.time_limit_s": [1.0, 3600.0],
     "critic.lam": [0.0, 1.0],
+    "critic.lam_alpha": [0.4],
+    "critic.bounds": [(), (-1, 1.5)],
+    "critic.targets": ["monte_carlo"],
     "critic.value_clip": [INF],
     "train.micro_rows": [1, 10**6],
     "train.pack": [False],
@@ -182,6 +187,8 @@ def is_never(config: ConfigDict, key: str, kind: type, value: Any) -> bool:
     if value is None and may_be_unset(config, key):
         return False
     if key == "rollout.stop" and value in ("nope", ("nope",)):
+        return False
+    if key == "critic.bounds" and value in ((1, 2), "(1,2)"):
         return False
     return not (key == "log.regions" and value == "q")  # no name of a loss, but text all the same
 

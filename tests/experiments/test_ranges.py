@@ -153,3 +153,10 @@ def test_a_traced_step_beyond_the_end_is_told(config):
     checks.check(config)
     (said,) = checks.remarks(config)
     assert said == f"log.profile_step = {config.steps}: of {config.steps} steps none is traced"
+
+
+def test_what_a_critic_should_see_is_told_where_there_is_none(config):
+    config.critic.privileged = "answer"
+    checks.check(config)
+    (said,) = checks.remarks(config)
+    assert said == "critic.privileged = 'answer': advantage 'group_mean' has no critic"
