@@ -1,6 +1,7 @@
-"""Which tokens are outside a loss's region before any update: the policy and the behavior policy at equal parameters."""
+"""Which tokens are outside a loss's region before any update, where both policies have the same parameters."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def bound(config: ConfigDict, name: str) -> BoundLoss:
 
 
 def inputs_at_rollout(batch: TrainBatch, seen: Measured) -> LossInputs:
-    """What a loss sees of a batch and of the policy that drew it: the recomputed and the first policy are the policy."""
+    """What a loss sees of a batch before any update: the recomputed policy and the first one are the policy itself."""
     logp, topk = jnp.asarray(seen.logp), None
     if batch.topk_ids is not None:
         assert seen.topk_logp is not None
@@ -69,24 +70,24 @@ def has_advantage(inputs: LossInputs) -> np.ndarray:
     return np.asarray(inputs.mask) & (np.asarray(inputs.advantages) != 0)
 
 
-def measure(config: ConfigDict, inputs: LossInputs) -> Regions:
-    """The share of tokens outside every loss's region, of tokens with A != 0; see `inputs_at_rollout`."""
+def measure(config: ConfigDict, inputs: LossInputs, names: Sequence[str] = ()) -> Regions:
+    """The share of tokens outside each loss's region, of tokens with A != 0; see `inputs_at_rollout`. `names`: of the
+    losses (none: the whole table)."""
     losses, left_out = {}, {}
-    for name in LOSSES:
+    for name in names or LOSSES:
         try:
             losses[name] = bound(config, name)
-            if missing := [field for field in required_fields(losses[name]) if getattr(inputs, field) is None]:
-                left_out[name] = f"it needs {missing[0]}"
+            jax.eval_shape(losses[name], inputs)
         except UserError as error:
-            left_out[name] = str(error)
+            left_out[name] = str(error).split(" (")[0]
     losses = {name: loss for name, loss in losses.items() if name not in left_out}
     keep = jax.jit(lambda inputs: {name: loss(inputs).keep for name, loss in losses.items()})
-    far, here, counted = keep(_extremes()), keep(inputs), has_advantage(inputs)
-    without = tuple(name for name in losses if bool(jnp.all(far[name])))
-    count = int(counted.sum())
+    extremes, counted = _extremes(inputs), has_advantage(inputs)
+    far, here, count = keep(extremes), keep(inputs), int(counted.sum())
+    without = tuple(name for name in losses if bool(jnp.all(far[name] == extremes.mask)))
     by_loss = {
-        name: Region(float((~np.asarray(here[name]) & counted).sum() / max(count, 1)), _recomputed(losses[name]))
-        for name in losses
+        name: Region(float((~np.asarray(here[name]) & counted).sum() / max(count, 1)), _recomputed(loss))
+        for name, loss in losses.items()
         if name not in without
     }
     return Regions(count, by_loss, without, left_out)
@@ -96,18 +97,24 @@ def _recomputed(loss: Callable) -> bool:
     return "proximal_logp" in required_fields(loss, ("proximal_logp",))
 
 
-def _extremes() -> LossInputs:
-    """Two responses of one token that no region holds: one rose to near 1 with A > 0, the other fell with A < 0."""
+def _extremes(inputs: LossInputs) -> LossInputs:
+    """Responses of one token that no region holds, in shapes as given: in even rows it rose to near 1 with A > 0, in
+    odd rows it fell from there with A < 0."""
     near, far = -0.01, -9.0
-    logp, anchor = jnp.array([[near], [far]]), jnp.array([[far], [near]])
-    mask = jnp.ones_like(logp, bool)
-    topk = TopKPair(logp[..., None], anchor[..., None], mask, anchor[..., None])
-    return LossInputs(
+    rose = jnp.broadcast_to(jnp.arange(len(inputs.logp))[:, None] % 2 == 0, inputs.logp.shape)
+    logp, anchor = jnp.where(rose, near, far), jnp.where(rose, far, near)
+
+    topk = None
+    if inputs.topk is not None:  # of the K likeliest the first is the sampled token, and the only likely one
+        first = jnp.arange(inputs.topk.logp.shape[-1]) == 0
+        pi, mu = (jnp.where(first, x[..., None], -30.0) for x in (logp, anchor))
+        topk = TopKPair(pi, mu, jnp.ones_like(rose), mu)
+    return dataclasses.replace(
+        inputs,
         logp=logp,
         behavior_logp=anchor,
-        advantages=jnp.array([[1.0], [-1.0]]),
-        mask=mask,
-        segments=jnp.ones_like(logp, jnp.int32),
+        advantages=jnp.where(rose, 1.0, -1.0),
+        mask=jnp.broadcast_to(jnp.arange(logp.shape[1]) == 0, logp.shape),
         proximal_logp=anchor,
         reference_logp=anchor,
         topk=topk,

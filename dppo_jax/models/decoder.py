@@ -444,7 +444,7 @@ def slides(config: ModelConfig, number: Any) -> Bool[Array, ""] | None:
 
 
 def attend_within(config: ModelConfig, segments: Int32[Array, "B T"], attention: str) -> Attend:
-    """Causal attention among tokens with equal `segments`, without a cache; `attention` is one of `attention.KERNELS`."""
+    """Causal attention among tokens with equal `segments`, without a cache; `attention` as in `forward_routed`."""
 
     def attend(q, k, v, cache, number):
         sliding = slides(config, number)

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Integer
@@ -60,4 +59,3 @@ def layer_by_layer(
 def _layer(config: ModelConfig):
     """The graph of one layer, without its parameters."""
     return nnx.split(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))), nnx.Param, ...)[0]
-
