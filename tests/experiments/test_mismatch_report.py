@@ -76,6 +76,14 @@ def test_a_temperature_on_one_side_is_found(drawn):
     assert said[1:] == ["The logits differ by a factor of 0.7 (rollout over training): a temperature on one side."]
 
 
+def test_a_scale_in_the_final_norm_is_no_temperature(drawn):
+    """It makes a factor of the logits, too."""
+    params = drawn[1]
+    said = where(drawn, params={**params, "final_norm": 1.25 * params["final_norm"]})
+    assert said[0].startswith("The passes part at the final norm: 2e-1 there")
+    assert said[1:] == ["The logits differ by a factor of 0.8 (rollout over training), as the hidden states do."]
+
+
 def test_weights_that_did_not_reach_the_rollout_are_found(drawn):
     """Both passes agree at the new parameters; what was recorded is of others."""
     probe, params, _ = drawn

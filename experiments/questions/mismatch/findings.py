@@ -93,11 +93,12 @@ def where_they_part(compared: Compared, mask: np.ndarray, behavior_logp: np.ndar
     if not found:
         most = int(np.argmax(means))
         name = names(len(means))[most]
-        sentences.append(f"Both passes have the same hidden states: {_short(means[most])} apart at {name}, at most.")
+        distance = f": {_short(means[most])} apart at {name}, at most" if means[most] else ", to the bit"
+        sentences.append(f"Both passes have the same hidden states{distance}.")
     if logits.is_factor:
-        sentences.append(
-            f"The logits differ by a factor of {logits.factor:.4g} (rollout over training): a temperature on one side."
-        )
+        scaled = means[-1] > abs(logits.factor - 1) / 2
+        cause = ", as the hidden states do" if scaled else ": a temperature on one side"
+        sentences.append(f"The logits differ by a factor of {logits.factor:.4g} (rollout over training){cause}.")
     elif logits.relative > JUMP * max(float(means[-1]), FLOOR):
         sentences.append(
             f"The passes part at the head: logits differ by {_short(logits.relative)}, its inputs by "
@@ -107,8 +108,8 @@ def where_they_part(compared: Compared, mask: np.ndarray, behavior_logp: np.ndar
     if decoding > JUMP * max(passes, FLOOR):
         sentences.append(
             "The rollout's decoding parts from its own arithmetic: probabilities that it recorded are "
-            f"{_short(decoding)} away from those of one pass over the same tokens: its weights, its cache, its positions "
-            "or its sampling."
+            f"{_short(decoding)} away from those of one pass over the same tokens: its weights, its cache, its "
+            "positions or its sampling."
         )
     return sentences
 
