@@ -55,6 +55,7 @@ def test_mismatch_grows_with_rounding(command):
     assert (out / "mismatch.png").stat().st_size > 10_000
     page = (out / "report.md").read_text()
     assert page == done.stdout and "\n- The passes part at layer 0: " in page
+    assert "rollout and training differ in inputs of linear layers (rounded to m4, as they are)." in page
     assert "| inputs of linear layers | rounded to m4 | as they are | differs |" in page
     assert "| dtype | float32 | float32 |  |" in page and "region" in found[1]["verdict"]
     assert {"reinforce", "cispo"} <= {*found[1]["regions"]["without"]} and "`dppo_topk_tv`" in page

@@ -98,7 +98,8 @@ def where_they_part(compared: Compared, mask: np.ndarray, behavior_logp: np.ndar
     if logits.is_factor:
         scaled = means[-1] > abs(logits.factor - 1) / 2
         cause = ", as the hidden states do" if scaled else ": a temperature on one side"
-        sentences.append(f"The logits differ by a factor of {logits.factor:.4g} (rollout over training){cause}.")
+        factor = f"{logits.factor:.3g}" if abs(logits.factor - 1) > 0.01 else f"{logits.factor:.6g}"
+        sentences.append(f"The logits differ by a factor of {factor} (rollout over training){cause}.")
     elif logits.relative > JUMP * max(float(means[-1]), FLOOR):
         sentences.append(
             f"The passes part at the head: logits differ by {_short(logits.relative)}, its inputs by "

@@ -22,6 +22,9 @@ from experiments.questions.mismatch.passes import training_temperature
 from experiments.run.setup import Setup
 
 
+CACHE = "cache"
+
+
 def sides(probe: Probe, training: Setup) -> dict[str, tuple[str, str]]:
     """What decides the arithmetic of the rollout and of training."""
     c, rollout = training.config, probe.rollout
@@ -37,7 +40,7 @@ def sides(probe: Probe, training: Setup) -> dict[str, tuple[str, str]]:
         "inputs of linear layers": (f"rounded to {own.activations}" if own.activations else plain, plain),
         "matrices": (f"quantized to {quantized}" if quantized else plain, plain),
         "attention": (rollout.attention, attention),
-        "cache": (cache, "none"),
+        CACHE: (cache, "none"),
         "temperature": (f"{own.temperature:g}", f"{training_temperature(training):g}"),
         "float32 head": (str(probe.setup.config.policy.head_float32), str(c.policy.head_float32)),
         **replay,
@@ -84,12 +87,13 @@ def _bins(head: str, bins: dict[str, Any]) -> list[str]:
 def markdown(result: dict[str, Any]) -> str:
     """The page of `__main__.summary`'s numbers."""
     lines = ["# Training against rollout at equal parameters", ""]
-    lines += [f"- {sentence}" for sentence in (*result["where"], result["verdict"])] + [""]
+    sentences = [_configured(result["sides"]), *result["where"], result["verdict"]]
+    lines += [*(f"- {sentence}" for sentence in sentences), ""]
     lines += ["## What was compared", "", f"{result['tokens']:,} response tokens of one batch. {result['model']}.", ""]
     lines += [", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".", ""]
     lines += _table(
         ["", "rollout (μ)", "training (π)", ""],
-        [[name, *both, "differs" if both[0] != both[1] else ""] for name, both in result["sides"].items()],
+        [[name, *both, "differs" if both[0] != both[1] and name != CACHE else ""] for name, both in result["sides"].items()],
     )
     lines += ["## How far apart", "", "TV and KL(μ‖π), in nats, are of the whole vocabulary.", ""]
     rows = [["TV", result["tv"]], ["KL", result["kl"]], ["\\|π − μ\\|", result["abs_prob_diff"]]]
@@ -119,6 +123,12 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines + _regions(result["regions"]))
+
+
+def _configured(both_sides: dict[str, tuple[str, str]]) -> str:
+    """What differs by the config, in a sentence; training has no cache to differ in."""
+    differing = [f"{name} ({mu}, {pi})" for name, (mu, pi) in both_sides.items() if mu != pi and name != CACHE]
+    return f"By the config, rollout and training differ in {', '.join(differing) or 'nothing'}."
 
 
 def _regions(regions: dict[str, Any]) -> list[str]:
@@ -165,6 +175,7 @@ def draw(tokens: dict[str, np.ndarray], result: dict[str, Any], path: Path) -> N
     layers.semilogy(range(-1, len(values) - 1), values, "o-", ms=4)
     layers.axhline(findings.FLOOR, color="r", lw=0.8, label="rounding of float32")
     layers.set(xlabel="layer (−1: embedding; last: final norm)", ylabel="relative difference of states")
+    layers.xaxis.get_major_locator().set_params(integer=True)
     layers.legend()
     position.plot(tokens["position"], tokens["tv"], ".", ms=2, alpha=0.4)
     position.set(xlabel="position in the response", ylabel="total variation")
