@@ -27,6 +27,9 @@ from experiments.run.setup import Setup
 BINS = (0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 
 
+Drawn = tuple[TrainBatch, np.ndarray, np.ndarray]  # what `Probe.draw` gives
+
+
 class Seen(NamedTuple):
     """One batch, by both passes."""
 
@@ -36,7 +39,7 @@ class Seen(NamedTuple):
     compared: passes.Compared
 
 
-def see(probe: Probe, drawn: tuple, params: Params, behavior: Params, training: Setup | None = None) -> Seen:
+def see(probe: Probe, drawn: Drawn, params: Params, behavior: Params, training: Setup | None = None) -> Seen:
     """What `probe.draw(behavior)` gave, by the pass of `training` at `params` (None: of the probe's own setup)."""
     training = probe.setup if training is None else training
     doubled = probe.setup.pack_shape._replace(rows=2 * probe.setup.pack_shape.rows)

@@ -47,9 +47,9 @@ def names(count: int) -> list[str]:
     return ["the embedding", *(f"layer {number}" for number in range(count - 2)), "the final norm"]
 
 
-def by_state(compared: Compared) -> np.ndarray:
+def by_state(compared: Compared) -> list[float]:
     """The relative difference of each state, mean over tokens."""
-    return compared.difference @ compared.tokens / compared.tokens.sum()
+    return (compared.difference @ compared.tokens / compared.tokens.sum()).tolist()
 
 
 def logit_difference(logits: LogitSums, mask: np.ndarray) -> LogitDifference:
@@ -64,9 +64,9 @@ def places(compared: Compared) -> list[Place]:
     """Where the difference jumps, from the embedding on."""
     means, found = by_state(compared), []
     for at, name in enumerate(names(len(means))):
-        before = float(means[at - 1]) if at else 0.0
+        before = means[at - 1] if at else 0.0
         if means[at] > JUMP * max(before, FLOOR):
-            found.append(Place(name, float(means[at]), before, _hint(compared, at) if at else ""))
+            found.append(Place(name, means[at], before, _hint(compared, at) if at else ""))
     return found
 
 
@@ -100,7 +100,7 @@ def where_they_part(compared: Compared, mask: np.ndarray, behavior_logp: np.ndar
         cause = ", as the hidden states do" if scaled else ": a temperature on one side"
         factor = f"{logits.factor:.3g}" if abs(logits.factor - 1) > 0.01 else f"{logits.factor:.6g}"
         sentences.append(f"The logits differ by a factor of {factor} (rollout over training){cause}.")
-    elif logits.relative > JUMP * max(float(means[-1]), FLOOR):
+    elif logits.relative > JUMP * max(means[-1], FLOOR):
         sentences.append(
             f"The passes part at the head: logits differ by {_short(logits.relative)}, its inputs by "
             f"{_short(means[-1])}: its weights or its arithmetic."

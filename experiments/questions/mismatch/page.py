@@ -21,7 +21,6 @@ from experiments.questions.mismatch import findings
 from experiments.questions.mismatch.passes import training_temperature
 from experiments.run.setup import Setup
 
-
 CACHE = "cache"
 
 
@@ -91,10 +90,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [*(f"- {sentence}" for sentence in sentences), ""]
     lines += ["## What was compared", "", f"{result['tokens']:,} response tokens of one batch. {result['model']}.", ""]
     lines += [", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".", ""]
-    lines += _table(
-        ["", "rollout (μ)", "training (π)", ""],
-        [[name, *both, "differs" if both[0] != both[1] and name != CACHE else ""] for name, both in result["sides"].items()],
-    )
+    compared = [
+        [name, mu, pi, "differs" if mu != pi and name != CACHE else ""] for name, (mu, pi) in result["sides"].items()
+    ]
+    lines += _table(["", "rollout (μ)", "training (π)", ""], compared)
     lines += ["## How far apart", "", "TV and KL(μ‖π), in nats, are of the whole vocabulary.", ""]
     rows = [["TV", result["tv"]], ["KL", result["kl"]], ["\\|π − μ\\|", result["abs_prob_diff"]]]
     rows += [["floor: \\|π − π\\|, microbatches of twice the rows", result["floor"]]]
