@@ -17,6 +17,7 @@ The product with W takes the dtype of the hidden states and accumulates in float
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,19 +98,8 @@ def exact_divergence(
     With the sampled tokens `targets` it has the sums of both slopes, too. Two passes over the vocabulary in chunks, the
     first for the two normalisers: never a buffer of all logits.
     """
-    inputs = jax.lax.stop_gradient((hidden, weight, behavior_hidden, behavior_weight))
-    hidden, weight, behavior_hidden, behavior_weight = inputs
-    if vocab_chunks is None:
-        vocab_chunks = vocab_chunk_count(math.prod(hidden.shape[:-1]), len(weight))
-    vocab_chunks = min(vocab_chunks, len(weight))
     sides = [(temperature, hidden, weight), (behavior_temperature, behavior_hidden, behavior_weight)]
-    cuts = [_cut(w, vocab_chunks) for _, _, w in sides]
-
-    def both_logits(number):
-        return [
-            _chunk_logits((float(t), softcap, vocab_chunks), h, cut, number, len(weight))
-            for (t, h, _), cut in zip(sides, cuts, strict=True)
-        ]
+    both_logits, vocab_chunks = _chunks_of_both(sides, softcap, vocab_chunks)
 
     def normalise(number, states):
         return [
@@ -136,6 +126,60 @@ def exact_divergence(
     zeros = [jnp.zeros(hidden.shape[:-1], jnp.float32)] * (2 if targets is None else 6)
     gap, kl, *slope = jax.lax.fori_loop(0, vocab_chunks, add, zeros)
     return ExactDivergence(tv=0.5 * gap, kl=jnp.maximum(kl, 0.0), slope=SlopeSums(*slope) if slope else None)
+
+
+class LogitSums(NamedTuple):
+    """Sums over the vocabulary, of the logits z of the policy and y of the behavior policy."""
+
+    difference: Float32[Array, "M Q"]  # (z - y)^2
+    product: Float32[Array, "M Q"]  # z y
+    policy: Float32[Array, "M Q"]  # z^2
+    behavior: Float32[Array, "M Q"]  # y^2
+
+
+def logit_sums(
+    hidden: Float[Array, "M Q E"],
+    weight: Float[Array, "V E"],
+    behavior_hidden: Float[Array, "M Q E"],
+    behavior_weight: Float[Array, "V E"],
+    *,
+    temperature: float,
+    behavior_temperature: float,
+    softcap: float | None,
+    vocab_chunks: int | None = None,
+) -> LogitSums:
+    """What tells a factor between the logits of two policies, from their hidden states; no gradient.
+
+    The factor f that fits y = f z best is product / policy. Arguments as those of `exact_divergence`.
+    """
+    sides = [(temperature, hidden, weight), (behavior_temperature, behavior_hidden, behavior_weight)]
+    both_logits, vocab_chunks = _chunks_of_both(sides, softcap, vocab_chunks)
+
+    def add(number, sums):
+        z, y = (jnp.where(jnp.isfinite(a), a, 0.0) for a in both_logits(number))
+        products = (z - y) * (z - y), z * y, z * z, y * y
+        return [total + jnp.sum(product, axis=-1) for total, product in zip(sums, products, strict=True)]
+
+    zeros = [jnp.zeros(hidden.shape[:-1], jnp.float32)] * 4
+    return LogitSums(*jax.lax.fori_loop(0, vocab_chunks, add, zeros))
+
+
+def _chunks_of_both(sides, softcap: float | None, vocab_chunks: int | None):
+    """(number -> the logits of both sides in that chunk, number of chunks); a side is (temperature, hidden, weight)."""
+    sides = [(temperature, *jax.lax.stop_gradient((hidden, weight))) for temperature, hidden, weight in sides]
+    _, hidden, weight = sides[0]
+    if vocab_chunks is None:
+        vocab_chunks = vocab_chunk_count(math.prod(hidden.shape[:-1]), len(weight))
+    vocab_chunks = min(vocab_chunks, len(weight))
+    cuts = [_cut(w, vocab_chunks) for _, _, w in sides]
+
+    def both_logits(number):
+        return [
+            _chunk_logits((float(t), softcap, vocab_chunks), h, cut, number, len(weight))
+            for (t, h, _), cut in zip(sides, cuts, strict=True)
+        ]
+
+    return both_logits, vocab_chunks
 
 
 # Chunk j of n holds the tokens j, j + n, j + 2n, ...: where the vocabulary is sharded, every device has its share of

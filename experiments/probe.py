@@ -24,7 +24,7 @@ from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import TrainBatch
 from experiments.run.load import load_prompts, load_setup
 from experiments.run.rollouts import training_rollout
-from experiments.run.setup import ROLLOUT
+from experiments.run.setup import ROLLOUT, Setup
 
 
 class Measured(NamedTuple):
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 class Probe:
     """A config's policy, data and devices, as training sets them up. Use it in a `with`.
 
-    `topk`: K, tokens recorded; `entropy`: the behavior policy's is, too.
+    `topk`: K, tokens recorded, all of them where the vocabulary has fewer; `entropy`: the behavior policy's is, too.
     """
 
     def __init__(self, config: ConfigDict, topk: int = 0, entropy: bool = False):
@@ -52,7 +52,8 @@ class Probe:
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        self._generate = setup.on_mesh(training_rollout(setup, topk=topk, entropy=entropy))
+        self.rollout = training_rollout(setup, topk=min(topk, setup.model.vocab_size), entropy=entropy)
+        self._generate = setup.on_mesh(self.rollout)
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
@@ -102,15 +103,18 @@ class Probe:
         lengths: np.ndarray,
         prompts: np.ndarray,
         pack_shape: PackShape | None = None,
+        training: Setup | None = None,
     ) -> Measured:
-        """The policy at `params` on a batch that `behavior` drew, and its exact distance from there."""
+        """The policy at `params` on a batch that `behavior` drew, and its exact distance from there. `training`: whose
+        pass it is (None: this probe's own setup)."""
         pack_shape = self.setup.pack_shape if pack_shape is None else pack_shape
         plan = self.plan(np.arange(len(lengths)), lengths, prompts, pack_shape)
-        return Measured(*jax.device_get(self._see(pack_shape)(params, behavior, batch, plan)))
+        see = self._see(pack_shape, self.setup if training is None else training)
+        return Measured(*jax.device_get(see(params, behavior, batch, plan)))
 
     @functools.cache  # noqa: B019  one probe a process
-    def _see(self, pack_shape: PackShape):
-        policy_logprobs = self.setup.policy_logprobs_of(pack_shape)
+    def _see(self, pack_shape: PackShape, training: Setup):
+        policy_logprobs = training.policy_logprobs_of(pack_shape)
         behavior_forward = self.setup.behavior_forward_of(pack_shape)
 
         def see(params, behavior, batch, plan):

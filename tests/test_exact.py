@@ -13,7 +13,7 @@ from dppo_jax.divergences import binary_kl, binary_tv
 from dppo_jax.losses import LOSSES, bind_loss
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params
-from dppo_jax.token_head import exact_divergence, token_head
+from dppo_jax.token_head import exact_divergence, logit_sums, token_head
 from dppo_jax.train_step import init_state, make_behavior_forward, make_policy_logprobs, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import token_mean
@@ -65,6 +65,19 @@ def test_against_float64(distance, softcap, pieces):
     if distance > 0.01:  # float32 knows the signs of differences
         for name, each in sums.items():
             np.testing.assert_allclose(getattr(found.slope, name), each.sum(-1), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_sums_of_logits_against_float64(pieces):
+    """501 tokens do not divide by 4: what pads the last piece counts for nothing."""
+    sides = policies(0.1)
+    found = logit_sums(*sides, temperature=0.8, behavior_temperature=1.1, softcap=5.0, vocab_chunks=pieces)
+    z, y = (
+        5.0 * np.tanh(hidden.astype(np.float64) @ weight.astype(np.float64).T / 5.0) / temperature
+        for hidden, weight, temperature in ((*sides[:2], 0.8), (*sides[2:], 1.1))
+    )
+    for one, want in zip(found, ((z - y) ** 2, z * y, z * z, y * y), strict=True):
+        np.testing.assert_allclose(one, want.sum(-1), rtol=1e-5, atol=1e-4)
 
 
 def test_nothing_lies_between_a_policy_and_itself():

@@ -330,9 +330,7 @@ class Decoder(nnx.Module):
         that enters each layer (stacked layers only). `in_place`: the experts of stacked layers are read where they
         are, without a copy of each layer's, and no gradient flows through them.
         """
-        x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
-        if self.config.gemma:
-            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        x = self.entering(tokens)
         cos, sin = rotation(self.config.rope, self.config.head_dim, position)
         if self.stacked:
             stacks = self._stacks() if in_place else None
@@ -355,10 +353,18 @@ class Decoder(nnx.Module):
                 caches.append(layer_cache)
                 outputs.append(tuple(output))
             cache, (attend_outputs, routed) = caches, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+        return self.leaving(x, round_inputs), cache, attend_outputs, routed
+
+    def entering(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
+        """What enters the first layer: the embeddings."""
+        x = constrain(embed(self.embed[...], tokens), "batch", "stream", "residual")
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.gemma else x
+
+    def leaving(self, x: Float[Array, "B T E"], round_inputs: Rounding | None) -> Float[Array, "B T E"]:
+        """The hidden states after the final norm, of what left the last layer."""
         x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps, self.config.norm_offset)
         x = constrain(x, "batch", "length", "residual")
-        return x if round_inputs is None else round_inputs(x), cache, attend_outputs, routed
-
+        return x if round_inputs is None else round_inputs(x)
 
     def _stacks(self) -> tuple[Array, ...] | None:
         """The experts' weights of all layers; None where a layer's own are made of more than these."""
@@ -437,6 +443,17 @@ def slides(config: ModelConfig, number: Any) -> Bool[Array, ""] | None:
     return None if config.window is None else jnp.asarray(config.sliding)[number]
 
 
+def attend_within(config: ModelConfig, segments: Int32[Array, "B T"], attention: str) -> Attend:
+    """Causal attention among tokens with equal `segments`, without a cache; `attention` as in `forward_routed`."""
+
+    def attend(q, k, v, cache, number):
+        sliding = slides(config, number)
+        mixed = self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **scores(config))
+        return mixed, cache, None
+
+    return attend
+
+
 def forward(
     config: ModelConfig, params: Params, tokens: Array, *segments_and_position: Array, **settings: Any
 ) -> Array:
@@ -468,13 +485,7 @@ def forward_routed(
     Given `experts`, tokens go through those in place of the router's choice.
     """
     position = positions(segments > 0) if position is None else position
-    segments = segments.astype(jnp.int32)
-
-    def attend(q, k, v, cache, number):
-        sliding = slides(config, number)
-        mixed = self_attention(q, k, v, segments, implementation=attention, sliding=sliding, **scores(config))
-        return mixed, cache, None
-
+    attend = attend_within(config, segments.astype(jnp.int32), attention)
     noise = None
     if noise_key is not None:
         keys = jax.random.split(noise_key, config.num_layers)

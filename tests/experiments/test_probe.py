@@ -53,6 +53,16 @@ def test_mismatch_grows_with_rounding(command):
     # |pi - mu| of the sampled token is half of the total variation at most where the rest moves too.
     assert all(one["exact_tv_mean"] >= one["abs_prob_diff_mean"] * (1 - 1e-3) for one in found)
     assert (out / "mismatch.png").stat().st_size > 10_000
+    page = (out / "report.md").read_text()
+    assert page == done.stdout and "\n- The passes part at layer 0: " in page
+    assert "rollout and training differ in inputs of linear layers (rounded to m4, as they are)." in page
+    assert "| inputs of linear layers | rounded to m4 | as they are | differs |" in page
+    assert "| dtype | float32 | float32 |  |" in page and "region" in found[1]["verdict"]
+    assert {"reinforce", "cispo"} <= {*found[1]["regions"]["without"]} and "`dppo_topk_tv`" in page
+    by_position, by_probability = (
+        [one["tokens"] for one in found[1][bins].values()] for bins in ("by_position", "by_probability")
+    )
+    assert sum(by_position) == sum(by_probability) == found[1]["tokens"]
 
 
 def test_a_critic_cannot_be_probed(command):

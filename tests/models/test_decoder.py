@@ -20,6 +20,7 @@ from dppo_jax.models.decoder import (
     param_axes,
     unstack,
 )
+from dppo_jax.models.hidden import layer_by_layer
 from dppo_jax.models.rotary import positions
 from tests.helpers.places import GOLDEN
 
@@ -72,6 +73,26 @@ def test_stacked_layers_equal_unrolled_ones(family):
     np.testing.assert_allclose(hidden[LEFT_PADDED], want[LEFT_PADDED], rtol=1e-5, atol=1e-5)
     assert [int(number) for number, _ in caches] == list(range(config.num_layers)), "every layer met its own cache"
     assert len({float(jnp.sum(k)) for _, k in caches}) == config.num_layers
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_layer_by_layer_ends_where_the_pass_ends(family):
+    """And begins with the embeddings; every layer adds to what it is given."""
+    config, params = policy(family)
+
+    @jax.jit
+    def walked(params, tokens, mask):
+        walk = layer_by_layer(config, params, tokens, mask.astype(jnp.int32), positions(mask))
+        x, after = jax.lax.scan(lambda x, one: (walk.step(x, one),) * 2, walk.entering, walk.layers)
+        return walk.entering, after, walk.leave(x)
+
+    entering, after, hidden = walked(params, TOKENS, LEFT_PADDED)
+    scale = config.hidden_size**0.5 if family == "gemma2" else 1.0
+    np.testing.assert_allclose(entering, scale * params["embed"][TOKENS], rtol=1e-6)
+    want = hidden_states(family)(TOKENS, LEFT_PADDED)
+    np.testing.assert_allclose(hidden[LEFT_PADDED], want[LEFT_PADDED], rtol=1e-5, atol=1e-5)
+    assert after.shape == (config.num_layers, *entering.shape)
+    assert (np.abs(np.diff(np.concatenate([entering[None], after]), axis=0)).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

@@ -25,7 +25,6 @@ from dppo_jax.types import TopKPair
 from experiments.plot import save
 from experiments.probe import Probe
 from experiments.run import cli
-from experiments.run.model_files import model_directory
 
 TOPK = (1, 5, 20, 100)
 ORDER = ("exact", "binary", *(f"top-{count}" for count in TOPK))
@@ -34,7 +33,7 @@ BINS = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)  # of mu, the behavior probability 
 
 def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
     """Per token, flat over the batch: mu, A, whether it moves away, the exact divergences, and every estimate."""
-    with Probe(config, topk=min(max(TOPK), _vocabulary(config))) as probe:
+    with Probe(config, topk=max(TOPK)) as probe:
         state = probe.state()
         behavior = state.params
         batch, lengths, prompts = probe.draw(behavior)
@@ -66,12 +65,6 @@ def measure(config: ConfigDict, updates: int) -> dict[str, Any]:
             tokens["tv"][f"top-{k}"] = np.asarray(topk_tv(jnp.asarray(logp), jnp.asarray(mu), pair))
             tokens["kl"][f"top-{k}"] = np.asarray(topk_kl(jnp.asarray(logp), jnp.asarray(mu), pair))
     return jax.tree.map(lambda x: x[mask], tokens)
-
-
-def _vocabulary(config: ConfigDict) -> int:
-    from dppo_jax.models.hf import load_config
-
-    return load_config(model_directory(config)).vocab_size
 
 
 def masked(tokens: dict[str, Any], divergence: np.ndarray, delta: float) -> np.ndarray:

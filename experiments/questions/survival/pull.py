@@ -11,17 +11,14 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.errors import run_main
 from dppo_jax.files import Path, make_folder, write_text
-from dppo_jax.types import LossInputs
+from experiments import regions
 from experiments.probe import Probe
 from experiments.run import cli
-from experiments.run.setup import Setup
-from experiments.sweep import Run, config_of
 
 LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 
@@ -29,33 +26,24 @@ LOSSES = ("pg_is", "clip_higher", "clip_unsigned", "minirl", "dppo_binary_tv", "
 def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any]:
     """By loss: the share of tokens with A != 0 that it masks, and its pull, overall and among those outside a ratio of
     Clip-Higher's bounds."""
-    losses = {name: jax.jit(Setup(config_of(config, Run(name, 0, 1.0))).loss) for name in names}
+    losses = {name: jax.jit(regions.bound(config, name)) for name in names}
     sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in names}
     tokens, gap = 0, 0.0
     with Probe(config) as probe:
         params = probe.state().params
         for step in range(batches):
             batch, lengths, prompts = probe.draw(params, step)
-            logp = jnp.asarray(probe.see(params, params, batch, lengths, prompts).logp)
-            mask = np.asarray(batch.mask)
-            advantages = jnp.broadcast_to(batch.advantages[:, None], logp.shape)
-            inputs = LossInputs(
-                logp=logp,
-                behavior_logp=batch.behavior_logp,
-                advantages=advantages,
-                mask=batch.mask,
-                segments=jnp.broadcast_to(jnp.arange(1, len(mask) + 1)[:, None], mask.shape),
-                proximal_logp=logp,
-            )
-            has_advantage = mask & (np.asarray(advantages) != 0)
+            inputs = regions.inputs_at_rollout(batch, probe.see(params, params, batch, lengths, prompts))
+            logp, mask = inputs.logp, np.asarray(batch.mask)
+            counted = regions.has_advantage(inputs)
             towards = np.sign(np.asarray(batch.behavior_logp) - np.asarray(logp))
-            tokens += int(has_advantage.sum())
+            tokens += int(counted.sum())
             gap += float(np.abs(np.exp(logp) - np.exp(batch.behavior_logp))[mask].sum()) / mask.sum()
             for name, loss in losses.items():
                 output = loss(inputs)
                 coef, keep = np.asarray(output.coef), np.asarray(output.keep)
-                along, size = (coef * towards)[has_advantage].sum(), np.abs(coef)[has_advantage].sum()
-                sums[name] += [(~keep & has_advantage).sum(), along, size]
+                along, size = (coef * towards)[counted].sum(), np.abs(coef)[counted].sum()
+                sums[name] += [(~keep & counted).sum(), along, size]
     by_loss = {
         name: {"masked": round(float(masked / tokens), 5), "pull": round(float(along / size), 4)}
         for name, (masked, along, size) in sums.items()
