@@ -21,9 +21,9 @@ from dppo_jax.packing import PackShape
 from dppo_jax.rewards import shaping
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
-from dppo_jax.types import TrainBatch
+from dppo_jax.types import RolloutBatch, TrainBatch
 from experiments.run.load import load_prompts, load_setup
-from experiments.run.rollouts import training_rollout
+from experiments.run.rollouts import whole_batch_rollout
 from experiments.run.setup import ROLLOUT
 
 
@@ -49,7 +49,7 @@ class Probe:
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        self._generate = setup.on_mesh(training_rollout(setup, topk=topk))
+        self._generate = setup.on_mesh(whole_batch_rollout(setup, topk=topk))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
@@ -68,10 +68,13 @@ class Probe:
         """A fresh training state."""
         return self.setup.init_state(self._params)
 
+    def generate(self, params: Params, step: int = 0) -> RolloutBatch:
+        """The rollout of a step, on the devices."""
+        return self._generate(params, self.stream.batch(step)[0], step_key(self.config.seed, step, ROLLOUT))
+
     def draw(self, params: Params, step: int = 0) -> tuple[TrainBatch, np.ndarray, np.ndarray]:
         """The batch of a step with its advantages, its response lengths [B], and the lengths of its prompts [B]."""
-        prompts, examples = self.stream.batch(step)
-        rollout = self._generate(params, prompts, step_key(self.config.seed, step, ROLLOUT))
+        (prompts, examples), rollout = self.stream.batch(step), self.generate(params, step)
         tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
         text = self.setup.text
         replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)
