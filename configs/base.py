@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     c.rollout.activations = ""  # mismatch: the inputs of its linear layers rounded, to the same formats
     c.rollout.quantize = ""  # "" | int8 | float8 (e4m3): the layers' matrices are held so, a scale an output channel
     c.rollout.quantize_activations = False  # their inputs too, a scale a token: products of narrow numbers
+    c.rollout.exact = False  # tokens are drawn from the training pass itself, to the bit: no mismatch; on a CPU
     c.rollout.lag = 0  # mismatch: updates by which the behavior parameters are older than the policy's
     c.rollout.resample = 0  # at most so many more batches, until every group has unequal rewards (DAPO)
     c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them

@@ -81,6 +81,21 @@ def token_head(
     return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp, vocabulary=jnp.int32(len(weight)))
 
 
+def whole_head(
+    hidden: Float[Array, "M Q E"],
+    weight: Float[Array, "V E"],
+    targets: Int32[Array, "M Q"],
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ids: Int32[Array, "M Q K"] | None = None,
+) -> tuple[HeadOutput, Float32[Array, "M Q V"]]:
+    """`token_head` with one chunk, not differentiable, and the logits that it takes logp from."""
+    static = (float(temperature), None if softcap is None else float(softcap), 1)
+    (logp, entropy, ids_logp), _, z = _values(static, hidden, weight, targets, ids)
+    return HeadOutput(logp=logp, entropy=entropy, ids_logp=ids_logp), z
+
+
 def exact_divergence(
     hidden: Float[Array, "M Q E"],
     weight: Float[Array, "V E"],

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from dppo_jax.packing import PackShape
 from dppo_jax.rewards import shaping
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
-from dppo_jax.types import TrainBatch
+from dppo_jax.types import RolloutBatch, TrainBatch
 from experiments.run.load import load_prompts, load_setup
-from experiments.run.rollouts import training_rollout
+from experiments.run.rollouts import training_rollout, whole_batch_rollout
 from experiments.run.setup import ROLLOUT, Setup
 
 
@@ -52,8 +52,9 @@ class Probe:
         for remark in self.stream.remarks:
             print(f"data: {remark}", file=sys.stderr)
         self.setup = setup = dataclasses.replace(setup, mean_prompt=self.stream.mean_prompt_length)
-        self.rollout = training_rollout(setup, topk=min(topk, setup.model.vocab_size), entropy=entropy)
-        self._generate = setup.on_mesh(self.rollout)
+        recorded: dict[str, Any] = dict(topk=min(topk, setup.model.vocab_size), entropy=entropy)
+        self.rollout = training_rollout(setup, **recorded)
+        self._generate = setup.on_mesh(whole_batch_rollout(setup, **recorded))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
             raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
@@ -72,10 +73,13 @@ class Probe:
         """A fresh training state."""
         return self.setup.init_state(self._params)
 
+    def generate(self, params: Params, step: int = 0) -> RolloutBatch:
+        """The rollout of a step, on the devices."""
+        return self._generate(params, self.stream.batch(step)[0], step_key(self.config.seed, step, ROLLOUT))
+
     def draw(self, params: Params, step: int = 0) -> tuple[TrainBatch, np.ndarray, np.ndarray]:
         """The batch of a step with its advantages, its response lengths [B], and the lengths of its prompts [B]."""
-        prompts, examples = self.stream.batch(step)
-        rollout = self._generate(params, prompts, step_key(self.config.seed, step, ROLLOUT))
+        (prompts, examples), rollout = self.stream.batch(step), self.generate(params, step)
         tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
         text = self.setup.text
         replies = decode_replies(text.tokenizer, tokens, mask, text.eos_ids)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Integer, Key
+from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
 
 from dppo_jax import sampling, token_head
 from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
@@ -212,18 +212,26 @@ class Rollout:
         kind = jnp.uint8 if self.config.num_experts <= 256 else jnp.int32
         return jax.lax.collapse(jnp.moveaxis(routed.experts, 0, 2).astype(kind), 2)
 
+    def uniforms(self, group_keys: Key[Array, "N"]) -> Float32[Array, "B R 2"]:
+        """The random numbers of every token."""
+        keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(self.group_size)))(group_keys).reshape(-1)
+        columns = jnp.arange(self.max_new_tokens)
+        every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(len(keys), t)))(columns)
+        return constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)
+
+    def limits(self, prompts: PromptBatch) -> Int32[Array, "B"]:
+        """Most tokens of every response."""
+        rows = len(prompts.tokens) * self.group_size
+        return jnp.full(rows, self.max_new_tokens, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
+
     def prefill_with(
         self, published: Params, prompts: PromptBatch, group_keys: Key[Array, "N"]
     ) -> tuple[Waiting, Integer[Array, "N P L k"] | None]:
         """`prefill` under the table `ROLLOUT`; row j of a group draws from fold_in(its group's key, j)."""
-        prompt_count, group, limit_all = len(prompts.tokens), self.group_size, self.max_new_tokens
+        prompt_count, group = len(prompts.tokens), self.group_size
         batch = prompt_count * group
         prompts = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), prompts)
-        keys = jax.vmap(lambda k: sampling.row_keys(k, jnp.arange(group)))(group_keys)
-        keys = keys.reshape(-1)
-        every = jax.vmap(lambda t: sampling.uniforms(keys, jnp.full(batch, t)))(jnp.arange(limit_all))
-        uniforms = constrain(jnp.moveaxis(every, 0, 1), "batch", None, None)
-        limit = jnp.full(batch, limit_all, jnp.int32) if prompts.limit is None else prompts.limit.reshape(-1)
+        uniforms, limit = self.uniforms(group_keys), self.limits(prompts)
         kept, hidden, routed = self._forward(
             published,
             prompts.tokens,
@@ -444,14 +452,12 @@ class Rollout:
         self, prompts: PromptBatch, waiting: Waiting, state: Slots, prompt_experts: Array | None
     ) -> RolloutBatch:
         """The batch as it is in the slots' state."""
-        # Up to the first end, or the limit: what pads the rest may be an end-of-sequence token too.
-        column, limit = jnp.arange(self.max_new_tokens), waiting.limit
-        end = jnp.min(jnp.where(self._ends(state.out.token, state.stops), column, self.max_new_tokens), axis=1)
+        response_mask, truncated = self.extent(state.out.token, state.stops, waiting.limit)
         return RolloutBatch(
             tokens=state.out.token,
-            response_mask=column < jnp.minimum(end + 1, limit)[:, None],
+            response_mask=response_mask,
             behavior_logp=state.out.logp,
-            truncated=end >= limit,
+            truncated=truncated,
             group=jnp.repeat(prompts.group, self.group_size),
             topk_ids=state.out.topk_ids if self.topk else None,
             topk_logp=state.out.topk_logp if self.topk else None,
@@ -459,3 +465,12 @@ class Rollout:
             experts=state.experts,
             behavior_entropy=state.out.entropy,
         )
+
+    def extent(
+        self, tokens: Int32[Array, "B R"], stops: Array | None, limit: Int32[Array, "B"]
+    ) -> tuple[Bool[Array, "B R"], Bool[Array, "B"]]:
+        """Which tokens are of the response, and whether it reached its limit; `stops` is the state after each token."""
+        # Up to the first end, or the limit: what pads the rest may be an end-of-sequence token too.
+        column = jnp.arange(self.max_new_tokens)
+        end = jnp.min(jnp.where(self._ends(tokens, stops), column, self.max_new_tokens), axis=1)
+        return column < jnp.minimum(end + 1, limit)[:, None], end >= limit

@@ -54,6 +54,8 @@ def check(config: ConfigDict) -> None:
     _check_pages(config)
     check_stop(config.rollout.stop)
     _check_in_flight(config, setup.needed)
+    if config.rollout.exact:
+        _check_exact(config)
     _check_reward(config, setup)
     check_scores(config, setup)
     _check_learning(config, setup)
@@ -245,6 +247,28 @@ def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
         raise UserError(f"rollout.resample draws whole batches, and {several}; set one of them to 0")
     if r.router_replay:
         raise UserError(f"rollout.router_replay needs one set of experts a token, and {several}; set one of them off")
+
+
+def _check_exact(c: ConfigDict) -> None:
+    """What would part a rollout from the training pass that it is drawn from."""
+    fixed = {"rollout.dtype": c.policy.dtype, "policy.temperature": c.rollout.temperature, "train.pack": False}
+    for key, needed in fixed.items():
+        if value(c, key) not in (None, needed):
+            why = ": where a response lies may not depend on the lengths of others" if key == "train.pack" else ""
+            raise UserError(
+                f"rollout.exact draws from the training pass, and {key} = {shown(value(c, key))} would be another "
+                f"one{why}; set {key}={needed}"
+            )
+    narrower = ("rollout.weights", "rollout.activations", "rollout.quantize")
+    older = ("rollout.lag", "rollout.in_flight", "train.staleness", "rollout.resample")
+    for key in (*narrower, *older, "rollout.router_replay", "alp.sigma"):
+        if value(c, key):
+            raise UserError(
+                f"rollout.exact draws from the training pass at equal parameters, which {key} = "
+                f"{shown(value(c, key))} parts from the rollout; unset one of them"
+            )
+    if c.data.kind == "environment":
+        raise UserError("rollout.exact draws whole responses, not turns with an environment; set rollout.exact=False")
 
 
 def _check_shadow_losses(c: ConfigDict) -> None:

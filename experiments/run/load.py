@@ -93,7 +93,7 @@ def load_teacher(setup: Setup) -> Setup | None:
             raise UserError(f"the teacher in {teacher.path}: {error}") from None
     for key in ("path", "revision", "commit", "dtype"):
         config.policy[key] = teacher[key]
-    config.lora.rank, config.alp.sigma = 0, 0.0
+    config.lora.rank, config.alp.sigma, config.rollout.exact = 0, 0.0, False
     return Setup(config, model, setup.mesh, setup.text)
 
 

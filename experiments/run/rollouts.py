@@ -8,7 +8,15 @@ from ml_collections import ConfigDict
 from dppo_jax import precision
 from dppo_jax.errors import UserError
 from dppo_jax.models import DTYPES
-from dppo_jax.rollout import CacheChoice, Conversation, InFlight, Rollout, choose_cache, resumed_tokens
+from dppo_jax.rollout import (
+    CacheChoice,
+    Conversation,
+    ExactRollout,
+    InFlight,
+    Rollout,
+    choose_cache,
+    resumed_tokens,
+)
 from experiments.run import memory
 from experiments.run.setup import Setup
 
@@ -33,6 +41,16 @@ def training_rollout(setup: Setup, *, topk: int | None = None, entropy: bool | N
         **_shared_settings(setup, prompts * c.group_size, [setup.config.data], c.max_new_tokens),
     )
     return _with_pages(setup, rollout, prompts, setup.config.data.max_prompt_len)
+
+
+def whole_batch_rollout(
+    setup: Setup, *, topk: int | None = None, entropy: bool | None = None
+) -> Rollout | ExactRollout:
+    """`training_rollout`, or the exact one of which it is the draft: the policy that draws a batch to its end."""
+    rollout = training_rollout(setup, topk=topk, entropy=entropy)
+    if not setup.config.rollout.exact:
+        return rollout
+    return ExactRollout(rollout, setup.isolated_pass, setup.pack_shape, setup.config.train.minibatches)
 
 
 def rollout_in_flight(setup: Setup, rollout: Rollout) -> InFlight:

@@ -28,7 +28,7 @@ from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
 from experiments.run.conversing import Conversing, Scored
 from experiments.run.reward_model import RewardModel
-from experiments.run.rollouts import training_rollout
+from experiments.run.rollouts import whole_batch_rollout
 from experiments.run.runs import Runs
 from experiments.run.samples import WORK, Drawing, Replies, Samples, chosen, merged, rows_of
 from experiments.run.setup import ROLLOUT
@@ -52,7 +52,7 @@ class Sampler:
         c = base.config.rollout
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
-        rollout = training_rollout(base, topk=runs.topk, entropy=runs.needs_entropy)
+        rollout = whole_batch_rollout(base, topk=runs.topk, entropy=runs.needs_entropy)
         self._generate = base.on_mesh_measured(runs.each(rollout.measured))
         self._talks: Conversing | None = None
         if base.config.data.kind == "environment":

@@ -23,6 +23,7 @@ from dppo_jax.devices.sharding import TRAINING, batch_sharding, batch_shards, na
 from dppo_jax.errors import UserError, lookup
 from dppo_jax.evaluate import Generate
 from dppo_jax.files import Path
+from dppo_jax.isolated import IsolatedPass, make_isolated_pass, with_values_of
 from dppo_jax.losses import bind_loss, required_fields, token_kl, with_reference_kl
 from dppo_jax.losses.core import BoundLoss
 from dppo_jax.models import DTYPES, ModelConfig
@@ -378,7 +379,8 @@ class Setup:
             vocabulary = self.model.vocab_size // shards
             tokens = shape.rows * shape.responses // self.batch_shards
             vocab_chunks = vocab_chunk_count(tokens, vocabulary, self.memory_bytes)
-        return make_policy_logprobs(
+        attention = self.attention(dtype=policy.dtype, length=shape.length).name
+        logprobs = make_policy_logprobs(
             self.trained_model,
             temperature=policy.temperature or self.config.rollout.temperature,
             behavior_temperature=self.config.rollout.temperature,
@@ -386,7 +388,38 @@ class Setup:
             dtype=DTYPES[policy.dtype],
             remat=policy.remat,
             vocab_chunks=vocab_chunks,
-            attention=self.attention(dtype=policy.dtype, length=shape.length).name,
+            attention=attention,
+        )
+        if not self.config.rollout.exact:
+            return logprobs
+        if vocab_chunks > 1:
+            gigabytes = 4 * shape.rows * shape.responses * self.model.vocab_size / 1e9
+            raise UserError(
+                f"rollout.exact draws from all logits of a microbatch at once, {gigabytes:.1f} GB, where the head "
+                f"would take the vocabulary in {vocab_chunks} pieces; lower train.micro_rows, or set "
+                "policy.head_pieces=1"
+            )
+        return with_values_of(self.isolated_pass, logprobs)
+
+    @cached_property
+    def isolated_pass(self) -> IsolatedPass:
+        """The training pass, apart from what else a program computes: of rollout.exact."""
+        policy = self.config.policy
+        if self.platform != "cpu":
+            raise UserError(
+                f"rollout.exact is shown to hold to the bit on a CPU, not on a {self.platform}; set rollout.exact=False"
+            )
+        if self.model.num_experts:
+            raise UserError(
+                f"rollout.exact: an expert of a {self.model.model_type} takes tokens of all rows in one product, whose "
+                "last bits depend on them; set rollout.exact=False"
+            )
+        return make_isolated_pass(
+            self.trained_model,
+            temperature=self.config.rollout.temperature,
+            dtype=DTYPES[policy.dtype],
+            attention=self.attention(dtype=policy.dtype, length=self.pack_shape.length).name,
+            head_float32=policy.head_float32,
         )
 
     @cached_property
