@@ -3,6 +3,17 @@
 DPPO masks a token beyond delta whose own probability moves away. These mask a token beyond delta whose update makes the
 divergence itself grow: masked iff D > delta and A dD > 0, where dD is the slope of D along the gradient of log pi(a) in
 the logits (`kl_slope`, `tv_slope`). Where the only other event is "not a", both directions are the same.
+
+On random states (tests/losses/test_predictive.py) the sign is right in all of them from the whole vocabulary; from the
+top 20 with a uniform tail in 99.5% for KL and 96% for TV, with an aggregated one in 92% and 83%; DPPO's, in 82%.
+
+On real batches masks seldom differ. In ten steps of
+
+    python -m experiments.train --config configs/methods.py:pdm_topk_kl --workdir DIR --config.steps=10
+
+with seed 0 and --config.eval.every=0, the direction is another at 5.4% of the tokens with A != 0, and the mask at
+0.04%, where 2.1% are masked; with pdm_exact_kl at 6.8% and 0.04%, of 2.2%; with configs/reuse.py and
+--config.loss.name=pdm_topk_tv, whose updates move more, at 13% and 0.08%, of 0.6%.
 """
 
 from typing import Literal
