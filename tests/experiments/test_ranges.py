@@ -120,3 +120,11 @@ def test_a_traced_step_beyond_the_end_is_told(config):
     checks.check(config)
     (said,) = checks.remarks(config)
     assert said == f"log.profile_step = {config.steps}: of {config.steps} steps none is traced"
+
+
+def test_the_divisor_of_a_deviation_reaches_the_advantage(config):
+    config.advantage.name, config.rollout.prompts = "batch_norm", 1
+    rewards, group = np.array([1.0, 0.0, 0.0, 1.0], np.float32), np.zeros(4, np.int32)
+    population = Setup(config).advantages(rewards, group)
+    config.advantage.ddof = 1
+    np.testing.assert_allclose(Setup(config).advantages(rewards, group), population * np.sqrt(3 / 4), rtol=1e-5)
