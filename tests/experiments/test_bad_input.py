@@ -159,7 +159,7 @@ OVERRIDES = {
         "advantage.ddof = 1 is for the standard deviations of group_mean_std and batch_norm, and advantage.name = "
         "group_mean has none; set advantage.ddof=0"
     ),
-    "--config.advantage.ddof=2": "advantage.ddof must be at least 0 and at most 1, not 2",
+    "--config.advantage.ddof=2": "advantage.ddof must be at most 1, not 2",
     "--config.loss.ratio_cap=0": "ratio_cap = 0 of loss 'dppo_binary_tv' would make every update 0",
     # what does not fit
     "--config.reward.overlong_buffer=7": "reward.overlong_buffer = 7 is longer than a response, rollout.max_new_tokens",

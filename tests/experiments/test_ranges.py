@@ -160,3 +160,11 @@ def test_what_a_critic_should_see_is_told_where_there_is_none(config):
     checks.check(config)
     (said,) = checks.remarks(config)
     assert said == "critic.privileged = 'answer': advantage 'group_mean' has no critic"
+
+
+def test_the_divisor_of_a_deviation_reaches_the_advantage(config):
+    config.advantage.name, config.rollout.prompts = "batch_norm", 1
+    rewards, group = np.array([1.0, 0.0, 0.0, 1.0], np.float32), np.zeros(4, np.int32)
+    population = Setup(config).advantages(rewards, group)
+    config.advantage.ddof = 1
+    np.testing.assert_allclose(Setup(config).advantages(rewards, group), population * np.sqrt(3 / 4), rtol=1e-5)
