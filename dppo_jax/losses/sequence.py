@@ -84,7 +84,8 @@ def cppo(inputs: LossInputs, *, delta: float, delta_budget: float, w_min: float,
 def geometric_mask(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:
     """The whole response masked where exp(mean log r) is outside [1-eps_low, 1+eps_high], whatever the sign of A.
 
-    Geometric rejection (Liu, Li et al., 2025), with truncated weights as in verl's preset bypass_pg_geo_rs_token_tis.
+    Geometric rejection (Liu, Li et al., 2025), with truncated weights as in verl's preset bypass_pg_geo_rs_token_tis,
+    whose bounds are 0.999 and 1.001; others keep 0.99 to 1.01.
     """
     inputs = zero_outside_mask(inputs)
     ratio = jnp.exp(Sequences(inputs).mean(log_ratio(inputs.logp, inputs.behavior_logp)))
