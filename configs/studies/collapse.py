@@ -2,8 +2,8 @@
 
     python -m experiments.train --config configs/studies/collapse.py:entropy_rises --workdir DIR
 
-The reuse regime with a rollout of two bits of mantissa: 37,000 parameters, 40 steps of 16 updates. docs/collapse.md has
-a section for each symptom, and experiments/questions/collapse trains all of them and draws its figures.
+The reuse regime with a rollout of two bits of mantissa: 37,000 parameters, 16 updates a step, 40 steps or as many as it
+takes. docs/collapse.md has a section for each symptom, and experiments/questions/collapse trains all and draws them.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,12 @@ from dppo_jax.errors import lookup
 
 HEALTHY = "healthy"
 REWARDS = "experiments/questions/collapse/broken_reward.py"
-NO_MASK = {"loss.name": "cispo", "optimizer.learning_rate": 3e-4}
-ONE_SIDED = {"loss.name": "relax_high", "loss.alpha": 0.1, "optimizer.learning_rate": 3e-4}
 
 
 class Sick(NamedTuple):
-    """A run that shows a symptom."""
+    """A run that shows symptoms."""
 
-    symptom: str  # a key of SYMPTOMS
+    symptoms: tuple[str, ...]  # keys of SYMPTOMS
     done: str  # to the healthy run, in words
     sets: Mapping[str, Any]  # the same: config key: its value
 
@@ -38,40 +36,32 @@ SYMPTOMS = {  # its tags; a figure has a panel for each, and one for reward/mean
 }
 
 SICK = {
-    "entropy_falls": Sick(
-        "entropy", "a reward for one spelling of eight, right or wrong", {"reward.function": f"{REWARDS}:one_letter"}
+    "entropy_rises": Sick(
+        ("entropy",), "Clip-Higher without its upper bound where μ < 0.1, at 3e-4",
+        {"loss.name": "relax_high", "loss.alpha": 0.1, "optimizer.learning_rate": 3e-4},
     ),
-    "entropy_rises": Sick("entropy", "Clip-Higher without its upper bound where μ < 0.1, at 3e-4", ONE_SIDED),
-    "mismatch_grows": Sick("mismatch", "no mask (CISPO), at 3e-4", NO_MASK),
+    "mismatch_grows": Sick(
+        ("mismatch", "masked"), "no mask (CISPO), at 3e-4", {"loss.name": "cispo", "optimizer.learning_rate": 3e-4}
+    ),
     "bad_updates": Sick(
-        "bad_updates", "no mask and no cap (PG-IS), at five times the learning rate",
-        {"loss.name": "pg_is", "optimizer.learning_rate": 9e-4},
-    ),
-    "length_grows": Sick(
-        "length", "up to 36 tokens, 11 needed; Clip-Higher without its upper bound where μ < 0.1, at 3e-4",
-        {**ONE_SIDED, "rollout.max_new_tokens": 36},
-    ),
-    "length_halves": Sick(
-        "length", "a mask on falls alone (minimal mask, δ = 0.1), at 3e-4",
-        {"loss.name": "minimal_mask", "loss.delta_low": 0.1, "optimizer.learning_rate": 3e-4},
-    ),
-    "masked_nothing": Sick(
-        "masked", "δ = 0.5, where few tokens have so much to lose, at 3e-4",
-        {"loss.delta_low": 0.5, "loss.delta_high": 0.5, "optimizer.learning_rate": 3e-4},
+        ("mismatch", "bad_updates", "length"), "no mask and no cap (PG-IS), at five times the learning rate",
+        {"steps": 20, "loss.name": "pg_is", "optimizer.learning_rate": 9e-4},
     ),
     "masked_noise": Sick(
-        "masked", "Clip-Higher around a rollout of one bit of mantissa",
+        ("masked",), "Clip-Higher around a rollout of one bit of mantissa",
         {"loss.name": "clip_higher", "rollout.activations": "m1"},
     ),
-    "equal_temperature": Sick("equal_groups", "drawn at temperature 0.3", {"rollout.temperature": 0.3}),
+    "equal_temperature": Sick(("equal_groups",), "drawn at temperature 0.3", {"rollout.temperature": 0.3}),
     "equal_pairs": Sick(
-        "equal_groups", "64 groups of 2 in place of 16 of 8", {"rollout.prompts": 64, "rollout.group_size": 2}
+        ("equal_groups",), "64 groups of 2 in place of 16 of 8", {"rollout.prompts": 64, "rollout.group_size": 2}
     ),
     "verifier_raises": Sick(
-        "verifier", "a reward function that raises on every reply",
-        {"reward.function": f"{REWARDS}:score"},
+        ("verifier",), "a reward function that raises on every reply",
+        {"steps": 5, "reward.function": f"{REWARDS}:score"},
     ),
-    "verifier_reads_nothing": Sick("verifier", "the answer is looked for in a box", {"data.extract": "boxed"}),
+    "verifier_reads_nothing": Sick(
+        ("verifier",), "the answer is looked for in a box", {"steps": 5, "data.extract": "boxed"}
+    ),
 }  # fmt: skip
 ARGUMENTS = (HEALTHY, *SICK)  # what get_config takes, for the command line's refusals
 

@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 
 from ml_collections import ConfigDict
 
-from configs.studies.collapse import HEALTHY, SICK, SYMPTOMS, get_config
+from configs.studies.collapse import HEALTHY, SYMPTOMS, get_config
 from dppo_jax.errors import lookup, run_main
 from dppo_jax.files import Path
 from experiments import sweep
-from experiments.questions.collapse.report import RESTARTED, RESUMED, read, report
+from experiments.questions.collapse.report import RESTARTED, RESUMED, of_symptom, read, report
 from experiments.run import cli
 from experiments.sweep import Run
 from experiments.train import train as train_one
@@ -29,7 +29,8 @@ def runs_of(config: ConfigDict, seeds: Sequence[int]) -> list[Run]:
 
 def train(workdir: Path, symptoms: Collection[str], seeds: Sequence[int]) -> None:
     """The healthy run and those of the symptoms, from where each stopped. UserError before any is trained."""
-    configs = {name: get_config(name) for name in (HEALTHY, *SICK) if name == HEALTHY or SICK[name].symptom in symptoms}
+    names = dict.fromkeys((HEALTHY, *(name for symptom in symptoms for name in of_symptom(symptom))))
+    configs = {name: get_config(name) for name in names if name not in (RESUMED, RESTARTED)}
     for config in configs.values():
         sweep.check(config, runs_of(config, seeds))
     for name, config in configs.items():

@@ -15,14 +15,14 @@ from experiments.sweep import Run
 RESUMED, RESTARTED = "resumed", "restarted"
 REWARD = "reward/mean"
 MEAN_OF = 5  # steps at a run's beginning, and at its end
-DPI = 90  # figures stay below 60 kB
+DPI = 80  # figures stay below 60 kB
 
 
 def of_symptom(symptom: str) -> tuple[str, ...]:
     """The names of its runs, the healthy one first."""
     if symptom == "resume":
         return HEALTHY, RESUMED, RESTARTED
-    return HEALTHY, *(name for name, sick in SICK.items() if sick.symptom == symptom)
+    return HEALTHY, *(name for name, sick in SICK.items() if symptom in sick.symptoms)
 
 
 def read(workdir: Path, symptoms: Collection[str], seeds: Sequence[int]) -> dict[str, list[Scalars]]:
