@@ -6,6 +6,7 @@ import pytest
 
 from configs import gsm8k, reasoning_gym
 from configs.methods import METHODS
+from configs.studies import collapse
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from experiments.run import checks
@@ -19,6 +20,7 @@ CONFIGS = [path for path in FILES if not path.endswith(("__init__.py", "configs/
 CONFIGS += [f"configs/methods.py:{name}" for name in METHODS]
 CONFIGS += [f"configs/reasoning_gym.py:{name}" for name in reasoning_gym.ARGUMENTS]
 CONFIGS += [f"configs/gsm8k.py:{name}" for name in gsm8k.ARGUMENTS]
+CONFIGS += [f"configs/studies/collapse.py:{name}" for name in collapse.ARGUMENTS]
 
 # 2602.04879, section 5 and appendix C; section 7 and appendix E, table 1.
 MOE_BASE = {
