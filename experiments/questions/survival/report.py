@@ -1,7 +1,7 @@
 """What the cells of a survival map show."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -130,40 +130,35 @@ def _cell(cell: dict[str, Any] | None) -> str:
 
 
 def draw(cell_list: list[dict[str, Any]], path: Path) -> None:
-    """A square for each cell, from red, where no seed lives, to green, where all do; a panel for each mismatch and
-    learning rate."""
+    """A square for each cell, from red, where no seed survives, to green, where all do; a panel for each mismatch."""
     columns, losses, _ = _axes(cell_list)
-    panels = sorted({(c["mismatch"], c["learning_rate"]) for c in cell_list}, key=_by_drift(cell_list))
-    lags = {key: sorted({c["lag"] for c in cell_list if (c["mismatch"], c["learning_rate"]) == key}) for key in panels}
-    widths = [len(lags[key]) for key in panels]
+    panels = list(dict.fromkeys(mismatch for mismatch, _ in columns))
+    of_panel = {
+        mismatch: sorted({(c["learning_rate"], c["lag"]) for c in cell_list if c["mismatch"] == mismatch})
+        for mismatch in panels
+    }
+    widths = [len(found) for found in of_panel.values()]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(0.62 * sum(widths) + 2.8, 0.36 * len(losses) + 1.7), squeeze=False,
+        1, len(panels), figsize=(0.62 * sum(widths) + 2.8, 0.36 * len(losses) + 1.9), squeeze=False,
         layout="constrained", sharey=True, width_ratios=widths,
     )  # fmt: skip
-    for axis, key in zip(axes[0], panels, strict=True):
-        shares = np.full((len(losses), len(lags[key])), np.nan)
+    for axis, mismatch in zip(axes[0], panels, strict=True):
+        own = of_panel[mismatch]
+        shares = np.full((len(losses), len(own)), np.nan)
         for cell in cell_list:
-            if (cell["mismatch"], cell["learning_rate"]) == key:
-                y, x = losses.index(cell["loss"]), lags[key].index(cell["lag"])
+            if cell["mismatch"] == mismatch:
+                y, x = losses.index(cell["loss"]), own.index((cell["learning_rate"], cell["lag"]))
                 shares[y, x] = cell["survived"] / cell["seeds"]
                 axis.text(x, y, f"{cell['survived']}/{cell['seeds']}", ha="center", va="center", fontsize=8)
-        axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        axis.set_xticks(range(len(lags[key])), [str(lag) for lag in lags[key]], fontsize=8)
+        axis.set_facecolor("0.85")  # where nothing was run
+        axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.85)
+        axis.set_xticks(range(len(own)), [f"{lag}\n{rate:g}" for rate, lag in own], fontsize=8)
         axis.set_yticks(range(len(losses)), losses, fontsize=8)
-        rounded = "exact rollouts" if key[0] == "none" else f"rollouts rounded to {key[0]}"
-        axis.set_title(f"{rounded}\nlearning rate {key[1]:g}", fontsize=8)
-        axis.set_xlabel("age of the rollout, in updates", fontsize=8)
-    figure.suptitle("Runs that survive, of all seeds", fontsize=10)
+        axis.set_title("rollout unrounded" if mismatch == "none" else f"rollout rounded to {mismatch}", fontsize=9)
+    figure.supxlabel("age of the rollout, in updates, and learning rate", fontsize=9)
+    figure.suptitle("Runs that survive: green all, red none", fontsize=10)
     save(figure, path)
     plt.close(figure)
-
-
-def _by_drift(cell_list: list[dict[str, Any]]) -> Callable[[tuple[str, float]], tuple[float, float]]:
-    """Panels in the order of their mismatch, then of their learning rate."""
-    least: dict[str, float] = {}
-    for cell in sorted(cell_list, key=lambda cell: (cell["lag"], cell["abs_prob_diff"])):
-        least.setdefault(cell["mismatch"], cell["abs_prob_diff"])
-    return lambda key: (least[key[0]], key[1])
 
 
 def report(workdir: Path, out: Path) -> str:
