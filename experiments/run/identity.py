@@ -137,10 +137,15 @@ def same_runs(saved: list[str], now: list[str], workdir: Path) -> None:
         sentence = f"{str(workdir)!r} holds {found}, which experiments.{command} goes on with"
     else:
         sentence = (
-            f"cannot resume {str(workdir)!r}: its checkpoint has the runs {', '.join(saved)}; asked for are "
-            f"{', '.join(now)}; give --losses, --methods, --rates and --seeds as they were"
+            f"cannot resume {str(workdir)!r}: its checkpoint has the runs {_some(saved)}; asked for are "
+            f"{_some(now)}; give --losses, --methods, --rates and --seeds as they were"
         )
     raise UserError(f"{sentence}, or take another --workdir")
+
+
+def _some(names: list[str]) -> str:
+    """The first ones, and how many there are."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def edits(saved: Mapping[str, Any], workdir: Path) -> list[str]:

@@ -120,7 +120,7 @@ def test_arms_with_settings_are_compared_with_their_loss_without():
 def test_a_map_tells_survivors_by_cell(tmp_path):
     def write(cell: str, lag: int, seed: int, ends: float, steps: int = 12, name: str = "pg_is") -> None:
         folder = tmp_path / cell / name / f"seed_{seed}"
-        activations, _, weights = cell.partition("+")
+        activations, _, weights = cell.removesuffix("/edge").partition("+")
         config = dict(
             steps=12,
             rollout=dict(activations=activations, weights=weights, lag=lag),
@@ -135,17 +135,18 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
 
     write("m1", 0, 0, 0.75)
     write("m1", 0, 1, 0.25)
+    write("m1/edge", 0, 2, 0.25)  # seeds that came later, in a sweep of their own
     write("m1+m2", 16, 0, 0.25)
     write("m1+m2", 16, 1, 0.75, steps=11)  # cut short
     text = survival.report(tmp_path, tmp_path / "out")
     found = {(cell["mismatch"], cell["lag"]): cell for cell in json.loads((tmp_path / "out" / "map.json").read_text())}
     assert {key: (cell["survived"], cell["seeds"]) for key, cell in found.items()} == {
-        ("m1", 0): (1, 2),
+        ("m1", 0): (1, 3),
         ("m1+m2", 16): (0, 1),
     }
-    assert found["m1", 0]["outcome"][0] == 0.5
-    assert "| `pg_is` | 0.0003 | 1/2 · 0.50 | 0/1 · 0.25 |" in text
-    assert "- of 2: 1: 0.01 to 0.99" in text
+    assert found["m1", 0]["outcome"][0] == pytest.approx(1.25 / 3, abs=1e-5)
+    assert "| `pg_is` | 0.0003 | 1/3 · 0.42 | 0/1 · 0.25 |" in text
+    assert "- of 3: 1: 0.01 to 0.91" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
     for method, ends in (("dr_grpo", 0.75), ("max_rl", 0.25)):  # of one loss
         write("m1", 0, 0, ends, name=method)

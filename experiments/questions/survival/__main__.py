@@ -63,7 +63,7 @@ def main() -> None:
             more = range(seeds.stop, config.seed + arguments.edge)
             if edge := edges(workdir, runs, more):
                 print(f"{workdir.name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
-                train(cell_config, edge, workdir)
+                train(cell_config, edge, workdir / "edge")  # beside the cell's own sweep, which has its checkpoints
 
 
 if __name__ == "__main__":
