@@ -151,7 +151,7 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     for method, ends in (("dr_grpo", 0.75), ("max_rl", 0.25)):  # of one loss
         write("m1", 0, 0, ends, name=method)
     text = survival.report(tmp_path, tmp_path / "out")
-    assert "| `dr_grpo` | 0.0003 | 1 · 0.75 |" in text and "| `max_rl` | 0.0003 | 0 · 0.25 |" in text
+    assert "| `dr_grpo` | 0.0003 | 1/1 · 0.75 |" in text and "| `max_rl` | 0.0003 | 0/1 · 0.25 |" in text
 
 
 def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
