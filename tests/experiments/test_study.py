@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -148,6 +149,8 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     assert "| `pg_is` | 0.0003 | 1/3 · 0.42 | 0/1 · 0.25 |" in text
     assert "- of 3: 1: 0.01 to 0.91" in text
     assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+    shutil.rmtree(tmp_path / "m1+m2")
+    assert survival.report(tmp_path, tmp_path / "out") == text  # what an earlier report has stays
     for method, ends in (("dr_grpo", 0.75), ("max_rl", 0.25)):  # of one loss
         write("m1", 0, 0, ends, name=method)
     text = survival.report(tmp_path, tmp_path / "out")

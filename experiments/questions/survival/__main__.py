@@ -4,7 +4,8 @@
 
 A cell is a format of the rollout's activations and an age of its parameters; `experiments.sweep` trains every loss or
 method, learning rate and seed of it; where some seeds survive and some do not, it trains more of them, up to --edge.
-Started again, it goes on. With --report DIR it trains nothing and writes what the cells under --workdir show.
+Started again, it goes on. With --report DIR it trains nothing and writes what the cells under --workdir show, beside
+what DIR's map has of earlier ones.
 """
 
 import sys

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from dppo_jax.errors import UserError
-from dppo_jax.files import Path, make_folder, write_text
+from dppo_jax.files import Path, make_folder, read_json, write_text
 from dppo_jax.statistics import binomial_interval
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
@@ -161,9 +161,16 @@ def draw(cell_list: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def _key(cell: dict[str, Any]) -> tuple[str, int, str, float]:
+    return cell["mismatch"], cell["lag"], cell["loss"], cell["learning_rate"]
+
+
 def report(workdir: Path, out: Path) -> str:
-    """Writes map.json, map.md and map.png into `out`; returns the table."""
-    cell_list = cells(workdir)
+    """Writes map.json, map.md and map.png into `out`; returns the table. Cells of which `out` has a map, and the workdir
+    no runs, stay as they are there."""
+    earlier = read_json(out / "map.json") if (out / "map.json").exists() else []
+    found = {_key(cell): cell for cell in earlier} | {_key(cell): cell for cell in cells(workdir)}
+    cell_list = [found[key] for key in sorted(found)]
     text = markdown(cell_list)
     make_folder(out)
     write_text(out / "map.json", json.dumps(cell_list, indent=1) + "\n")
