@@ -166,8 +166,8 @@ def _key(cell: dict[str, Any]) -> tuple[str, int, str, float]:
 
 
 def report(workdir: Path, out: Path) -> str:
-    """Writes map.json, map.md and map.png into `out`; returns the table. Cells of which `out` has a map, and the workdir
-    no runs, stay as they are there."""
+    """Writes map.json, map.md and map.png into `out`; returns the table. Cells of an earlier map there, of which the
+    workdir has no runs, stay as they are."""
     earlier = read_json(out / "map.json") if (out / "map.json").exists() else []
     found = {_key(cell): cell for cell in earlier} | {_key(cell): cell for cell in cells(workdir)}
     cell_list = [found[key] for key in sorted(found)]
