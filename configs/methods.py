@@ -243,7 +243,7 @@ METHODS = {
         GROUP_STD,
     ),
     "m2po": Method(
-        "M2PO", REGION, "A(r−1) > 0: the largest log(r)², until the mean over the response's others is at most δ",
+        "M2PO", REGION, "A(r−1) > 0: the largest log(r)², until the mean over the response's others of these is ≤ δ",
         "Zheng et al., 2510.01161",
         "δ: the paper's, whose mean is over a batch. A loss sees no batch: here it is over each response.",
         GROUP_STD,

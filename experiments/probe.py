@@ -21,7 +21,7 @@ from dppo_jax.packing import PackShape
 from dppo_jax.rewards import shaping
 from dppo_jax.sampling import step_key
 from dppo_jax.train_step import assemble, jit_update
-from dppo_jax.types import RolloutBatch, TrainBatch
+from dppo_jax.types import RolloutBatch, SlopeSums, TrainBatch
 from experiments.run.load import load_prompts, load_setup
 from experiments.run.rollouts import training_rollout, whole_batch_rollout
 from experiments.run.setup import ROLLOUT, Setup
@@ -34,6 +34,8 @@ class Measured(NamedTuple):
     topk_logp: np.ndarray | None
     tv: np.ndarray
     kl: np.ndarray
+    slope: SlopeSums | None = None  # of the exact divergences [B, R]
+    vocabulary: int | None = None
 
 
 class Probe:
@@ -114,7 +116,8 @@ class Probe:
         pack_shape = self.setup.pack_shape if pack_shape is None else pack_shape
         plan = self.plan(np.arange(len(lengths)), lengths, prompts, pack_shape)
         see = self._see(pack_shape, self.setup if training is None else training)
-        return Measured(*jax.device_get(see(params, behavior, batch, plan)))
+        seen = Measured(*jax.device_get(see(params, behavior, batch, plan)))
+        return seen._replace(vocabulary=self.setup.model.vocab_size)
 
     @functools.cache  # noqa: B019  one probe a process
     def _see(self, pack_shape: PackShape, training: Setup):
@@ -124,17 +127,15 @@ class Probe:
         def see(params, behavior, batch, plan):
             zero = jnp.zeros(batch.tokens.shape, jnp.float32)
             topk_zeros = None if batch.topk_ids is None else jnp.zeros(batch.topk_ids.shape, jnp.float32)
-            shapes = (zero, topk_zeros, zero, zero)
+            shapes = (zero, topk_zeros, zero, zero, SlopeSums(*[zero] * 4))
 
             def fill_in(number, filled):
                 microbatch = packing.microbatch(plan, number)
                 packed = packing.pack(batch, zero, microbatch)
-                head = policy_logprobs(params, packed, behavior_head=behavior_forward(behavior, packed))
-                values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl
-                return tuple(
-                    None if into is None else packing.unpack(batch, microbatch, x, into)
-                    for x, into in zip(values, filled, strict=True)
-                )
+                behavior_head = behavior_forward(behavior, packed)
+                head = policy_logprobs(params, packed, behavior_head=behavior_head, slope_sums=True)
+                values = head.logp, head.ids_logp, head.exact.tv, head.exact.kl, head.exact.slope
+                return jax.tree.map(lambda x, into: packing.unpack(batch, microbatch, x, into), values, filled)
 
             return jax.lax.fori_loop(0, plan.num_microbatches, fill_in, shapes)
 

@@ -13,7 +13,7 @@ from dppo_jax.divergences import sampled_in_topk
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES, required_fields
 from dppo_jax.losses.core import BoundLoss
-from dppo_jax.types import ExactDivergence, LossInputs, TopKPair, TrainBatch
+from dppo_jax.types import ExactDivergence, LossInputs, SlopeSums, TopKPair, TrainBatch
 from experiments.probe import Measured
 from experiments.run.setup import Setup
 from experiments.sweep import Run, config_of
@@ -45,11 +45,14 @@ def inputs_at_rollout(batch: TrainBatch, seen: Measured) -> LossInputs:
     logp, topk = jnp.asarray(seen.logp), None
     if batch.topk_ids is not None:
         assert seen.topk_logp is not None
+        has_sampled = sampled_in_topk(batch.tokens, batch.topk_ids)
+        tracked = batch.topk_ids.shape[-1]
         topk = TopKPair(
             logp=jnp.asarray(seen.topk_logp),
             behavior_logp=batch.topk_behavior_logp,
-            has_sampled=sampled_in_topk(batch.tokens, batch.topk_ids),
+            has_sampled=has_sampled,
             proximal_logp=jnp.asarray(seen.topk_logp),
+            outside=None if seen.vocabulary is None else seen.vocabulary - tracked - ~has_sampled,
         )
     per_token = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
     return LossInputs(
@@ -60,8 +63,9 @@ def inputs_at_rollout(batch: TrainBatch, seen: Measured) -> LossInputs:
         segments=jnp.broadcast_to(jnp.arange(1, len(logp) + 1)[:, None], logp.shape),
         proximal_logp=logp,
         reference_logp=logp,
+        behavior_entropy=batch.behavior_entropy,
         topk=topk,
-        exact=ExactDivergence(tv=jnp.asarray(seen.tv), kl=jnp.asarray(seen.kl)),
+        exact=ExactDivergence(tv=jnp.asarray(seen.tv), kl=jnp.asarray(seen.kl), slope=seen.slope),
     )
 
 
@@ -108,7 +112,10 @@ def _extremes(inputs: LossInputs) -> LossInputs:
     if inputs.topk is not None:  # of the K likeliest the first is the sampled token, and the only likely one
         first = jnp.arange(inputs.topk.logp.shape[-1]) == 0
         pi, mu = (jnp.where(first, x[..., None], -30.0) for x in (logp, anchor))
-        topk = TopKPair(pi, mu, jnp.ones_like(rose), mu)
+        topk = TopKPair(pi, mu, jnp.ones_like(rose), mu, jnp.ones(rose.shape, jnp.int32))
+    rest, rest_anchor = -jnp.expm1(logp), -jnp.expm1(anchor)  # the other tokens, taken for one
+    sign = jnp.sign(rest - rest_anchor)
+    slope = SlopeSums(rest * (rest_anchor - rest), rest**2, sign * rest, sign * rest**2)
     return dataclasses.replace(
         inputs,
         logp=logp,
@@ -117,8 +124,9 @@ def _extremes(inputs: LossInputs) -> LossInputs:
         mask=jnp.broadcast_to(jnp.arange(logp.shape[1]) == 0, logp.shape),
         proximal_logp=anchor,
         reference_logp=anchor,
+        behavior_entropy=None if inputs.behavior_entropy is None else jnp.zeros_like(logp),
         topk=topk,
-        exact=ExactDivergence(tv=jnp.ones_like(logp), kl=jnp.full_like(logp, -far)),
+        exact=ExactDivergence(tv=jnp.ones_like(logp), kl=jnp.full_like(logp, -far), slope=slope),
     )
 
 

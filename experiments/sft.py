@@ -35,12 +35,13 @@ from dppo_jax.packing import Plan
 from dppo_jax.storage.run_log import first_and_last, read_scalars
 from dppo_jax.train_step import make_recompute
 from dppo_jax.types import LossInputs, LossOutput, PromptBatch, TrainBatch
-from experiments.run import checks, cli
+from experiments.run import cli
 from experiments.run.export import export
 from experiments.run.identity import identity, same_config_everywhere, same_everywhere
 from experiments.run.learner import Learner
 from experiments.run.load import load_setup
 from experiments.run.record import Record, RunFolder
+from experiments.run.remarks import remarks
 from experiments.run.runs import Runs
 from experiments.run.setup import Setup
 
@@ -268,7 +269,7 @@ def _folder(workdir: Path, setup: Setup, rows: Rows, held_rows: Rows | None) -> 
     same_everywhere(own)
     said = [f"{name}: {remark}" for name, section in sections.items() for remark in section.remarks]
     counts = {f"data/{kind}": count for kind, count in rows.counts.items()}
-    return RunFolder(workdir, own, [*checks.remarks(setup.config), *said], counts)
+    return RunFolder(workdir, own, [*remarks(setup.config), *said], counts)
 
 
 def _loop(setup: Setup, rows: Rows, packer: Packer, learner: Learner, record: Record, held_out: HeldOut) -> None:

@@ -112,7 +112,8 @@ def estr(
     inputs = zero_outside_mask(inputs)
     entropy, logs = require(inputs, "behavior_entropy"), log_ratio(inputs.logp, inputs.behavior_logp)
     keep = clipped(jnp.exp(logs), inputs.advantages, eps_low, eps_high)
-    return from_keep(inputs, keep & (logs**2 <= delta * (entropy + entropy_floor)), ratio_cap=ratio_cap)
+    beyond = logs**2 > delta * (entropy + entropy_floor)  # inf times 0 masks nothing
+    return from_keep(inputs, keep & ~beyond, ratio_cap=ratio_cap)
 
 
 def dis(inputs: LossInputs, *, eps_low: float, eps_high: float, ratio_cap: float) -> LossOutput:

@@ -64,24 +64,6 @@ def check(config: ConfigDict) -> None:
         check_project(config.log.wandb)
 
 
-def remarks(config: ConfigDict) -> list[str]:
-    """Sentences on what runs, but most likely is not meant."""
-    notes, updates = [], config.steps * config.train.epochs * config.train.minibatches
-    if config.optimizer.learning_rate == 0:
-        notes.append("optimizer.learning_rate = 0: every step is measured, and the policy stays as it is")
-    if config.optimizer.warmup >= updates:
-        notes.append(f"optimizer.warmup = {config.optimizer.warmup}: all {updates} updates of the run are part of it")
-    if config.log.profile_step >= config.steps:
-        notes.append(f"log.profile_step = {config.log.profile_step}: of {config.steps} steps none is traced")
-    if config.teacher.path and "teacher_logp" not in Setup(config).needed:
-        notes.append(f"teacher.path = {shown(config.teacher.path)}: loss {config.loss.name!r} asks for no teacher")
-    if config.critic.privileged and config.advantage.name != "gae":
-        notes.append(
-            f"critic.privileged = {shown(config.critic.privileged)}: advantage {config.advantage.name!r} has no critic"
-        )
-    return notes
-
-
 def _check_sampling(c: ConfigDict) -> None:
     """What training may not do, in words of its own."""
     if _number(c, "rollout.top_p") and c.rollout.top_p != 1.0:
@@ -251,7 +233,13 @@ def _check_in_flight(c: ConfigDict, needed: frozenset[str]) -> None:
 
 def _check_exact(c: ConfigDict) -> None:
     """What would part a rollout from the training pass that it is drawn from."""
-    fixed = {"rollout.dtype": c.policy.dtype, "policy.temperature": c.rollout.temperature, "train.pack": False}
+    fixed = {
+        "policy.dtype": "float32",
+        "rollout.dtype": c.policy.dtype,
+        "lora.rank": 0,
+        "policy.temperature": c.rollout.temperature,
+        "train.pack": False,
+    }
     for key, needed in fixed.items():
         if value(c, key) not in (None, needed):
             why = ": where a response lies may not depend on the lengths of others" if key == "train.pack" else ""

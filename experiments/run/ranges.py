@@ -285,6 +285,8 @@ def _check_bounds(bounds: Any, key: str) -> None:
         _check_number(_as_float(number), Range(-LARGEST, LARGEST), key)
     if bounds and not np.float32(bounds[0]) < np.float32(bounds[1]):
         raise UserError(f"{key} = {shown(tuple(bounds))}: the least reward must be below the greatest")
+    if bounds and bounds[1] - bounds[0] > LARGEST:
+        raise UserError(f"{key} = {shown(tuple(bounds))}: they are further apart than float32 has numbers")
 
 
 def _as_float(value: float) -> float:

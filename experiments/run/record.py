@@ -25,12 +25,12 @@ from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config, write_config
 from dppo_jax.storage.run_log import RunLog
-from experiments.run import checks
 from experiments.run.evaluation import Evaluation
 from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere, same_runs
 from experiments.run.learner import Learner
 from experiments.run.phases import Phases
 from experiments.run.profile import Profile
+from experiments.run.remarks import remarks
 from experiments.run.report import Report
 from experiments.run.runs import Runs
 from experiments.run.samples import Samples
@@ -67,8 +67,8 @@ def run_folder(path: Path, setup: Setup, stream: PromptStream, evaluation: Evalu
     same_everywhere(own)
     of_data = [f"data: {remark}" for remark in stream.remarks]
     counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()}
-    remarks = [*checks.remarks(setup.config), *of_data, *evaluation.remarks]
-    return RunFolder(path, own, remarks, counts | evaluation.counts)
+    said = [*remarks(setup.config), *of_data, *evaluation.remarks]
+    return RunFolder(path, own, said, counts | evaluation.counts)
 
 
 class Record:

@@ -36,6 +36,7 @@ PATHS: dict[str, dict[str, list[str]]] = {
     "sft": {"--workdir": QUICK},
     "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
     "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
+    "questions.collapse.__main__": {"--workdir": ["--out", "x"], "--out": ["--workdir", "x"]},
     "questions.survival.__main__": {"--workdir": QUICK, "--report": [*QUICK, "--workdir", "x"]},
     "questions.survival.pull": {"--out": QUICK},
     "questions.estimates.__main__": {"--out": QUICK},

@@ -12,6 +12,7 @@ from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES, from_keep, hyperparameters, words
 from experiments.run import checks
 from experiments.run.ranges import HYPERPARAMETERS, NUMBERS, Range, check_values, is_own, numeric_keys
+from experiments.run.remarks import remarks
 from experiments.run.setup import Setup
 
 OF_LOSSES = ("loss.", "loss_defaults.")
@@ -139,26 +140,41 @@ def test_a_hyperparameter_that_is_text_is_one_of_its_words(config, key):
 
 
 def test_a_learning_rate_of_0_is_told_and_not_refused(config):
-    assert checks.remarks(config) == []
+    assert remarks(config) == []
     config.optimizer.learning_rate = 0.0
     checks.check(config)
-    (said,) = checks.remarks(config)
+    (said,) = remarks(config)
     assert said == "optimizer.learning_rate = 0: every step is measured, and the policy stays as it is"
 
 
 def test_a_traced_step_beyond_the_end_is_told(config):
     config.log.profile_step = config.steps - 1
-    assert checks.remarks(config) == []
+    assert remarks(config) == []
     config.log.profile_step = config.steps
     checks.check(config)
-    (said,) = checks.remarks(config)
+    (said,) = remarks(config)
     assert said == f"log.profile_step = {config.steps}: of {config.steps} steps none is traced"
+
+
+def test_what_a_critic_is_told_for_nothing_is_said(config):
+    config.critic.bounds = (0.5, 2.0)
+    assert remarks(config) == ["critic.bounds = (0.5, 2.0): advantage 'group_mean' has no critic"]
+    config.advantage.name, config.critic.learning_rate = "gae", 0.0
+    config.critic.lam, config.critic.lam_alpha = 0.5, 0.4
+    assert remarks(config) == [
+        "critic.learning_rate = 0: the critic stays as it is",
+        "critic.lam = 0.5: critic.lam_alpha = 0.4 gives each response its own",
+        "critic.bounds = (0.5, 2.0): rewards lie between 0 and 1, and values outside the bounds cannot be learned",
+    ]
+    config.critic.bounds = (-3e38, 3e38)
+    with pytest.raises(UserError, match="further apart than float32 has numbers"):
+        checks.check(config)
 
 
 def test_what_a_critic_should_see_is_told_where_there_is_none(config):
     config.critic.privileged = "answer"
     checks.check(config)
-    (said,) = checks.remarks(config)
+    (said,) = remarks(config)
     assert said == "critic.privileged = 'answer': advantage 'group_mean' has no critic"
 
 

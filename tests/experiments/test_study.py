@@ -157,6 +157,18 @@ def test_a_map_tells_survivors_by_cell(tmp_path):
     assert "| `dr_grpo` | 0.0003 | 1/1 · 0.75 |" in text and "| `max_rl` | 0.0003 | 0/1 · 0.25 |" in text
 
 
+def test_a_map_tells_apart_runs_with_other_thresholds(tmp_path):
+    numbers = {"a": {"eps_high": 0.2}, "b": {"eps_high": 0.08}, "c": {"eps_high": 0.2}}
+    configs = {
+        tmp_path / cell / "clip_higher" / "seed_0": dict(
+            loss=dict(name="clip_higher"), loss_defaults=dict(clip_higher=found | {"ratio_cap": 5.0})
+        )
+        for cell, found in numbers.items()
+    }
+    names = list(survival.names_of(configs).values())
+    assert names == ["clip_higher, eps_high 0.2", "clip_higher, eps_high 0.08", "clip_higher, eps_high 0.2"]
+
+
 def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
     config = dict(steps=12, rollout=dict(activations="m1", weights="", lag=0))
     for seed in range(2):

@@ -112,6 +112,8 @@ def test_gradients_are_those_of_the_pass_itself():
 
 REFUSED = {
     "rollout.dtype = 'bfloat16' would be another one; set rollout.dtype=float32": dict(rollout__dtype="bfloat16"),
+    "policy.dtype = 'bfloat16' would be another one; set policy.dtype=float32": dict(policy__dtype="bfloat16"),
+    "lora.rank = 4 would be another one; set lora.rank=0": dict(lora__rank=4),
     "policy.temperature = 0.5 would be another one; set policy.temperature=1.0": dict(policy__temperature=0.5),
     "lengths of others; set train.pack=False": dict(train__pack=True),
     "equal parameters, which rollout.weights = 'm4' parts": dict(rollout__weights="m4"),

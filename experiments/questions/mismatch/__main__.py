@@ -121,7 +121,7 @@ def main() -> None:
         __doc__.split("\n")[0],
         {"--out": dict(type=Path, required=True, metavar="DIR", help="where the page and the figure go")},
     )
-    with Probe(config, topk=config.rollout.tracked) as probe:
+    with Probe(config, topk=config.rollout.tracked, entropy=True) as probe:
         params = probe.state().params
         seen = see(probe, probe.draw(params), params, params)
         result = summary(probe, seen)

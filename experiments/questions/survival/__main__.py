@@ -10,12 +10,14 @@ what DIR's map has of earlier ones.
 
 import sys
 
+from ml_collections import ConfigDict
+
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path
 from experiments.questions.survival.report import edges, report
 from experiments.run import cli
 from experiments.study import Arm
-from experiments.sweep import NAMED, make_runs, train
+from experiments.sweep import NAMED, check, make_runs, train
 
 DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
@@ -52,19 +54,28 @@ def main() -> None:
     runs = make_runs(losses, arguments.methods, arguments.rates, seeds)
     for loss in losses:
         config = Arm(loss, arguments.scale).config(config)
-    for lag in arguments.lag:
-        for mismatch in arguments.mismatch:
-            cell_config = config.copy_and_resolve_references()
-            activations, _, weights = mismatch.replace("none", "").partition("+")
-            rollout = cell_config.rollout
-            rollout.activations, rollout.weights, rollout.lag = activations, weights, lag
-            workdir = arguments.workdir / f"{mismatch}_lag{lag}"
-            print(f"{workdir.name}: {len(runs)} runs", file=sys.stderr)
-            train(cell_config, runs, workdir)
-            more = range(seeds.stop, config.seed + arguments.edge)
-            if edge := edges(workdir, runs, more):
-                print(f"{workdir.name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
-                train(cell_config, edge, workdir / "edge")  # beside the cell's own sweep, which has its checkpoints
+    cells = {
+        f"{mismatch}_lag{lag}": cell_config(config, mismatch, lag)
+        for lag in arguments.lag
+        for mismatch in arguments.mismatch
+    }
+    for of_cell in cells.values():  # all, before any is trained
+        check(of_cell, runs)
+    for name, of_cell in cells.items():
+        workdir = arguments.workdir / name
+        print(f"{name}: {len(runs)} runs", file=sys.stderr)
+        train(of_cell, runs, workdir)
+        if edge := edges(workdir, runs, range(seeds.stop, config.seed + arguments.edge)):
+            print(f"{name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
+            train(of_cell, edge, workdir / "edge")  # beside the cell's own sweep, which has its checkpoints
+
+
+def cell_config(config: ConfigDict, mismatch: str, lag: int) -> ConfigDict:
+    """The config of a cell."""
+    of_cell = config.copy_and_resolve_references()
+    activations, _, weights = mismatch.replace("none", "").partition("+")
+    of_cell.rollout.activations, of_cell.rollout.weights, of_cell.rollout.lag = activations, weights, lag
+    return of_cell
 
 
 if __name__ == "__main__":

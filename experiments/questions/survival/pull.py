@@ -29,7 +29,7 @@ def measure(config: ConfigDict, names: list[str], batches: int) -> dict[str, Any
     losses = {name: jax.jit(regions.bound(config, name)) for name in names}
     sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in names}
     tokens, gap = 0, 0.0
-    with Probe(config) as probe:
+    with Probe(config, topk=config.rollout.tracked, entropy=True) as probe:
         params = probe.state().params
         for step in range(batches):
             batch, lengths, prompts = probe.draw(params, step)

@@ -18,7 +18,7 @@ from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
 from experiments.plot import save
 from experiments.plot.runs import method_or_loss
-from experiments.study import LAST, by_step, outcome
+from experiments.study import LAST, THRESHOLDS, by_step, outcome
 from experiments.sweep import Run
 
 DRIFT = "mismatch/abs_prob_diff_mean"  # before a step's updates: what the rollout's arithmetic and age make
@@ -39,6 +39,23 @@ def name_of(folder: Path, config: dict[str, Any]) -> str:
     return name if delta is None else f"{name}, δ {delta:g}"
 
 
+def names_of(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+    """The name of every run, with its thresholds where runs of one name differ in them."""
+    names = {folder: name_of(folder, config) for folder, config in configs.items()}
+    thresholds = {folder: _thresholds(config) for folder, config in configs.items()}
+    of_name: dict[str, set[str]] = {}
+    for folder, name in names.items():
+        of_name.setdefault(name, set()).add(thresholds[folder])
+    return {
+        folder: name if len(of_name[name]) == 1 else f"{name}, {thresholds[folder]}" for folder, name in names.items()
+    }
+
+
+def _thresholds(config: dict[str, Any]) -> str:
+    numbers = config["loss_defaults"].get(config["loss"]["name"], {})
+    return ", ".join(f"{key} {number:g}" for key, number in sorted(numbers.items()) if key.startswith(THRESHOLDS))
+
+
 def cells(workdir: Path) -> list[dict[str, Any]]:
     """One entry for each mismatch, lag, loss and learning rate, with the outcomes of its seeds. Unfinished runs are
     left out; UserError if no run is finished."""
@@ -46,14 +63,16 @@ def cells(workdir: Path) -> list[dict[str, Any]]:
     folders = sorted({path.parent for path in workdir.glob("**/seed_*/config.json")})
     if not folders:
         raise UserError(f"{workdir} holds no runs of a survival map; train them first, without --report")
-    for folder in folders:
-        config, run = read_config(folder), read_scalars(folder)
+    configs = {folder: read_config(folder) for folder in folders}
+    names = names_of(configs)
+    for folder, config in configs.items():
+        run = read_scalars(folder)
         if len(run["reward/mean"][1]) < config["steps"]:
             continue
         rollout = config["rollout"]
         mismatch = "+".join(filter(None, (rollout["activations"], rollout["weights"]))) or "none"
         rate = float(f"{config['optimizer']['learning_rate']:.2g}")
-        groups.setdefault((mismatch, rollout["lag"], name_of(folder, config), rate), []).append(run)
+        groups.setdefault((mismatch, rollout["lag"], names[folder], rate), []).append(run)
     if not groups:
         raise UserError(f"none of the {len(folders)} runs in {workdir} is finished; train them to their end first")
     starts: dict[tuple, list[float]] = {}
