@@ -68,7 +68,7 @@ NUMERICS := tests/losses tests/models/test_parity.py tests/models/test_decoder.p
   tests/test_token_head.py tests/test_train_step.py tests/test_weights.py
 
 test-optimized: setup  ## run the tests of numbers again, compiled as users compile
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) $(NUMERICS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) $(NUMERICS) -k "not eager"
 
 notebooks: setup  ## run the notebooks and store what they print and draw
 	$(PY) -m notebooks.run
