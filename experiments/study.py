@@ -72,7 +72,7 @@ class Arm(NamedTuple):
         arm_config = config.copy_and_resolve_references()
         numbers = arm_config.loss_defaults[self.loss].to_dict() if self.loss in arm_config.loss_defaults else {}
         scaled = {key: value * self.scale for key, value in numbers.items() if key.startswith(THRESHOLDS)}
-        if self.scale != 1 and not scaled:
+        if self.scale != 1 and numbers and not scaled:
             raise UserError(f"loss {self.loss!r} has no threshold to scale: none begins with {' or '.join(THRESHOLDS)}")
         with arm_config.unlocked():
             arm_config.loss_defaults[self.loss] = {**numbers, **scaled, **dict(self.numbers)}
