@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from dppo_jax.errors import UserError
 from experiments.run import checks
 from experiments.run.cli import keys, load_config
+from experiments.run.remarks import remarks
 from experiments.run.setup import Setup
 from experiments.trace import trace
 from tests.helpers.places import ROOT
@@ -154,7 +155,7 @@ def refusal(path: str, overrides: list[str], changes: dict[str, Any], *, traced:
         for key, value in changes.items():
             put(config, key, value)
         checks.check(config)
-        checks.remarks(config)
+        remarks(config)
         Setup(config).loss  # noqa: B018
         assert math.isfinite(float(Setup(config).learning_rate(0)))
         if traced:

@@ -170,7 +170,7 @@ def test_a_map_tells_apart_runs_with_other_thresholds(tmp_path):
 
 
 def test_a_map_of_runs_that_are_all_unfinished_is_refused(tmp_path):
-    config = dict(steps=12, rollout=dict(activations="m1", weights="", lag=0))
+    config = load_config(str(ROOT / "configs/studies/survival.py"), ["--config.steps=12"]).to_dict()
     for seed in range(2):
         folder = tmp_path / "m1_lag0" / "pg_is" / f"seed_{seed}"
         write_config(folder, config)
