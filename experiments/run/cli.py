@@ -8,11 +8,14 @@ import pathlib
 import re
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from configs import base
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import Path, check_text, disk_path, to_path, user_path
 from dppo_jax.losses import LOSSES, hyperparameters, words
@@ -227,6 +230,7 @@ def load_config(text: str, overrides: Sequence[str]) -> ConfigDict:
     config = run_config(*file_and_argument(text))
     _open_defaults(config, overrides)
     _check_overrides(overrides, dict(keys(config)))
+    overrides = _unset(config, overrides)
     values, arguments = flags.FlagValues(), ["", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -253,6 +257,19 @@ def _open_defaults(config: ConfigDict, overrides: Sequence[str]) -> None:
             if match[2] not in defaults[match[1]]:
                 kind = str if match[2] in words(LOSSES[match[1]]) else float
                 defaults[match[1]][match[2]] = config_dict.placeholder(kind)
+
+
+def _unset(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Unsets the keys whose last override is None, of those that configs/base.py leaves unset; the other overrides."""
+    optional = {name for name, value in keys(base.get_config()) if value is None}
+    given = [override.removeprefix("--config.").split("=", 1) for override in overrides]
+    may_be = {name: re.sub(r"^eval\.sets\.\w+\.", "data.", name) in optional for name, _ in given}
+    last = dict(given)
+    for name, text in last.items():
+        if text == "None" and may_be[name]:
+            *path, key = name.split(".")
+            reduce(getitem, path, config)[key] = None
+    return [f"--config.{name}={text}" for name, text in given if not (may_be[name] and "None" in (text, last[name]))]
 
 
 def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:

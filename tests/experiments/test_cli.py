@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import base
 from dppo_jax.devices.compilations import keep_compiled
 from dppo_jax.errors import UserError, run_main
 from experiments.run import cli
@@ -239,6 +240,35 @@ def test_a_number_of_a_loss_without_defaults_is_set_for_a_sweep():
     check(config, [Run("relax_low", 0, 1.0)])
     with pytest.raises(UserError, match=r"unknown config key 'loss_defaults.relax_low.beta'"):
         cli.load_config(quickstart, ["--config.loss_defaults.relax_low.beta=0.1"])
+
+
+OPTIONAL = [name for name, value in cli.keys(base.get_config()) if value is None]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_key_that_may_be_unset_is_unset_by_none(name):
+    own = base.get_config()
+    section, _, key = name.rpartition(".")
+    own = own[section] if section else own
+    given, unset = (f"--config.{name}={text}" for text in ("uniform" if own.get_type(key) is str else "3", "None"))
+
+    def read(*overrides):
+        config = cli.load_config(str(ROOT / "configs/base.py"), overrides)
+        return dict(cli.keys(config))[name]
+
+    assert read(given) == read(unset, given) == own.get_type(key)(given.partition("=")[2])
+    assert read(given, unset) is None
+
+
+def test_the_size_of_a_set_of_prompts_is_unset_by_none():
+    path, key = str(ROOT / "configs/quickstart.py"), "--config.eval.sets.held_out.size"
+    assert cli.load_config(path, [f"{key}=3"]).eval.sets.held_out.size == 3
+    assert cli.load_config(path, [f"{key}=None"]).eval.sets.held_out.size is None
+
+
+def test_a_key_that_has_no_unset_is_not_unset_by_none():
+    with pytest.raises(UserError, match="steps=None: must be a whole number, not 'None'"):
+        cli.load_config(str(ROOT / "configs/base.py"), ["--config.steps=None"])
 
 
 def test_a_folder_is_no_config_file(tmp_path):
