@@ -27,6 +27,7 @@ from dppo_jax.divergences import prob_diff
 from dppo_jax.errors import UserError, lookup, nearest
 from dppo_jax.losses import corrections, distillation, divergence, predictive, ratio, sequence
 from dppo_jax.losses.core import (
+    Bound,
     BoundLoss,
     Loss,
     MissingField,
@@ -145,7 +146,7 @@ def check_word(value: Any, known: Sequence[str], key: str) -> None:
     lookup(dict.fromkeys(known), value, key)
 
 
-def bind_loss(name: str, values: Mapping[str, float | str]) -> functools.partial:
+def bind_loss(name: str, values: Mapping[str, float | str]) -> Bound:
     """The loss called `name` with its hyperparameters fixed to `values`, by name.
 
     UserError for an unknown loss, for a hyperparameter that is unknown or missing, and for an unknown word.
@@ -163,7 +164,7 @@ def bind_loss(name: str, values: Mapping[str, float | str]) -> functools.partial
         )
     for key, known in words(loss).items():
         check_word(values[key], known, f"loss.{key}")
-    return functools.partial(loss, **values)
+    return Bound(loss, **values)
 
 
 def corrects_mismatch(loss: Loss) -> bool:
@@ -181,7 +182,8 @@ def _without(inputs: Any, field: str) -> Any:
     return dataclasses.replace(inputs, **{name: _without(getattr(inputs, name), inner) if inner else None})
 
 
-def required_fields(loss: BoundLoss, among: Sequence[str] = OPTIONAL) -> frozenset[str]:
+@functools.lru_cache(maxsize=1000)
+def required_fields(loss: BoundLoss, among: tuple[str, ...] = OPTIONAL) -> frozenset[str]:
     """Which of some fields of LossInputs (dots reach into one) a bound loss needs, found by tracing it without each."""
     value, flag = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     topk, count = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)

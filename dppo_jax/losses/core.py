@@ -1,5 +1,6 @@
 """What losses are made of: the coefficient's form, masks by sign, sums over sequences, and the objective."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,18 @@ BoundLoss = Callable[[LossInputs], LossOutput]
 
 # Keeps exp(log r), and the squared norm of a gradient that holds it, finite in float32. Masks never see it.
 LOG_RATIO_LIMIT = 40.0
+
+
+class Bound(functools.partial):
+    """A loss with its hyperparameters, equal to any other of the same function and numbers."""
+
+    def __hash__(self) -> int:
+        return hash((self.func, self.args, frozenset(self.keywords.items())))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bound):
+            return False
+        return (self.func, self.args, self.keywords) == (other.func, other.args, other.keywords)
 
 
 class MissingField(UserError):

@@ -2,7 +2,6 @@
 a part of the reward."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 from dppo_jax.errors import lookup
-from dppo_jax.losses.core import BoundLoss, bounded_exp, log_ratio, require, zero_outside_mask
+from dppo_jax.losses.core import Bound, BoundLoss, bounded_exp, log_ratio, require, zero_outside_mask
 from dppo_jax.types import LossInputs, LossOutput
 
 # Minus the derivative by log pi of each estimate of KL(pi || reference), from log(pi/reference): k1 = log(pi/ref) in
@@ -46,12 +45,12 @@ def token_kl(
     return jnp.where(mask, estimate(logs), 0.0)
 
 
-def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> functools.partial:
+def with_reference_kl(loss: BoundLoss, *, coef: float, estimator: str) -> Bound:
     """The loss with e_t = coef * -d(estimate)/d(log pi) added, masked tokens included (GRPO, 2402.03300, equation 3).
 
     Needs LossInputs.reference_logp. UserError for an unknown estimator.
     """
-    return functools.partial(_penalised, loss=loss, coef=coef, slope=lookup(ESTIMATORS, estimator, "estimator"))
+    return Bound(_penalised, loss=loss, coef=coef, slope=lookup(ESTIMATORS, estimator, "estimator"))
 
 
 def _penalised(inputs: LossInputs, *, loss: BoundLoss, coef: float, slope: Callable[[Array], Array]) -> LossOutput:

@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random instants, over the kinds of state that a run has: bit for bit the undisturbed run."""
+"""SIGKILLs at random instants, over the kinds of state that a run has: bit for bit the undisturbed run."""
 
 import subprocess
 import sys
@@ -14,13 +14,19 @@ from tests.helpers.places import ROOT
 
 KILLS = 4
 STEPS = 40
-KINDS = {
+KINDS: dict[str, dict] = {
     "plain": {},
     "staleness": dict(train__staleness=1),
     "lag": dict(rollout__lag=3),
     "lora": dict(lora__rank=2),
     "critic": dict(advantage__name="gae"),
     "in flight": dict(rollout__in_flight=2, rollout__max_age=3, rollout__slots=8),
+    "exact": dict(rollout__exact=True, train__pack=False),
+    "entropies in flight": dict(loss__name="estr", rollout__in_flight=2, rollout__max_age=3, rollout__slots=8),
+    "privileged critic": dict(
+        advantage__name="gae", critic__bounds=(0.0, 1.0), critic__targets="monte_carlo", critic__lam_alpha=0.4,
+        critic__privileged="answer", critic__template="{privileged}={prompt}", critic__max_prompt_len=11,
+    ),
 }
 
 

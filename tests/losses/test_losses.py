@@ -168,6 +168,13 @@ def kept(name, inputs, **hyperparameters) -> bool:
     return bool(LOSSES[name](inputs, **hyperparameters, ratio_cap=5.0).keep[0, 0])
 
 
+def test_losses_are_equal_if_their_function_and_numbers_are():
+    numbers = dict(delta_low=0.1, delta_high=0.2, ratio_cap=5.0)
+    one, same, other = (bind_loss("dppo_binary_tv", numbers | more) for more in ({}, {}, {"delta_low": 0.2}))
+    assert one == same and hash(one) == hash(same) and one != other
+    assert one != bind_loss("dppo_binary_kl", numbers)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cap_truncates_the_weight_and_does_not_remove_it(name):
     for log_ratio in (0.0, 1.0, 5.0, 20.0, 39.0):
