@@ -40,8 +40,9 @@ from experiments.run.export import export
 from experiments.run.identity import identity, same_config_everywhere, same_everywhere
 from experiments.run.learner import Learner
 from experiments.run.load import load_setup
-from experiments.run.record import Record, RunFolder
+from experiments.run.record import Record
 from experiments.run.remarks import remarks
+from experiments.run.run_folder import RunFolder
 from experiments.run.runs import Runs
 from experiments.run.setup import Setup
 

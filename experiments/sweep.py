@@ -31,8 +31,9 @@ from experiments.run.export import export
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts, load_setup
 from experiments.run.pins import pinned
-from experiments.run.record import Record, run_folder
+from experiments.run.record import Record
 from experiments.run.reward_model import load_reward_model
+from experiments.run.run_folder import run_folder
 from experiments.run.runs import Runs
 from experiments.run.sampler import Sampler
 from experiments.train import loop

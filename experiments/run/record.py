@@ -1,74 +1,37 @@
-"""What a run leaves behind, and how it goes on: logs, checkpoints, config.json, the clocks of a step."""
+"""What a run leaves behind: its logs, config.json, the clocks of a step, and, by `Saving`, its checkpoints."""
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
-from dppo_jax.data.prompts import PromptStream
-from dppo_jax.devices import hosts, peers, usage
+from dppo_jax.devices import hosts, usage
 from dppo_jax.devices.compilations import Compilations
 from dppo_jax.errors import UserError, WriteError
 from dppo_jax.evaluate import all_failed
-from dppo_jax.files import Path, make_folder
+from dppo_jax.files import Path
 from dppo_jax.metrics import Metrics
-from dppo_jax.models.decoder import Params
-from dppo_jax.models.hf import place_params
 from dppo_jax.packing import Plan
-from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
-from dppo_jax.storage.lock import locked
-from dppo_jax.storage.run_config import read_config, write_config
+from dppo_jax.storage.run_config import write_config
 from dppo_jax.storage.run_log import RunLog
-from experiments.run.evaluation import Evaluation
-from experiments.run.identity import Identity, compare, edits, identity, rate_change, same_everywhere, same_runs
 from experiments.run.learner import Learner
 from experiments.run.phases import Phases
 from experiments.run.profile import Profile
-from experiments.run.remarks import remarks
 from experiments.run.report import Report
+from experiments.run.run_folder import RunFolder
 from experiments.run.runs import Runs
 from experiments.run.samples import Samples
-from experiments.run.setup import Setup
+from experiments.run.saving import Drawn, Saving
 from experiments.run.throughput import Throughput
 
 Scalars = dict[str, float]
 
 SHOWN = ("reward/mean", "trust_region/masked")  # in the line of progress, the mean over the runs
-
-
-class Drawn(Protocol):
-    """What a checkpoint holds beside the learner's state: see `Sampler`."""
-
-    def saved(self) -> dict[str, Any]: ...
-
-    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]: ...
-
-    def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None: ...
-
-
-class RunFolder(NamedTuple):
-    """Where one run writes, what makes it the run it is, and what is to be said and logged at its first step."""
-
-    path: Path
-    identity: Identity
-    remarks: Sequence[str] = ()
-    counts: Mapping[str, float] = {}
-
-
-def run_folder(path: Path, setup: Setup, stream: PromptStream, evaluation: Evaluation) -> RunFolder:
-    """Of a run on these prompts. UserError where another host has other weights or data: all hosts must call this."""
-    own = identity(setup, {"data": stream, **evaluation.streams})
-    same_everywhere(own)
-    of_data = [f"data: {remark}" for remark in stream.remarks]
-    counts = {f"data/{kind}": float(count) for kind, count in stream.counts.items()}
-    said = [*remarks(setup.config), *of_data, *evaluation.remarks]
-    return RunFolder(path, own, said, counts | evaluation.counts)
 
 
 class Record:
@@ -100,35 +63,9 @@ class Record:
     # --- going on ---
 
     def resume(self, sampler: Drawn, learner: Learner) -> int:
-        """Begins, or goes on from the newest whole checkpoint: the step to do next.
-
-        UserError where that is another run's, or its parameters are not finite.
-        """
-        refuse_part_of_a_sweep(self._workdir)
-        make_folder(self._workdir)
-        if hosts.is_writer():
-            self._stack.enter_context(locked(self._workdir))
-        self._checkpoints = self._stack.enter_context(Checkpoints(self._workdir, keep=self._config.checkpoint.keep))
-        changes: list[str] = []
-
-        def wanted(step: int) -> dict[str, Any]:
-            changes[:] = self._changes(step)
-            saved, policy = learner.shapes()
-            held = functools.partial(self._checkpoints.holds, step)
-            return saved | sampler.shapes(step, saved["params"], policy, held=held)
-
-        step, found, notes = self._checkpoints.resume(wanted)
-        self.start = step or 0
-        if step is None:
-            if any((folder.path / "config.json").exists() for folder in self._folders):
-                notes = [*notes, f"{self._workdir} holds no checkpoint: starting at step 0, in place of what ran there"]
-            learner.begin(self._load_params())
-        else:
-            learner.restore(found, self._load_params)
-            notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
-        sampler.restore(found or {}, learner.params, learner.frozen, self.start)
-        learner.keep_reference(self._load_params)
-        self._refuse_unless_sound(learner, step)
+        """Begins, or goes on from the newest whole checkpoint: the step to do next. UserError as of `Saving`."""
+        self._saving = self._stack.enter_context(Saving(self._runs, self._workdir, self._folders))
+        self.start, notes = self._saving.resume(sampler, learner)
         if self.unfinished:
             self._open_logs(notes)
         if self.unfinished and hosts.is_writer():
@@ -146,33 +83,6 @@ class Record:
         between them is made up for."""
         c = self._config
         return self.start < c.steps or (self.start == c.steps and bool(c.eval.every or c.checkpoint.export))
-
-    def _load_params(self) -> Params:
-        return place_params(self._runs.base.directory, self._runs.base.model_shardings)[1]
-
-    def _changes(self, step: int) -> list[str]:
-        """What is not as the checkpoint has it, in sentences."""
-        saved_runs, changes = self._checkpoints.about(step).get("runs"), dict[str, None]()
-        if saved_runs is not None:
-            same_runs(list(saved_runs), [self._name(folder) for folder in self._folders], self._workdir)
-        for folder, setup in zip(self._folders, self._runs.setups, strict=True):
-            saved = saved_runs[self._name(folder)] if saved_runs else {"config": read_config(folder.path)}
-            found = compare(saved, folder.identity, folder.path) + rate_change(saved, setup, step)
-            changes |= dict.fromkeys([*found, *edits(saved, folder.path)])
-        return list(changes)
-
-    def _name(self, folder: RunFolder) -> str:
-        """Of a run in its checkpoint."""
-        return str(folder.path.relative_to(self._workdir))
-
-    def _refuse_unless_sound(self, learner: Learner, step: int | None) -> None:
-        if learner.is_finite():
-            return
-        where = f"the model in {self._config.policy.path}"
-        if step is not None:
-            self._checkpoints.reject(step)
-            where = f"the checkpoint of step {step}, which is set aside,"
-        raise UserError(f"{where} has parameters that are not finite, or too large")
 
     def _open_logs(self, notes: Sequence[str]) -> None:
         config, text, is_writer = self._config, self._runs.base.text, hosts.is_writer()
@@ -314,7 +224,7 @@ class Record:
 
     def _of(self, folder: RunFolder) -> str:
         """Which of several runs a sentence is about."""
-        return f", {self._name(folder)}" if self._runs.stacked else ""
+        return f", {folder.name(self._workdir)}" if self._runs.stacked else ""
 
     def _compile_seconds(self, step: int) -> float:
         """Spent compiling since the last step; says so where it should not have happened."""
@@ -330,10 +240,10 @@ class Record:
         if math.isfinite(norm):
             return
         before = metrics_lib.summary(first)["grad_norm"]
-        if not math.isfinite(before) and self._checkpoints.latest() == step:
-            self._checkpoints.reject(step)  # whoever goes on from it arrives here again
+        if not math.isfinite(before):
+            self._saving.reject_newest(step)
         where = f"step {step}{self._of(folder)}"
-        raise UserError(f"{where}: the gradient norm is {norm}, so training stops; {self._last_good()}")
+        raise UserError(f"{where}: the gradient norm is {norm}, so training stops; {self._saving.last_good()}")
 
     # --- checkpoints ---
 
@@ -343,36 +253,7 @@ class Record:
         UserError where it was, and where the log or the checkpoint could not be written.
         """
         with self.phases("checkpoint"):
-            self._save_if_due(done, sampler, learner)
-
-    def _save_if_due(self, done: int, sampler: Drawn, learner: Learner) -> None:
-        c = self._config
-        due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0)
-        stopping = peers.asked_to_stop(done)
-        self._checkpoints.check()
-        if self._unwritten:
-            with contextlib.suppress(UserError):
-                self._save(done, sampler, learner)
-                self._checkpoints.wait()
-            raise UserError(f"step {done - 1}: {self._unwritten}; {self._last_good()}")
-        if due or stopping:
-            self.write()
-            self._save(done, sampler, learner)
-        if stopping and done < c.steps:
-            raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
-
-    def _save(self, done: int, sampler: Drawn, learner: Learner) -> None:
-        if not learner.is_finite():
-            raise UserError(
-                f"step {done - 1}: the parameters are not finite after it, or too large, so training stops and they "
-                f"are not saved; {self._last_good()}"
-            )
-        about = {"runs": {self._name(folder): folder.identity.saved() for folder in self._folders}}
-        self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
-
-    def _last_good(self) -> str:
-        kept = self._checkpoints.latest()
-        return "there is no checkpoint" if kept is None else f"the last good checkpoint is that of step {kept}"
+            self._saving.save_if_due(done, sampler, learner, self.write, self._unwritten)
 
     def finish(self, scores: Sequence[Scalars]) -> None:
         """Writes the last evaluation."""

@@ -1,0 +1,149 @@
+"""How a run goes on from its checkpoints, and when and what it saves."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from dppo_jax.devices import hosts, peers
+from dppo_jax.errors import UserError, WriteError
+from dppo_jax.files import Path, make_folder
+from dppo_jax.models.decoder import Params
+from dppo_jax.models.hf import place_params
+from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
+from dppo_jax.storage.lock import locked
+from dppo_jax.storage.run_config import read_config
+from experiments.run.identity import compare, edits, rate_change, same_runs
+from experiments.run.learner import Learner
+from experiments.run.run_folder import RunFolder
+from experiments.run.runs import Runs
+
+
+class Drawn(Protocol):
+    """What a checkpoint holds beside the learner's state: see `Sampler`."""
+
+    def saved(self) -> dict[str, Any]: ...
+
+    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]: ...
+
+    def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None: ...
+
+
+class Saving:
+    """The checkpoints of a run, or of several that are trained together; `folders` are theirs, inside the workdir.
+
+    Use it in a `with`. UserError where the workdir is in use, is part of a sweep, or cannot be written.
+    """
+
+    def __init__(self, runs: Runs, workdir: Path, folders: Sequence[RunFolder]):
+        self._runs, self._workdir, self._folders = runs, workdir, folders
+        self._config = runs.base.config
+        refuse_part_of_a_sweep(workdir)
+        make_folder(workdir)
+        with contextlib.ExitStack() as stack:
+            if hosts.is_writer():
+                stack.enter_context(locked(workdir))
+            self._checkpoints = stack.enter_context(Checkpoints(workdir, keep=self._config.checkpoint.keep))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # --- going on ---
+
+    def resume(self, sampler: Drawn, learner: Learner) -> tuple[int, list[str]]:
+        """Begins, or goes on from the newest whole checkpoint: the step to do next, and sentences for the log.
+
+        UserError where that is another run's, or its parameters are not finite.
+        """
+        changes: list[str] = []
+
+        def wanted(step: int) -> dict[str, Any]:
+            changes[:] = self._changes(step)
+            saved, policy = learner.shapes()
+            held = functools.partial(self._checkpoints.holds, step)
+            return saved | sampler.shapes(step, saved["params"], policy, held=held)
+
+        step, found, notes = self._checkpoints.resume(wanted)
+        start = step or 0
+        if step is None:
+            if any((folder.path / "config.json").exists() for folder in self._folders):
+                notes = [*notes, f"{self._workdir} holds no checkpoint: starting at step 0, in place of what ran there"]
+            learner.begin(self._load_params())
+        else:
+            learner.restore(found, self._load_params)
+            notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
+        sampler.restore(found or {}, learner.params, learner.frozen, start)
+        learner.keep_reference(self._load_params)
+        self._refuse_unless_sound(learner, step)
+        return start, notes
+
+    def _load_params(self) -> Params:
+        return place_params(self._runs.base.directory, self._runs.base.model_shardings)[1]
+
+    def _changes(self, step: int) -> list[str]:
+        """What is not as the checkpoint has it, in sentences."""
+        saved_runs, changes = self._checkpoints.about(step).get("runs"), dict[str, None]()
+        if saved_runs is not None:
+            same_runs(list(saved_runs), [folder.name(self._workdir) for folder in self._folders], self._workdir)
+        for folder, setup in zip(self._folders, self._runs.setups, strict=True):
+            saved = saved_runs[folder.name(self._workdir)] if saved_runs else {"config": read_config(folder.path)}
+            found = compare(saved, folder.identity, folder.path) + rate_change(saved, setup, step)
+            changes |= dict.fromkeys([*found, *edits(saved, folder.path)])
+        return list(changes)
+
+    def _refuse_unless_sound(self, learner: Learner, step: int | None) -> None:
+        if learner.is_finite():
+            return
+        where = f"the model in {self._config.policy.path}"
+        if step is not None:
+            self._checkpoints.reject(step)
+            where = f"the checkpoint of step {step}, which is set aside,"
+        raise UserError(f"{where} has parameters that are not finite, or too large")
+
+    # --- saving ---
+
+    def save_if_due(
+        self, done: int, sampler: Drawn, learner: Learner, write: Callable[[], None], unwritten: WriteError | None
+    ) -> None:
+        """A checkpoint of the state after `done` steps, where one is due, or the run was asked to stop; `write` writes
+        the step's log before it.
+
+        UserError where it was asked, and where the log (`unwritten`) or the checkpoint could not be written.
+        """
+        c = self._config
+        due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0)
+        stopping = peers.asked_to_stop(done)
+        self._checkpoints.check()
+        if unwritten:
+            with contextlib.suppress(UserError):
+                self._save(done, sampler, learner)
+                self._checkpoints.wait()
+            raise UserError(f"step {done - 1}: {unwritten}; {self.last_good()}")
+        if due or stopping:
+            write()
+            self._save(done, sampler, learner)
+        if stopping and done < c.steps:
+            raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
+
+    def _save(self, done: int, sampler: Drawn, learner: Learner) -> None:
+        if not learner.is_finite():
+            raise UserError(
+                f"step {done - 1}: the parameters are not finite after it, or too large, so training stops and they "
+                f"are not saved; {self.last_good()}"
+            )
+        about = {"runs": {folder.name(self._workdir): folder.identity.saved() for folder in self._folders}}
+        self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
+
+    def reject_newest(self, step: int) -> None:
+        """Sets aside the newest checkpoint, where it is of this step: whoever goes on from it arrives here again."""
+        if self._checkpoints.latest() == step:
+            self._checkpoints.reject(step)
+
+    def last_good(self) -> str:
+        """What a run that stops can go on from, in words."""
+        kept = self._checkpoints.latest()
+        return "there is no checkpoint" if kept is None else f"the last good checkpoint is that of step {kept}"
