@@ -59,15 +59,17 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 test: setup  ## run the tests that people run, in minutes; no PyTorch needed
 	$(PYTEST) -m "not slow"
 
-test-all: setup  ## run all tests, those too that compile for a pod or take long
-	$(PYTEST)
-
-# What numbers depend on: as users compile it, but where a test itself asks for a quick compilation.
+# What numbers depend on: compiled as users compile it, but where a test itself asks for a quick compilation. Cases that
+# run eagerly compile one operation at a time, where that makes no difference.
 NUMERICS := tests/losses tests/models/test_parity.py tests/models/test_decoder.py tests/models/test_cache.py \
   tests/rollout/test_rollout.py tests/test_divergences.py tests/test_packing.py tests/test_sampling.py \
   tests/test_token_head.py tests/test_train_step.py tests/test_weights.py
 
-test-optimized: setup  ## run the tests of numbers again, compiled as users compile
+test-all: setup test-optimized  ## run all tests, those too that compile for a pod or take long
+	$(PYTEST) $(NUMERICS:%=--ignore=%)
+	$(PYTEST) $(NUMERICS) -k eager
+
+test-optimized: setup  ## run the tests of numbers, compiled as users compile
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) $(NUMERICS) -k "not eager"
 
 notebooks: setup  ## run the notebooks and store what they print and draw

@@ -9,7 +9,7 @@ from hypothesis import settings
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # unless the environment names another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from the network
 # Compiling is most of the tests' time; what is compiled so is slower, and hardly anything here runs long. A test of
-# what a compiler makes takes the fixture `optimized`. `make test-optimized` compiles as users do.
+# what a compiler makes takes the fixture `optimized`. Those of numbers compile as users do (Makefile).
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version("jax") < "0.11":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our worker processes do not mix
