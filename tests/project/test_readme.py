@@ -115,7 +115,8 @@ def test_a_config_of_the_page_runs(tmp_path, monkeypatch):
     configs = [load_config(str(tmp_path / "mine.py"), [value]) for value in values]
     for config in configs:
         checks.check(config)
-    infinite, regions, one, whole, stop, terms, size = configs
+    infinite, unset, regions, one, whole, stop, terms, size = configs
+    assert unset.critic.lam_alpha is None
     assert (infinite.optimizer.clip_norm, regions.log.regions) == (float("inf"), ("ppo_clip", "dppo_topk_tv"))
     assert stop.rollout.stop == ("</answer>", "\n\n")
     assert one.data.settings.max_terms == 3 and one.data.settings.min_terms == 2
