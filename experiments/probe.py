@@ -59,7 +59,7 @@ class Probe:
         self._generate = setup.on_mesh(whole_batch_rollout(setup, **recorded))
         self._assemble = jax.jit(assemble, out_shardings=setup.by_row)
         if setup.advantages is None:
-            raise UserError("advantage.name = gae needs a critic, which a probe has not; take another advantage")
+            raise UserError("advantage.name = gae needs a critic, which a probe has not; take advantage.name=reward")
         self._advantages = setup.advantages
         if config.lora.rank:
             raise UserError("lora.rank: a probe looks at whole policies; set lora.rank=0")

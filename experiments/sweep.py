@@ -23,7 +23,7 @@ from configs.methods import METHODS, loss_of, set_method
 from dppo_jax.devices import peers
 from dppo_jax.errors import UserError, lookup, run_main
 from dppo_jax.files import Path
-from dppo_jax.losses import LOSSES
+from dppo_jax.losses import LOSSES, hyperparameters
 from experiments.run import checks, cli, ranges
 from experiments.run.check_data import value
 from experiments.run.evaluation import Evaluation
@@ -122,13 +122,24 @@ def check_own(config: ConfigDict, runs: Sequence[Run]) -> None:
     what methods have for themselves."""
     numbers = [key for key, number in config.loss.items() if key != "name" and number is not None]
     if numbers and config.loss.name not in {run.loss for run in runs if run.method is None}:
+        own = [run.loss for run in runs if run.method is None and numbers[0] in hyperparameters(LOSSES[run.loss])]
+        rather = f"set loss_defaults.{own[0]}.{numbers[0]}, and " if own else ""
         raise UserError(
             f"loss.{numbers[0]} is set, of {config.loss.name}, which is not among the losses of this sweep; "
-            f"set loss_defaults.{runs[0].loss}.{numbers[0]}"
+            f"{rather}leave it out, or unset it: loss.{numbers[0]}=None"
         )
     if all(run.method is None for run in runs):
         return
     plain = quickstart.get_config()
+    for run in runs:
+        fixed = {key.removeprefix("loss.") for key in METHODS[run.method].sets} if run.method else set()
+        usual = plain.loss_defaults.get(run.loss, {})
+        for key, number in config.loss_defaults.get(run.loss, {}).items():
+            if key in fixed and number is not None and number != usual.get(key):
+                raise UserError(
+                    f"loss_defaults.{run.loss}.{key} = {number:g} reaches no run: method {run.method!r} sets loss.{key}"
+                    f" itself; give --losses, or train the method alone with --config.loss.{key}={number:g}"
+                )
     for key in sorted({key for method in METHODS.values() for key in method.sets}.intersection(OF_METHODS)):
         if value(config, key) != value(plain, key):
             raise UserError(

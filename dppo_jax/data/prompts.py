@@ -249,7 +249,8 @@ class PromptStream:
                 "the messages out"
             )
         if not self.examples:
-            raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens")
+            beside = f", and the critic's into critic.max_prompt_len={critic.max_prompt_len}" if critic else ""
+            raise UserError(f"{task.name}: no prompt fits into data.max_prompt_len={max_prompt_len} tokens{beside}")
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
     def _encode(self, encode: PromptEncoder, example: Example, where: str) -> list[list[int]] | None:

@@ -136,6 +136,7 @@ def error_line(error: BaseException) -> str:
     """An error's first line; of ml_collections' refusals, without the list of every other key."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\\'", "'").strip()
     text = re.sub(r"^'(.*)'$", r"\1", text, flags=re.DOTALL)  # a KeyError quotes what it says
+    text = re.sub(r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"must be True or False, not '\1'", text)
     for said, kind in NO_NUMBER:
         text = re.sub(said, rf"must be {kind}, not \1", text)
     hint = re.search(r"Did you mean .*\?$", text)
@@ -281,6 +282,8 @@ def _check_overrides(overrides: Sequence[str], known: dict[str, Any]) -> None:
         if name not in known:
             raise UserError(f"unknown config key {short(name)!r}{_nearest_key(name, known)}")
         check_text(value, name)
+        if value == "None" and isinstance(known[name], str):
+            raise UserError(f"{name} = None: it is a text, which is unset as {override.partition('=')[0]}=")
         if not equals:
             raise UserError(f"override {override!r} has no value; write {override}=VALUE")
         is_open = name.endswith((".settings", ".chat_kwargs"))  # of the data set, of the chat template

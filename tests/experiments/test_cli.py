@@ -266,9 +266,18 @@ def test_the_size_of_a_set_of_prompts_is_unset_by_none():
     assert cli.load_config(path, [f"{key}=None"]).eval.sets.held_out.size is None
 
 
-def test_a_key_that_has_no_unset_is_not_unset_by_none():
-    with pytest.raises(UserError, match="steps=None: must be a whole number, not 'None'"):
-        cli.load_config(str(ROOT / "configs/base.py"), ["--config.steps=None"])
+NOT_UNSET = {
+    "steps=None": "steps=None: must be a whole number, not 'None'",
+    "train.pack=None": "train.pack=None: must be True or False, not 'None'",
+    "rollout.exact=2": "rollout.exact=2: must be True or False, not '2'",
+    "critic.privileged=None": "critic.privileged = None: it is a text, which is unset as --config.critic.privileged=$",
+}
+
+
+@pytest.mark.parametrize("override", NOT_UNSET)
+def test_a_key_that_has_no_unset_is_not_unset_by_none(override):
+    with pytest.raises(UserError, match=NOT_UNSET[override]):
+        cli.load_config(str(ROOT / "configs/base.py"), [f"--config.{override}"])
 
 
 def test_a_folder_is_no_config_file(tmp_path):

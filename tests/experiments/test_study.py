@@ -12,6 +12,7 @@ from configs.methods import loss_of
 from dppo_jax.errors import UserError
 from dppo_jax.storage.run_config import write_config
 from dppo_jax.storage.run_log import RunLog, read_scalars
+from experiments.questions.survival import __main__ as survival_command
 from experiments.questions.survival import report as survival
 from experiments.questions.survival.pull import measure
 from experiments.run import checks
@@ -199,3 +200,14 @@ def test_the_edge_of_a_map_is_where_seeds_differ(tmp_path):
                 log.scalars(step, {"reward/mean": end if step else 0.5})
     found = survival.edges(tmp_path, [Run(loss, seed, 1.0) for loss, seed in ends], range(2, 4))
     assert found == [Run("cispo", 2, 1.0), Run("cispo", 3, 1.0)]
+
+
+def test_an_edge_is_not_less_than_the_seeds_nor_another_one(tmp_path, monkeypatch):
+    command = ["survival", "--config", str(ROOT / "configs/studies/survival.py"), "--workdir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--seeds", "3", "--edge", "2"])
+    with pytest.raises(UserError, match="--edge must be at least --seeds = 3"):
+        survival_command.main()
+    for seed in (3, 4):
+        write_config(tmp_path / "edge" / "cispo" / f"seed_{seed}", {})
+    with pytest.raises(UserError, match="has 2 runs of another edge than the 1 of --edge and --seeds"):
+        survival_command.train_edge(reuse.get_config(), [Run("cispo", 3, 1.0)], tmp_path / "edge")

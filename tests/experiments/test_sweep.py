@@ -165,12 +165,20 @@ def test_swept_methods_are_the_separate_ones(tmp_path, tmp_path_factory):
                 np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-5, atol=1e-6, err_msg=message)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[list[Run], dict]] = {
     "the nearest is 'ppo_clip'": ([Run("ppo_clp", 0, 1.0)], {}),
     "without advantage.name = gae: critics": (RUNS[:1], dict(advantage__name="gae", loss__name="ppo_clip")),
     "a sweep does without alp.sigma: its noise": (RUNS[:1], dict(alp__sigma=0.1)),
     "a sweep does without lora.rank: adapters": (RUNS[:1], dict(lora__rank=2)),
-    "which is not among the losses .* set loss_defaults.ppo_clip.ratio_cap": (RUNS[:1], dict(loss__ratio_cap=2.0)),
+    "not among the losses of this sweep; leave it out, or unset it: loss.delta_low=None": (
+        [Run("gspo", 0, 1.0)], dict(loss__delta_low=0.1)
+    ),
+    "not among the losses of this sweep; set loss_defaults.dppo_binary_kl.delta_low, and leave it out": (
+        [Run("gspo", 0, 1.0), Run("dppo_binary_kl", 0, 1.0)], dict(loss__delta_low=0.1)
+    ),
+    "loss_defaults.dis.eps_low = 0.1 reaches no run: method 'dis_math' sets loss.eps_low itself; give --losses": (
+        [Run("dis", 0, 1.0, "dis_math")], dict(loss_defaults__dis__eps_low=0.1)
+    ),
     r"relax_low.alpha\)": ([Run("relax_low", 0, 1.0)], {}),
 }
 

@@ -121,11 +121,11 @@ def main() -> None:
         __doc__.split("\n")[0],
         {"--out": dict(type=Path, required=True, metavar="DIR", help="where the page and the figure go")},
     )
+    make_folder(arguments.out)  # before the work: it may be refused
     with Probe(config, topk=config.rollout.tracked, entropy=True) as probe:
         params = probe.state().params
         seen = see(probe, probe.draw(params), params, params)
         result = summary(probe, seen)
-    make_folder(arguments.out)
     text = page.markdown(result)
     write_text(arguments.out / "report.md", text)
     write_text(arguments.out / "mismatch.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")

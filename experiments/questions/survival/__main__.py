@@ -17,7 +17,7 @@ from dppo_jax.files import Path
 from experiments.questions.survival.report import edges, report
 from experiments.run import cli
 from experiments.study import Arm
-from experiments.sweep import NAMED, check, make_runs, train
+from experiments.sweep import NAMED, Run, check, make_runs, train
 
 DEFAULT_LOSSES = ("pg_is", "cispo", "clip_higher", "minirl", "dppo_binary_tv", "dppo_binary_tv_proximal")
 MISMATCH = ("none", "m2", "m1")  # rollout.activations, and after + rollout.weights, by bits of mantissa
@@ -40,7 +40,7 @@ def main() -> None:
             "--rates": dict(type=cli.by_commas(cli.positive), default=RATES, metavar="NUMBERS", help="learning rates"),
             "--scale": dict(type=cli.positive, default=1.0, metavar="X", help="of the losses' thresholds (1)"),
             "--seeds": dict(type=cli.SEEDS, default=SEEDS, metavar="N", help=f"seeds from config.seed on ({SEEDS})"),
-            "--edge": dict(type=cli.SEEDS, default=EDGE, metavar="N", help=f"seeds where fates differ ({EDGE})"),
+            "--edge": dict(type=cli.SEEDS, default=EDGE, metavar="N", help=f"seeds in all where fates differ ({EDGE})"),
             "--report": dict(type=Path, metavar="DIR", help="write map.json, map.md and map.png there"),
         },
     )
@@ -49,6 +49,8 @@ def main() -> None:
         return
     if arguments.methods and arguments.scale != 1:
         raise UserError("--scale is of losses, and a method has its own thresholds: give --losses, or no --scale")
+    if arguments.edge < arguments.seeds:
+        raise UserError(f"--edge must be at least --seeds = {arguments.seeds}, and is a number of seeds in all")
     losses = arguments.losses or (() if arguments.methods else DEFAULT_LOSSES)
     seeds = range(config.seed, config.seed + arguments.seeds)
     runs = make_runs(losses, arguments.methods, arguments.rates, seeds)
@@ -67,7 +69,19 @@ def main() -> None:
         train(of_cell, runs, workdir)
         if edge := edges(workdir, runs, range(seeds.stop, config.seed + arguments.edge)):
             print(f"{name}: {len(edge)} runs more, where seeds differ", file=sys.stderr)
-            train(of_cell, edge, workdir / "edge")  # beside the cell's own sweep, which has its checkpoints
+            train_edge(of_cell, edge, workdir / "edge")
+
+
+def train_edge(config: ConfigDict, runs: list[Run], workdir: Path) -> None:
+    """Beside the cell's own sweep, which has its checkpoints. UserError where another edge was trained there."""
+    there = {str(path.parent.relative_to(workdir)) for path in workdir.glob("*/seed_*/config.json")}
+    wanted = {run.folder for run in runs}
+    if there and there != wanted:
+        raise UserError(
+            f"{workdir} has {len(there)} runs of another edge than the {len(wanted)} of --edge and --seeds: give them "
+            "as they were, or move the folder away, whose runs are then trained again"
+        )
+    train(config, runs, workdir)
 
 
 def cell_config(config: ConfigDict, mismatch: str, lag: int) -> ConfigDict:
