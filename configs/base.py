@@ -231,6 +231,7 @@ def get_config() -> ConfigDict:
     c.train.epochs = 1  # passes over a rollout batch
     c.train.pack = True  # several samples in a row, no padding between; False: one sample a row. Time only
     c.train.micro_rows = 4  # rows of prompt + response length per device that exist at one time; time and memory only
+    c.train.max_skipped = 4  # updates, one after another, that are skipped since not finite: then training stops
     c.train.staleness = 0  # 1: the next batch is drawn before this one's updates, while the host scores; 0: after them
 
     c.optimizer = ConfigDict()

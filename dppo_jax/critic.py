@@ -21,7 +21,8 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, param_axes
 from dppo_jax.packing import Plan
-from dppo_jax.train_step import TrainState, states_before, sum_of_microbatches
+from dppo_jax.skipping import taken_if_finite
+from dppo_jax.train_step import TrainState, minibatch_weights, states_before, sum_of_microbatches
 from dppo_jax.types import PackedBatch, TrainBatch
 
 Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]
@@ -163,8 +164,7 @@ def make_critic_update(
         return jnp.sum(jnp.where(packed.mask, packed.weights * error, 0.0)), jax.lax.stop_gradient(measured)
 
     def update(state: TrainState, batch: TrainBatch, estimates: Estimates, plan: Plan) -> tuple[TrainState, Metrics]:
-        group = None if batch.group is None else batch.group[plan.batch_rows]
-        weights = weigh(batch.mask[plan.batch_rows], group=group)
+        weights = minibatch_weights(weigh, batch, plan)
 
         def gradient(number):
             microbatch = packing.microbatch(plan, number)
@@ -174,6 +174,8 @@ def make_critic_update(
 
         grads, measured = sum_of_microbatches(gradient, plan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1), measured
+        after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+        loss, norm = measured.sums["critic/loss"][0], optax.global_norm(grads)
+        return taken_if_finite(state, after, measured, loss=loss, norm=norm, tag="critic/skipped")
 
     return update

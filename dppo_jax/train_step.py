@@ -24,6 +24,7 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, Routed, forward_routed, head_weight
 from dppo_jax.packing import Plan
+from dppo_jax.skipping import taken_if_finite, total_square
 from dppo_jax.token_head import exact_divergence, token_head
 from dppo_jax.types import (
     HeadOutput,
@@ -75,6 +76,7 @@ PolicyLogprobs = Callable[..., HeadOutput]  # (params, packed, behavior_head=Non
 BehaviorForward = Callable[[Params, PackedBatch], BehaviorHead]
 # (state, batch, plan), and the behavior parameters where exact divergences are needed
 Update = Callable[..., tuple[TrainState, Metrics]]
+Gradient = Callable[[TrainState, TrainBatch, Plan, Array, Any, Any], tuple[Params, Metrics]]
 
 
 def states_before(
@@ -269,6 +271,52 @@ def loss_inputs(packed: PackedBatch, head: HeadOutput) -> LossInputs:
     )
 
 
+def make_gradient(
+    policy_logprobs: PolicyLogprobs,
+    loss: BoundLoss,
+    *,
+    behavior_forward: BehaviorForward | None = None,
+    slope_sums: bool = False,
+    shadow_losses: Mapping[str, functools.partial] = MappingProxyType({}),
+    count_tokens: int = 0,
+    noise_seed: int | None = None,
+) -> Gradient:
+    """A pure function (state, batch, plan, weights, number, behavior parameters) -> (gradient, metrics) of microbatch
+    `number` of a plan. The weights f32[b, R] are those of the plan's samples; the arguments are as in `make_update`."""
+
+    def objective(
+        params: Params, frozen: Params, packed: PackedBatch, behavior_head: BehaviorHead | None, noise_key: Array | None
+    ) -> tuple[Array, Metrics]:
+        extras = {"behavior_head": behavior_head, "noise_key": noise_key, "slope_sums": slope_sums or None}
+        extras = {name: value for name, value in extras.items() if value is not None}
+        head = policy_logprobs(joined(frozen, params), packed, **extras)
+        inputs = loss_inputs(packed, head)
+        output = loss(inputs)
+        measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
+        if head.routing is not None:
+            measured |= metrics_lib.routing_metrics(head.routing)
+        if shadow_losses:
+            measured |= metrics_lib.shadow_loss_metrics(inputs, shadow_losses, packed.weights)
+        if count_tokens:
+            measured |= metrics_lib.token_counts(inputs, output, packed.targets, count_tokens)
+        return policy_objective(output.coef, packed.weights, head.logp, packed.mask), jax.lax.stop_gradient(measured)
+
+    def gradient(
+        state: TrainState, batch: TrainBatch, plan: Plan, weights: Array, number: Any, behavior_params: Any
+    ) -> tuple[Params, Metrics]:
+        packed = packing.pack(batch, weights, packing.microbatch(plan, number))
+        packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
+        behavior_head = None
+        if behavior_forward is not None:
+            behavior_head = behavior_forward(joined(state.frozen, behavior_params), packed)
+        noise_key = None
+        if noise_seed is not None:
+            noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
+        return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior_head, noise_key)
+
+    return gradient
+
+
 def make_update(
     policy_logprobs: PolicyLogprobs,
     loss: BoundLoss,
@@ -289,55 +337,40 @@ def make_update(
     with `slope_sums` the sums of their slopes, too. The masks of `shadow_losses` are measured beside that of the loss
     that trains; `count_tokens` is the size of the vocabulary, where masked tokens are to be counted. With a
     `noise_seed` the policy is perturbed, by noise that depends on it, on the update's number and the microbatch's.
+    Where a number of the update is not finite, it is skipped: see `skipping.taken_if_finite`.
     """
-
-    def objective(
-        params: Params, frozen: Params, packed: PackedBatch, behavior_head: BehaviorHead | None, noise_key: Array | None
-    ) -> tuple[Array, Metrics]:
-        extras = {"behavior_head": behavior_head, "noise_key": noise_key, "slope_sums": slope_sums or None}
-        extras = {name: value for name, value in extras.items() if value is not None}
-        head = policy_logprobs(joined(frozen, params), packed, **extras)
-        inputs = loss_inputs(packed, head)
-        output = loss(inputs)
-        measured = metrics_lib.trust_region_metrics(inputs, output, head.entropy, packed.weights)
-        if head.routing is not None:
-            measured |= metrics_lib.routing_metrics(head.routing)
-        if shadow_losses:
-            measured |= metrics_lib.shadow_loss_metrics(inputs, shadow_losses, packed.weights)
-        if count_tokens:
-            measured |= metrics_lib.token_counts(inputs, output, packed.targets, count_tokens)
-        return policy_objective(output.coef, packed.weights, head.logp, packed.mask), jax.lax.stop_gradient(measured)
+    gradient = make_gradient(
+        policy_logprobs,
+        loss,
+        behavior_forward=behavior_forward,
+        slope_sums=slope_sums,
+        shadow_losses=shadow_losses,
+        count_tokens=count_tokens,
+        noise_seed=noise_seed,
+    )
 
     def update(
         state: TrainState, batch: TrainBatch, plan: Plan, behavior_params: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        group = None if batch.group is None else batch.group[plan.batch_rows]
-        weights = weigh(batch.mask[plan.batch_rows], group=group)
-
-        def gradient(number):
-            packed = packing.pack(batch, weights, packing.microbatch(plan, number))
-            packed = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), packed)
-            behavior_head = None
-            if behavior_forward is not None:
-                behavior_head = behavior_forward(joined(state.frozen, behavior_params), packed)
-            noise_key = None
-            if noise_seed is not None:
-                noise_key = jax.random.fold_in(sampling.step_key(noise_seed, state.updates, NOISE), number)
-            return jax.grad(objective, has_aux=True)(state.params, state.frozen, packed, behavior_head, noise_key)
-
-        grads, measured = sum_of_microbatches(gradient, plan)
+        weights = minibatch_weights(weigh, batch, plan)
+        grads, measured = sum_of_microbatches(
+            lambda number: gradient(state, batch, plan, weights, number, behavior_params), plan
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        one = jnp.float32(1.0)
-        sums = measured.sums | {
-            "grad_norm": (optax.global_norm(grads), one),
-            "loss/surrogate": (measured.sums["loss/surrogate"][0], one),
-        }
-        state = TrainState(
+        one, norm, surrogate = jnp.float32(1.0), optax.global_norm(grads), measured.sums["loss/surrogate"][0]
+        sums = measured.sums | {"grad_norm": (norm, one), "loss/surrogate": (surrogate, one)}
+        after = TrainState(
             optax.apply_updates(state.params, updates), opt_state, state.updates + 1, frozen=state.frozen
         )
-        return state, dataclasses.replace(measured, sums=sums)
+        return taken_if_finite(state, after, dataclasses.replace(measured, sums=sums), loss=surrogate, norm=norm)
 
     return update
+
+
+def minibatch_weights(weigh: Callable[..., Array], batch: TrainBatch, plan: Plan) -> Float[Array, "b R"]:
+    """The aggregation weights of the samples of a plan of a whole minibatch."""
+    group = None if batch.group is None else batch.group[plan.batch_rows]
+    return weigh(batch.mask[plan.batch_rows], group=group)
 
 
 def sum_of_microbatches(gradient: Callable[[Any], tuple[Params, Metrics]], plan: Plan) -> tuple[Params, Metrics]:
@@ -406,11 +439,7 @@ def jit_finite() -> Callable[[Any], Array]:
     That also tells parameters of 1e20 and more, which are finite and useless.
     """
 
-    def finite(tree: Any) -> Array:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return jnp.isfinite(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
-
-    return jax.jit(finite)
+    return jax.jit(lambda tree: jnp.isfinite(total_square(tree)))
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, needs_exact: bool = False) -> Update:

@@ -285,11 +285,12 @@ def _loop(setup: Setup, rows: Rows, packer: Packer, learner: Learner, record: Re
             batch, plan, tokens = packer(*rows.stream.batch(step))
             metrics = jax.device_get(learner.update(batch, plan, {}))
             seconds = time.perf_counter() - began
+            record.look(step, learner)
         found = metrics_lib.summary(metrics)
-        scalars |= {name: found[name] for name in ("sft/loss", "grad_norm")}
+        scalars |= {name: found[name] for name in ("sft/loss", "grad_norm", "update/skipped")}
         scalars |= {"sft/tokens": float(tokens), "train/occupancy": packing.occupancy(plan)}
         scalars["learning_rate"] = float(setup.learning_rate(step))
-        record.tuned(step, scalars, metrics, plan, seconds)
+        record.tuned(step, scalars, plan, seconds)
         record.save_if_due(step + 1, NothingDrawn(), learner)
     record.finish([held_out.at(steps, learner)])
 

@@ -52,9 +52,11 @@ def loop(runs: Runs, sampler: Sampler, learner: Learner, record: Record, evaluat
             batch = learner.advantages(batch, replies)
             plans, metrics = [], []
             for plan in learner.minibatches(step, replies):  # made on the host, during the update before
+                record.look(step, learner)  # waits for that one: if it was skipped, its parameters are still there
                 plans.append(plan)
                 metrics.append(learner.update(batch, plan, samples.drawing.params))
                 sampler.publish(learner.params, learner.frozen)
+            record.look(step, learner)
         record.step(step, samples, plans, metrics, scores)
         record.save_if_due(step + 1, sampler, learner)
     record.finish(evaluation.at(steps, learner))

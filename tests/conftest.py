@@ -42,6 +42,7 @@ SLOW = {
     "test_quantize",
     "test_sanity_set",
     "test_sharding",
+    "test_skipped",
     "test_study",
     "test_sweep",
     "test_told",

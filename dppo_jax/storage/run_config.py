@@ -16,8 +16,8 @@ from dppo_jax.files import make_folder, read_json_object, to_path, write_text
 NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
 MAY_CHANGE = (
-    "steps", "sft.epochs", "train.staleness", "train.micro_rows", "rollout.slots", "rollout.cache", "rollout.pages",
-    "compile_cache", "label_cache", "checkpoint.*", "log.*",
+    "steps", "sft.epochs", "train.staleness", "train.micro_rows", "train.max_skipped", "rollout.slots", "rollout.cache",
+    "rollout.pages", "compile_cache", "label_cache", "checkpoint.*", "log.*",
 )  # fmt: skip
 
 

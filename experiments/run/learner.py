@@ -24,6 +24,7 @@ from experiments.run.critic import Critic
 from experiments.run.runs import Runs, with_all_metrics
 from experiments.run.samples import Replies, Samples
 from experiments.run.setup import Setup
+from experiments.run.skipped import Update
 from experiments.run.teacher import Teacher
 
 
@@ -55,6 +56,7 @@ class Learner:
         self._finite = jit_finite()
         self._reference: Params = {}
         self._state: TrainState | None = None
+        self._last: Update | None = None
 
     # --- state ---
 
@@ -169,7 +171,14 @@ class Learner:
         used for exact divergences alone."""
         exact = [behavior_params] if self._runs.needs_exact else []
         self._state, measured = self._update(self.state, batch, plan, *exact)
-        return measured if self._critic is None else measured | self._critic.update(batch, plan)
+        measured = measured if self._critic is None else measured | self._critic.update(batch, plan)
+        self._last = Update(batch, plan, behavior_params, measured)
+        return measured
+
+    def last_update(self) -> Update | None:
+        """The newest update, once."""
+        last, self._last = self._last, None
+        return last
 
     # --- packing ---
 

@@ -120,6 +120,7 @@ NUMBERS: Mapping[str, Range] = {
     "train.minibatches": SIZE,
     "train.epochs": NATURAL,
     "train.micro_rows": NATURAL,
+    "train.max_skipped": NATURAL,
     "train.staleness": Range(0, 1),
     "optimizer.learning_rate": REAL,
     "optimizer.warmup": COUNT,

@@ -1,7 +1,6 @@
 """What a run leaves behind: its logs, config.json, the clocks of a step, and, by `Saving`, its checkpoints."""
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from experiments.run.run_folder import RunFolder
 from experiments.run.runs import Runs
 from experiments.run.samples import Samples
 from experiments.run.saving import Drawn, Saving
+from experiments.run.skipped import Skipped, TooMany
 from experiments.run.throughput import Throughput
 
 Scalars = dict[str, float]
@@ -50,6 +50,7 @@ class Record:
         self._told_cut = False
         self._throughputs = [Throughput(setup) for setup in runs.setups]
         self._profile: Profile | None = None
+        self._skipped = Skipped(runs, {folder.name(workdir) if runs.stacked else "": folder.path for folder in folders})
         self.phases = Phases()
         self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
         self.start = 0
@@ -118,6 +119,22 @@ class Record:
         if self._profile:
             self._profile.begin(step)
 
+    def look(self, step: int, learner: Learner) -> None:
+        """Waits for the learner's newest update, if it is not waited for yet, and tells and keeps it if it was skipped.
+
+        UserError where so many were skipped that training stops.
+        """
+        update = learner.last_update()
+        if update is None:
+            return
+        try:
+            for sentence in self._skipped.look(step, update, learner.state):
+                self.note(sentence)
+        except TooMany as error:
+            for unmoved in range(step, error.moved - 1, -1):  # whoever goes on from there arrives here again
+                self._saving.reject_newest(unmoved)
+            raise UserError(f"{error}; {self._saving.last_good()}") from None
+
     def write(self) -> None:
         """The last step's log, while the devices are busy."""
         with self.phases("log"):
@@ -143,10 +160,7 @@ class Record:
         metrics: Sequence[Metrics],
         scores: Sequence[Scalars],
     ) -> None:
-        """Takes the results of a step; `write` writes them. `scores` are the evaluation's.
-
-        UserError where a gradient is not finite: training stops there.
-        """
+        """Takes the results of a step; `write` writes them. `scores` are the evaluation's."""
         with self.phases("train"):
             by_run = list(zip(*(self._runs.apart(one) for one in jax.device_get(list(metrics))), strict=True))
         samples.mark("trained")
@@ -187,7 +201,6 @@ class Record:
                 **self._throughputs[number].scalars(samples, own, planned),
                 **self._counts(step, number),
             }
-            self._refuse_unless_finite(step, self._folders[number], scalars["grad_norm"], measured[0])
             if fault := all_failed(own.counts, (1 + own.redrawn) * len(own.lengths)):
                 self.note(f"step {step}{self._of(self._folders[number])}: {fault}")
             if own.fault:
@@ -202,9 +215,8 @@ class Record:
                 )
             self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.shown_rewards)
 
-    def tuned(self, step: int, scalars: Scalars, metrics: Metrics, plan: Plan, seconds: float) -> None:
-        """Writes a step of experiments.sft, which draws nothing. UserError where its gradient is not finite."""
-        self._refuse_unless_finite(step, self._folders[0], scalars["grad_norm"], metrics)
+    def tuned(self, step: int, scalars: Scalars, plan: Plan, seconds: float) -> None:
+        """Writes a step of experiments.sft, which draws nothing."""
         with self.phases("log"):
             work = self._throughputs[0].tuned(plan, seconds)
             scalars = {**scalars, **work, **self._common(step), **self._counts(step, 0)}
@@ -235,15 +247,6 @@ class Record:
         elif found.functions:
             self.note(f"step {step}: {found.functions} functions were compiled after the first step: {found.names}")
         return found.seconds
-
-    def _refuse_unless_finite(self, step: int, folder: RunFolder, norm: float, first: Metrics) -> None:
-        if math.isfinite(norm):
-            return
-        before = metrics_lib.summary(first)["grad_norm"]
-        if not math.isfinite(before):
-            self._saving.reject_newest(step)
-        where = f"step {step}{self._of(folder)}"
-        raise UserError(f"{where}: the gradient norm is {norm}, so training stops; {self._saving.last_good()}")
 
     # --- checkpoints ---
 

@@ -32,11 +32,13 @@ from dppo_jax.sampling import step_key
 from dppo_jax.token_head import vocab_chunk_count
 from dppo_jax.train_step import (
     BehaviorForward,
+    Gradient,
     PolicyLogprobs,
     TrainState,
     Update,
     init_state,
     make_behavior_forward,
+    make_gradient,
     make_policy_logprobs,
     make_update,
     state_shardings,
@@ -335,6 +337,16 @@ class Setup(Objective):
             shadow_losses=self.shadow_losses,
             count_tokens=self.model.vocab_size if c.log.tokens else 0,
             noise_seed=c.seed if c.alp.sigma else None,
+        )
+
+    def gradient_of(self, shape: PackShape) -> Gradient:
+        """The gradient of one microbatch of this shape, as in `update`."""
+        return make_gradient(
+            self.policy_logprobs_of(shape),
+            self.loss,
+            behavior_forward=self.behavior_forward_of(shape) if self.needs_exact else None,
+            slope_sums="exact.slope" in self.needed,
+            noise_seed=self.config.seed if self.config.alp.sigma else None,
         )
 
     @cached_property

@@ -25,7 +25,7 @@ from tests.helpers.places import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 # Tags that a plain run does not log: of a mode, of one data set's verifiers, or in parts of their own.
-OF_MODES = {"first_minibatch", "pdm", "region", "eval", "data", "distill"}
+OF_MODES = {"first_minibatch", "pdm", "region", "eval", "data", "distill", "critic"}
 OF_CHIPS = {"throughput/mfu", "memory/peak_gib", "memory/limit_gib"}  # which a CPU does not tell
 
 
