@@ -272,6 +272,7 @@ def get_config() -> ConfigDict:
     c.log.regions = ()  # losses whose masks are measured beside the one that trains, with their loss_defaults
     c.log.tokens = 0  # steps between tables of the tokens most often masked; 0: never
     c.log.profile_step = -1  # the step of which WORKDIR/tb has a trace, for TensorBoard's Profile tab; -1: none
+    c.log.stuck_s = 1800.0  # seconds in one phase of a step, after which the run ends with all stacks; 0: never
     c.log.wandb = ""  # a project of Weights & Biases that takes the log too (pip install wandb); "": none
 
     c.compile_cache = "~/.cache/dppo_jax"  # what was compiled is kept here for later runs; "": nowhere

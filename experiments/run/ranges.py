@@ -143,6 +143,7 @@ NUMBERS: Mapping[str, Range] = {
     "log.samples": COUNT,
     "log.transcripts": COUNT,
     "log.tokens": COUNT,
+    "log.stuck_s": Range(1, 1e9, also=0),  # a thread looks ten times as often
     "log.profile_step": Range(0, INT32, also=-1),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,

@@ -27,6 +27,7 @@ from experiments.run.runs import Runs
 from experiments.run.samples import Samples
 from experiments.run.saving import Drawn, Saving
 from experiments.run.skipped import Skipped, TooMany
+from experiments.run.stuck import Watch
 from experiments.run.throughput import Throughput
 
 Scalars = dict[str, float]
@@ -52,6 +53,8 @@ class Record:
         self._profile: Profile | None = None
         self._skipped = Skipped(runs, {folder.name(workdir) if runs.stacked else "": folder.path for folder in folders})
         self.phases = Phases()
+        self._watch = Watch(self._config.log.stuck_s, workdir)
+        self._stack.callback(self._watch.end)
         self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
         self.start = 0
 
@@ -116,6 +119,7 @@ class Record:
 
     def begin(self, step: int) -> None:
         """Before anything of a step is done."""
+        self._watch.begin(step, self.phases)
         if self._profile:
             self._profile.begin(step)
 
@@ -260,6 +264,7 @@ class Record:
 
     def finish(self, scores: Sequence[Scalars]) -> None:
         """Writes the last evaluation."""
+        self._watch.end()
         self.write()
         for log, own in zip(self._logs, scores, strict=True):
             if own:
