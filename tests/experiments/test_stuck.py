@@ -38,13 +38,6 @@ def loss_inputs(packed, head):
     return before(packed, head)
 train_step.loss_inputs = loss_inputs
 """
-# A worker has more time for a reply than the run for a phase.
-ENVIRONMENT = """
-from tests.experiments.test_conversing import TALKS
-hanging = {str(seed): "hang" for seed in range(1, 13)}
-changes = TALKS | dict(reward__time_limit_s=600.0, data__settings={"bad": hanging}, log__stuck_s=LIMIT_S)
-config = small_config(Path(sys.argv[1]), **changes)
-"""
 # A regular expression that backtracks for ever, inside C, which does not let go of the interpreter's lock.
 LOCK = """
 import re
@@ -65,12 +58,8 @@ def ended(tmp_path_factory, workdir: Path, planted: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("planted", "phase", "function"),
-    [
-        (VERIFIER, "reward", "stuck_verifier"),
-        (DEVICE, "train", "stuck_on_the_device"),
-        (ENVIRONMENT, "rollout", "outcomes"),
-    ],
-    ids=["verifier", "device", "environment"],
+    [(VERIFIER, "reward", "stuck_verifier"), (DEVICE, "train", "stuck_on_the_device")],
+    ids=["verifier", "device"],
 )
 def test_what_hangs_is_named(tmp_path_factory, tmp_path, planted, phase, function):
     status, said = ended(tmp_path_factory, tmp_path / "run", planted)
