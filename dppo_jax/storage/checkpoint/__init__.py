@@ -2,7 +2,9 @@
 
 from dppo_jax.storage.checkpoint.manager import Checkpoints, Newest, Resumed
 from dppo_jax.storage.checkpoint.read import Damaged, agree, refuse_part_of_a_sweep, restore_params, step_folder
+from dppo_jax.storage.checkpoint.retention import BEST_OF, Retention
 
 __all__ = [
-    "Checkpoints", "Damaged", "Newest", "Resumed", "agree", "refuse_part_of_a_sweep", "restore_params", "step_folder",
+    "BEST_OF", "Checkpoints", "Damaged", "Newest", "Resumed", "Retention", "agree", "refuse_part_of_a_sweep",
+    "restore_params", "step_folder",
 ]  # fmt: skip

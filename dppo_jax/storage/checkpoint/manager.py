@@ -28,6 +28,7 @@ from dppo_jax.storage.checkpoint.read import (
     saved_tree,
     shapes,
 )
+from dppo_jax.storage.checkpoint.retention import Retention
 
 ASIDE = "damaged_checkpoints"  # beside WORKDIR/checkpoints
 
@@ -54,9 +55,9 @@ class Checkpoints:
     UserError where the folder cannot be made or written.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int):
+    def __init__(self, workdir: str | Path, *, keep: int, retention: Retention | None = None):
         self._folder = absolute(to_path(workdir) / "checkpoints")
-        self._keep = keep
+        self._keep, self._retention = keep, retention or Retention()
         prepare(self._folder)
         make_folder(self._folder)
         _check_writable(self._folder)
@@ -127,8 +128,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
         """Copies the state and writes it in the background, with `about`, a small JSON object.
 
-        A step that is there already stays. Before, older steps than the newest `keep` are deleted: the newest counts
-        only when the next one is saved, or all is closed without an error.
+        A step that is there already stays. Before, older steps than the newest `keep` are deleted, but for what
+        `retention` keeps: the newest counts only when the next one is saved, or all is closed without an error.
         UserError if the last save failed, or this one cannot begin.
         """
         if step == self.latest():
@@ -254,12 +255,16 @@ class Checkpoints:
             ) from error
 
     def _delete_old(self) -> None:
-        """All but the newest `keep` whole steps, and what a kill left half written. On process 0."""
+        """All but the newest `keep` whole steps and what `retention` keeps, and what a kill left half written. On
+        process 0."""
         _delete_left(self._folder)
         steps = manifest.entries(self._folder).steps
         whole = [step for step in steps if manifest.damage(self._folder / str(step), step, read=False) is None]
+        if len(whole) <= self._keep:
+            return
+        stays = self._retention.stays(whole)
         for step in steps:
-            if len(whole) > self._keep and step < whole[-self._keep]:
+            if step < whole[-self._keep] and step not in stays:
                 _delete(self._folder / str(step))
 
 
