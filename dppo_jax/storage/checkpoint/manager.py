@@ -4,8 +4,11 @@ import contextlib
 import json
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +67,7 @@ class Checkpoints:
         self._newest: Newest | None = None  # None: not looked for yet
         self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
         self._saving: tuple[int, dict[str, Any]] | None = None  # step and record of a save in the background
+        self._read_back: Future[str | None] | None = None  # what is wrong with the step that was saved last
         # Made in the background, a folder that cannot be made would be waited for.
         options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         handlers = {ITEM: ocp.StandardCheckpointHandler()}
@@ -162,14 +166,32 @@ class Checkpoints:
                 raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Until all is on disk. UserError as in `check`."""
+        """Until all is on disk, and was read from there again. A step that is not there as it was written is set aside,
+        and told. UserError as in `check`."""
         try:
             self._saver.wait_until_finished()
         except Exception as error:
             if self._saving:  # else it is more of a failure that was told
                 raise self._failed(error) from error
         if self._saving:
-            self._newest, self._saving = Newest(self._saving[0], []), None
+            step, self._saving = self._saving[0], None
+            if lost := agree(lambda: self._lost(step)):
+                self._newest = Newest(lost[0], [])
+                if is_writer():
+                    print(f"warning: {lost[1]}", file=sys.stderr)
+            else:
+                self._newest = Newest(step, [])
+
+    def _lost(self, step: int) -> tuple[int | None, str] | None:
+        """On process 0: None where the step's bytes were found on the disk; else it is set aside, and this is the
+        newest step that is left, and a sentence."""
+        fault = self._read_back.result() if self._read_back else None
+        if fault is None or not (self._folder / str(step)).is_dir():  # deleted or moved, which the next save tells
+            return None
+        name, newest = self._set_aside(step).name, newest_by_size(self._folder)
+        left = "none is left" if newest is None else f"the newest that is left is of step {newest}"
+        told = f"checkpoint {step} is not on the disk as it was written ({fault})"
+        return newest, f"{told} and lies in {ASIDE}/{name}; {left}"
 
     def reject(self, step: int) -> int | None:
         """Sets aside a step that is whole and yet bad, so that no run goes on from it; the newest one left."""
@@ -231,6 +253,20 @@ class Checkpoints:
         if not is_bucket(folder):
             (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
         manifest.seal(folder, step, about)
+        self._read_back = None
+        if not is_bucket(folder):  # a bucket checks what it stores
+            self._read_back = Future()
+            Thread(target=self._read, args=(folder, step, self._read_back), daemon=True).start()
+
+    def _read(self, unnamed: Path, step: int, found: "Future[str | None]") -> None:
+        """What is wrong with a step on the disk, once its folder has its name; None where it never has."""
+        named = self._folder / str(step)
+        while unnamed.is_dir() and not named.is_dir():
+            time.sleep(0.01)
+        try:
+            found.set_result(manifest.damage(named, step, from_disk=True) if named.is_dir() else None)
+        except Exception as error:  # `wait` raises it
+            found.set_exception(error)
 
     def _failed(self, error: Exception) -> UserError:
         """What to raise when a save failed; what it had written is deleted, since it may fill the disk."""
