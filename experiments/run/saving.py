@@ -10,7 +10,7 @@ from dppo_jax.errors import UserError, WriteError
 from dppo_jax.files import Path, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
-from dppo_jax.storage.checkpoint import Checkpoints, Retention, refuse_part_of_a_sweep
+from dppo_jax.storage.checkpoint import Checkpoints, Retention, differences, made_by, refuse_part_of_a_sweep
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config
 from experiments.run.identity import compare, edits, rate_change, same_runs
@@ -90,7 +90,8 @@ class Saving:
 
     def _changes(self, step: int) -> list[str]:
         """What is not as the checkpoint has it, in sentences."""
-        saved_runs, changes = self._checkpoints.about(step).get("runs"), dict[str, None]()
+        about = self._checkpoints.about(step)
+        saved_runs, changes = about.get("runs"), dict.fromkeys(differences(about.get("made_by", {})))
         if saved_runs is not None:
             same_runs(list(saved_runs), [folder.name(self._workdir) for folder in self._folders], self._workdir)
         for folder, setup in zip(self._folders, self._runs.setups, strict=True):
@@ -144,7 +145,7 @@ class Saving:
                 f"are not saved; {self.last_good()}"
             )
         about = {"runs": {folder.name(self._workdir): folder.identity.saved() for folder in self._folders}}
-        about |= self._retention.saving(done)
+        about |= self._retention.saving(done) | {"made_by": made_by()}
         self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
 
     def reject_newest(self, step: int) -> None:
