@@ -262,6 +262,9 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
     c.checkpoint.keep = 2  # newest ones kept
+    c.checkpoint.keep_every = 0  # steps that are multiples of it are kept as well; 0: none
+    c.checkpoint.best = ""  # tag of the log, such as reward/mean: the step that is best by it is kept as well; "": none
+    c.checkpoint.best_of = "max"  # max | min: whether the largest value of checkpoint.best is best, or the smallest
     c.checkpoint.export = False  # at the end: WORKDIR/policy, a Hugging Face model, and of LoRA WORKDIR/adapter (PEFT)
     c.checkpoint.export_dtype = ""  # float32 | bfloat16 | float16, of WORKDIR/policy; "": what policy.path is stored in
 

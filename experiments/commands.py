@@ -11,8 +11,10 @@ def run(module: str) -> None:
 
 benchmark = partial(run, "benchmark")
 build_sanity_set = partial(run, "build_sanity_set")
+checkpoints = partial(run, "checkpoints")
 compile_for_tpu = partial(run, "compile_for_tpu")
 eval = partial(run, "eval")
+export = partial(run, "export")
 mismatch = partial(run, "questions.mismatch")
 plot = partial(run, "plot")
 sft = partial(run, "sft")

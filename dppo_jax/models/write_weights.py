@@ -83,7 +83,9 @@ class Outgoing:
         """A parameter of one layer: on devices, cast, and laid out as that of all layers."""
         stacked = layers[name]
         if not isinstance(stacked, jax.Array):
-            return stacked[number]
+            if self._of_layer is None:
+                return stacked[number]
+            layers, number = {key: x[number : number + 1] for key, x in layers.items()}, 0  # one layer goes to a device
         sharding = _sharding(stacked)
         take = _take(sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
         if self._of_layer is None:

@@ -1,4 +1,4 @@
-"""What is refused of a reward model, of rows without answers, and of a reward that falls by a KL."""
+"""What is refused of a reward model, of rows without answers, of a reward that falls by a KL, and of the best step."""
 
 from ml_collections import ConfigDict
 
@@ -82,3 +82,13 @@ def _check_unscored(c: ConfigDict, setup: Setup) -> None:
                 raise UserError(
                     f"data.verifier = {UNSCORED!r} reads no answers, but data.{key} = {shown(set_to)}: clear it"
                 )
+
+
+def check_best(c: ConfigDict) -> None:
+    """UserError where checkpoint.best is of an evaluation that does not come."""
+    kind, _, rest = c.checkpoint.best.partition("/")
+    if kind != "eval":
+        return
+    lookup(c.eval.sets, rest.partition("/")[0], f"set of eval.sets in checkpoint.best = {shown(c.checkpoint.best)}:")
+    if not c.eval.every:
+        raise UserError(f"checkpoint.best = {shown(c.checkpoint.best)} is of an evaluation: set eval.every above 0")

@@ -24,10 +24,11 @@ from dppo_jax.models.decoder import REMAT, abstract_params, param_axes
 from dppo_jax.models.pages import PAGE, count_for
 from dppo_jax.rewards import own, shaping
 from dppo_jax.rollout import check_stop
+from dppo_jax.storage.checkpoint import BEST_OF
 from dppo_jax.storage.loggers.wandb import check_project
 from dppo_jax.weights import WEIGHTS
 from experiments.run.check_data import check_data, data_sections, longest_response, value
-from experiments.run.check_scores import check_scores
+from experiments.run.check_scores import check_best, check_scores
 from experiments.run.ranges import INT32, ROWS, check_values, is_own, shown
 from experiments.run.setup import Setup
 
@@ -58,6 +59,7 @@ def check(config: ConfigDict) -> None:
         _check_exact(config)
     _check_reward(config, setup)
     check_scores(config, setup)
+    check_best(config)
     _check_learning(config, setup)
     _check_critic(config)
     if config.log.wandb:
@@ -85,6 +87,7 @@ def _check_names(c: ConfigDict) -> None:
         lookup(DTYPES, c.checkpoint.export_dtype, "checkpoint.export_dtype")
     if c.policy.dtype == "float16":
         raise UserError("policy.dtype float16 would lose small gradients without loss scaling; use bfloat16 or float32")
+    lookup(BEST_OF, c.checkpoint.best_of, "checkpoint.best_of")
     lookup(REMAT, c.policy.remat, "policy.remat")
     lookup(MATMUL, c.policy.matmul, "policy.matmul")
     lookup({"auto": None, **KERNELS}, c.policy.attention, "policy.attention")

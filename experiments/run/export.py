@@ -16,7 +16,14 @@ from experiments.run.setup import Setup
 
 
 def export(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
-    """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes.
+    """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes."""
+    write_policy(setup, trained, frozen, folder / "policy")
+    if setup.config.lora.rank:
+        write_adapter(setup, trained, folder / "adapter")
+
+
+def write_policy(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
+    """Writes a model directory, adapters merged. All hosts must call this; one writes.
 
     A weight of one layer is merged and cast at a time, and a block of it gathered: the parameters stay where they are.
     """
@@ -32,7 +39,7 @@ def export(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
     of_layer = None if merge is None else merged_layer
     with writing(folder):
         save_hf(
-            folder / "policy",
+            folder,
             setup.model,
             params,
             text.tokenizer,
@@ -41,8 +48,12 @@ def export(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
             source=directory,
             of_layer=of_layer,
         )
-        if config.lora.rank:
-            adapters, name = to_host(trained), hub_name(config)
-            commit = config.policy.commit if name else None
-            if hosts.is_writer():
-                save_adapters(folder / "adapter", setup.trained_model, adapters, name or str(directory), commit)
+
+
+def write_adapter(setup: Setup, trained: Params, folder: Path) -> None:
+    """Writes the adapters of LoRA in PEFT's files. All hosts must call this; one writes."""
+    adapters, name = to_host(trained), hub_name(setup.config)
+    commit = setup.config.policy.commit if name else None
+    with writing(folder):
+        if hosts.is_writer():
+            save_adapters(folder, setup.trained_model, adapters, name or str(setup.directory), commit)

@@ -139,6 +139,7 @@ NUMBERS: Mapping[str, Range] = {
     "eval.top_p": Range(0, 1, open_least=True),
     "checkpoint.every": COUNT,
     "checkpoint.keep": NATURAL,
+    "checkpoint.keep_every": COUNT,
     "log.histograms": COUNT,
     "log.samples": COUNT,
     "log.transcripts": COUNT,

@@ -183,6 +183,7 @@ class Record:
         update = (step + 1) * self._runs.base.updates_per_step - 1
         rates = [float(setup.learning_rate(update)) for setup in self._runs.setups]
         common = samples.seconds() | self._common(step)
+        logged = []
         of_run = zip(by_run, samples.replies, zip(*map(self._runs.apart, plans), strict=True), scores, strict=True)
         for number, (measured, own, planned, evaluated) in enumerate(of_run):
             setup, total = self._runs.setups[number], totals[number]
@@ -218,6 +219,8 @@ class Record:
                     "are scored as far as that; reward/model_cut counts them"
                 )
             self._reports[number].keep(step, scalars, total.histograms, own.pairs, own.shown_rewards)
+            logged.append(scalars)
+        self._saving.measured(step, logged)
 
     def tuned(self, step: int, scalars: Scalars, plan: Plan, seconds: float) -> None:
         """Writes a step of experiments.sft, which draws nothing."""
@@ -225,6 +228,7 @@ class Record:
             work = self._throughputs[0].tuned(plan, seconds)
             scalars = {**scalars, **work, **self._common(step), **self._counts(step, 0)}
             self._logs[0].scalars(step, scalars)
+            self._saving.measured(step, [scalars])
             self._logs[0].progress(step, scalars)
 
     def _common(self, step: int) -> Scalars:
@@ -269,3 +273,4 @@ class Record:
         for log, own in zip(self._logs, scores, strict=True):
             if own:
                 log.scalars(self._config.steps, own)
+        self._saving.measured(self._config.steps, scores)

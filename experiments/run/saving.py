@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dppo_jax.devices import hosts, peers
@@ -10,7 +10,7 @@ from dppo_jax.errors import UserError, WriteError
 from dppo_jax.files import Path, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
-from dppo_jax.storage.checkpoint import Checkpoints, refuse_part_of_a_sweep
+from dppo_jax.storage.checkpoint import Checkpoints, Retention, differences, made_by, refuse_part_of_a_sweep
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config
 from experiments.run.identity import compare, edits, rate_change, same_runs
@@ -38,12 +38,15 @@ class Saving:
     def __init__(self, runs: Runs, workdir: Path, folders: Sequence[RunFolder]):
         self._runs, self._workdir, self._folders = runs, workdir, folders
         self._config = runs.base.config
+        c = self._config.checkpoint
+        self._retention = Retention(every=c.keep_every, best=c.best, best_of=c.best_of)
         refuse_part_of_a_sweep(workdir)
         make_folder(workdir)
         with contextlib.ExitStack() as stack:
             if hosts.is_writer():
                 stack.enter_context(locked(workdir))
-            self._checkpoints = stack.enter_context(Checkpoints(workdir, keep=self._config.checkpoint.keep))
+            checkpoints = Checkpoints(workdir, keep=c.keep, retention=self._retention)
+            self._checkpoints = stack.enter_context(checkpoints)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "Saving":
@@ -74,6 +77,7 @@ class Saving:
                 notes = [*notes, f"{self._workdir} holds no checkpoint: starting at step 0, in place of what ran there"]
             learner.begin(self._load_params())
         else:
+            self._retention.resume(step, self._checkpoints.about(step))
             learner.restore(found, self._load_params)
             notes = [*notes, f"going on from the checkpoint at step {step}", *changes]
         sampler.restore(found or {}, learner.params, learner.frozen, start)
@@ -86,7 +90,8 @@ class Saving:
 
     def _changes(self, step: int) -> list[str]:
         """What is not as the checkpoint has it, in sentences."""
-        saved_runs, changes = self._checkpoints.about(step).get("runs"), dict[str, None]()
+        about = self._checkpoints.about(step)
+        saved_runs, changes = about.get("runs"), dict.fromkeys(differences(about.get("made_by", {})))
         if saved_runs is not None:
             same_runs(list(saved_runs), [folder.name(self._workdir) for folder in self._folders], self._workdir)
         for folder, setup in zip(self._folders, self._runs.setups, strict=True):
@@ -105,6 +110,10 @@ class Saving:
         raise UserError(f"{where} has parameters that are not finite, or too large")
 
     # --- saving ---
+
+    def measured(self, step: int, logged: Sequence[Mapping[str, float]]) -> None:
+        """Takes what was logged at a step, by run, for `checkpoint.best`. UserError where that has no such tag."""
+        self._retention.measured(step, logged)
 
     def save_if_due(
         self, done: int, sampler: Drawn, learner: Learner, write: Callable[[], None], unwritten: WriteError | None
@@ -136,6 +145,7 @@ class Saving:
                 f"are not saved; {self.last_good()}"
             )
         about = {"runs": {folder.name(self._workdir): folder.identity.saved() for folder in self._folders}}
+        about |= self._retention.saving(done) | {"made_by": made_by()}
         self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
 
     def reject_newest(self, step: int) -> None:

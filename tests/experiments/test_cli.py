@@ -35,6 +35,7 @@ PATHS: dict[str, dict[str, list[str]]] = {
         "--results": QUICK,
     },
     "sft": {"--workdir": QUICK},
+    "export": {"--out": ["x"]},
     "sweep": {"--workdir": [*QUICK, "--losses", "cispo"]},
     "questions.necessity.__main__": {"--workdir": [*QUICK, "--out", "x"], "--out": [*QUICK, "--workdir", "x"]},
     "questions.collapse.__main__": {"--workdir": ["--out", "x"], "--out": ["--workdir", "x"]},

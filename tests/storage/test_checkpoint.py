@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dppo_jax.errors import UserError
-from dppo_jax.storage.checkpoint import Checkpoints, restore_params
+from dppo_jax.storage.checkpoint import Checkpoints, manifest, restore_params
 from tests.helpers.checkpoints import NOBODY, abstract, equal, limit, save_on, state, write
 from tests.helpers.places import ROOT
 
@@ -462,3 +462,35 @@ def test_a_diverged_state_is_saved_as_it_is(tmp_path):
         checkpoints.save(1, bad)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), bad)
     equal(resumed(tmp_path, lambda step: shapes).state, bad)
+
+
+# --- read from the disk again ---
+
+
+def damaged_before_it_is_read(monkeypatch, which: int) -> None:
+    """From now on a bit of this step's arrays is another when its bytes are read back: a disk that lies."""
+    real = manifest.damage
+
+    def damage_first(folder: Path, step: int, **how: bool) -> str | None:
+        if how.get("from_disk") and step == which:
+            damage(folder)
+        return real(folder, step, **how)
+
+    monkeypatch.setattr(manifest, "damage", damage_first)
+
+
+def test_a_step_that_is_another_on_the_disk_is_told_and_set_aside_and_saved_again(tmp_path, monkeypatch, capsys):
+    damaged_before_it_is_read(monkeypatch, 4)
+    with limit(60), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, state(2))
+        checkpoints.save(4, state(4))
+        assert checkpoints.latest() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("warning: checkpoint 4 is not on the disk as it was written (checkpoints/4/default/")
+        assert "and lies in damaged_checkpoints/4; the newest that is left is of step 2" in said
+        monkeypatch.undo()
+        checkpoints.save(4, state(4))
+        assert checkpoints.latest() == 4
+    assert steps(tmp_path) == ["4"] and steps(tmp_path, "damaged_checkpoints") == ["4"]
+    equal(resumed(tmp_path).state, state(4))
+    assert capsys.readouterr().err == ""

@@ -4,8 +4,11 @@ import contextlib
 import json
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +31,7 @@ from dppo_jax.storage.checkpoint.read import (
     saved_tree,
     shapes,
 )
+from dppo_jax.storage.checkpoint.retention import Retention
 
 ASIDE = "damaged_checkpoints"  # beside WORKDIR/checkpoints
 
@@ -54,15 +58,16 @@ class Checkpoints:
     UserError where the folder cannot be made or written.
     """
 
-    def __init__(self, workdir: str | Path, *, keep: int):
+    def __init__(self, workdir: str | Path, *, keep: int, retention: Retention | None = None):
         self._folder = absolute(to_path(workdir) / "checkpoints")
-        self._keep = keep
+        self._keep, self._retention = keep, retention or Retention()
         prepare(self._folder)
         make_folder(self._folder)
         _check_writable(self._folder)
         self._newest: Newest | None = None  # None: not looked for yet
         self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
         self._saving: tuple[int, dict[str, Any]] | None = None  # step and record of a save in the background
+        self._read_back: Future[str | None] | None = None  # what is wrong with the step that was saved last
         # Made in the background, a folder that cannot be made would be waited for.
         options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         handlers = {ITEM: ocp.StandardCheckpointHandler()}
@@ -127,8 +132,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
         """Copies the state and writes it in the background, with `about`, a small JSON object.
 
-        A step that is there already stays. Before, older steps than the newest `keep` are deleted: the newest counts
-        only when the next one is saved, or all is closed without an error.
+        A step that is there already stays. Before, older steps than the newest `keep` are deleted, but for what
+        `retention` keeps: the newest counts only when the next one is saved, or all is closed without an error.
         UserError if the last save failed, or this one cannot begin.
         """
         if step == self.latest():
@@ -161,14 +166,32 @@ class Checkpoints:
                 raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Until all is on disk. UserError as in `check`."""
+        """Until all is on disk, and was read from there again. A step that is not there as it was written is set aside,
+        and told. UserError as in `check`."""
         try:
             self._saver.wait_until_finished()
         except Exception as error:
             if self._saving:  # else it is more of a failure that was told
                 raise self._failed(error) from error
         if self._saving:
-            self._newest, self._saving = Newest(self._saving[0], []), None
+            step, self._saving = self._saving[0], None
+            if lost := agree(lambda: self._lost(step)):
+                self._newest = Newest(lost[0], [])
+                if is_writer():
+                    print(f"warning: {lost[1]}", file=sys.stderr)
+            else:
+                self._newest = Newest(step, [])
+
+    def _lost(self, step: int) -> tuple[int | None, str] | None:
+        """On process 0: None where the step's bytes were found on the disk; else it is set aside, and this is the
+        newest step that is left, and a sentence."""
+        fault = self._read_back.result() if self._read_back else None
+        if fault is None or not (self._folder / str(step)).is_dir():  # deleted or moved, which the next save tells
+            return None
+        name, newest = self._set_aside(step).name, newest_by_size(self._folder)
+        left = "none is left" if newest is None else f"the newest that is left is of step {newest}"
+        told = f"checkpoint {step} is not on the disk as it was written ({fault})"
+        return newest, f"{told} and lies in {ASIDE}/{name}; {left}"
 
     def reject(self, step: int) -> int | None:
         """Sets aside a step that is whole and yet bad, so that no run goes on from it; the newest one left."""
@@ -230,6 +253,20 @@ class Checkpoints:
         if not is_bucket(folder):
             (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
         manifest.seal(folder, step, about)
+        self._read_back = None
+        if not is_bucket(folder):  # a bucket checks what it stores
+            self._read_back = Future()
+            Thread(target=self._read, args=(folder, step, self._read_back), daemon=True).start()
+
+    def _read(self, unnamed: Path, step: int, found: "Future[str | None]") -> None:
+        """What is wrong with a step on the disk, once its folder has its name; None where it never has."""
+        named = self._folder / str(step)
+        while unnamed.is_dir() and not named.is_dir():
+            time.sleep(0.01)
+        try:
+            found.set_result(manifest.damage(named, step, from_disk=True) if named.is_dir() else None)
+        except Exception as error:  # `wait` raises it
+            found.set_exception(error)
 
     def _failed(self, error: Exception) -> UserError:
         """What to raise when a save failed; what it had written is deleted, since it may fill the disk."""
@@ -254,12 +291,16 @@ class Checkpoints:
             ) from error
 
     def _delete_old(self) -> None:
-        """All but the newest `keep` whole steps, and what a kill left half written. On process 0."""
+        """All but the newest `keep` whole steps and what `retention` keeps, and what a kill left half written. On
+        process 0."""
         _delete_left(self._folder)
         steps = manifest.entries(self._folder).steps
         whole = [step for step in steps if manifest.damage(self._folder / str(step), step, read=False) is None]
+        if len(whole) <= self._keep:
+            return
+        stays = self._retention.stays(whole)
         for step in steps:
-            if len(whole) > self._keep and step < whole[-self._keep]:
+            if step < whole[-self._keep] and step not in stays:
                 _delete(self._folder / str(step))
 
 

@@ -104,11 +104,12 @@ def sealed(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
+def damage(folder: Path, step: int, *, read: bool = True, from_disk: bool = False) -> str | None:
     """What is wrong with a step's folder, its file named from the run's folder on; None: nothing is.
 
-    Every byte is read, or with read=False the files' sizes alone; in a bucket its own checksums tell. Without a
-    manifest the arrays' bytes are not checked.
+    Every byte is read, or with read=False the files' sizes alone; with from_disk=True what is in memory of the files is
+    put on the disk and forgotten before, where the system can. In a bucket its own checksums tell. Without a manifest
+    the arrays' bytes are not checked.
     """
     try:
         if not folder.is_dir():
@@ -122,6 +123,9 @@ def damage(folder: Path, step: int, *, read: bool = True) -> str | None:
             return f"{_shown_path(folder / NAME)} is that of step {body['step']}"
         if body["metadata"] != _metadata(folder / _METADATA):
             return f"{_shown_path(folder / _METADATA)}: its entries are not those written"
+        if from_disk and not is_bucket(folder):
+            for name in body["files"]:
+                _forget(folder / name)
         return _first_damaged(folder, body["files"], read)
     except OSError as error:
         return f"{_shown_path(to_path(error.filename or folder))} cannot be read: {reason(error)}"
@@ -205,6 +209,15 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _of_body(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _forget(path: Path) -> None:
+    """Has the next reader of a file read the disk. Nothing where it is none, or the system cannot. OSError."""
+    if not path.is_file() or not hasattr(os, "posix_fadvise"):
+        return
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(path: Path) -> str:
