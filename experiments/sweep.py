@@ -122,8 +122,8 @@ def check_own(config: ConfigDict, runs: Sequence[Run]) -> None:
     what methods have for themselves."""
     numbers = [key for key, number in config.loss.items() if key != "name" and number is not None]
     if numbers and config.loss.name not in {run.loss for run in runs if run.method is None}:
-        own = [run.loss for run in runs if run.method is None and numbers[0] in hyperparameters(LOSSES[run.loss])]
-        rather = f"set loss_defaults.{own[0]}.{numbers[0]}, and " if own else ""
+        taking = [run.loss for run in runs if numbers[0] in hyperparameters(LOSSES[run.loss]) - _own_numbers(run)]
+        rather = f"set loss_defaults.{taking[0]}.{numbers[0]}, and " if taking else ""
         raise UserError(
             f"loss.{numbers[0]} is set, of {config.loss.name}, which is not among the losses of this sweep; "
             f"{rather}leave it out, or unset it: loss.{numbers[0]}=None"
@@ -132,10 +132,9 @@ def check_own(config: ConfigDict, runs: Sequence[Run]) -> None:
         return
     plain = quickstart.get_config()
     for run in runs:
-        fixed = {key.removeprefix("loss.") for key in METHODS[run.method].sets} if run.method else set()
         usual = plain.loss_defaults.get(run.loss, {})
         for key, number in config.loss_defaults.get(run.loss, {}).items():
-            if key in fixed and number is not None and number != usual.get(key):
+            if key in _own_numbers(run) and number is not None and number != usual.get(key):
                 raise UserError(
                     f"loss_defaults.{run.loss}.{key} = {number:g} reaches no run: method {run.method!r} sets loss.{key}"
                     f" itself; give --losses, or train the method alone with --config.loss.{key}={number:g}"
@@ -146,6 +145,11 @@ def check_own(config: ConfigDict, runs: Sequence[Run]) -> None:
                 f"{key} = {ranges.shown(value(config, key))} is the config's, and methods have their own: set {key}="
                 f"{value(plain, key)}, or give --losses"
             )
+
+
+def _own_numbers(run: Run) -> set[str]:
+    """Hyperparameters of its loss that a run's method sets itself."""
+    return {key.removeprefix("loss.") for key in METHODS[run.method].sets} if run.method else set()
 
 
 def _alone(config: ConfigDict) -> list[str]:

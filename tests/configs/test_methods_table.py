@@ -280,7 +280,7 @@ NOT_SWEPT = {
     "--methods=gspo --config.advantage.name=reward": "advantage.name = 'reward' is the config's, and methods have "
     "their own: set advantage.name=group_mean, or give --losses",
     "--methods=gspo --config.loss.ratio_cap=2": "loss.ratio_cap is set, of dppo_binary_tv, which is not among the "
-    "losses of this sweep; set loss_defaults.gspo.ratio_cap",
+    "losses of this sweep; set loss_defaults.gspo.ratio_cap, and leave it out, or unset it: loss.ratio_cap=None",
     "--methods=gspo,dapo --config.train.staleness=1": "method 'dapo': rollout.resample draws from the parameters of "
     "its step, which train.staleness = 1 no longer has; set train.staleness=0",
     "--methods=dapo --losses=cispo": "'cispo' is a loss and a method, and a sweep of both would not say which: give "

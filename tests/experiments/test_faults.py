@@ -36,6 +36,7 @@ from tests.helpers.fixtures import (
     small_config,
     tiny,
 )
+from tests.helpers.kills import newest_step
 from tests.helpers.places import ROOT
 
 TIME_LIMIT_S = 200
@@ -209,8 +210,8 @@ def test_a_second_run_in_one_folder_is_refused(start, tmp_path):
     sentence = one_sentence(workdir, second)
     assert f"is in use by another run, process {first.pid} on " in sentence
     assert read_config(workdir) == before
-    at = steps_of(workdir)[-1]
-    until(lambda: steps_of(workdir)[-1] > at, first, tmp_path / "first")  # unharmed
+    at = newest_step(workdir)
+    until(lambda: newest_step(workdir) > at, first, tmp_path / "first")  # unharmed
     first.kill()
     first.wait()
     third = start(workdir)
