@@ -260,6 +260,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
+    c.checkpoint.every_s = 0.0  # seconds since the last one, after which a step is saved too; 0: never
     c.checkpoint.keep = 2  # newest ones kept
     c.checkpoint.export = False  # at the end: WORKDIR/policy, a Hugging Face model, and of LoRA WORKDIR/adapter (PEFT)
     c.checkpoint.export_dtype = ""  # float32 | bfloat16 | float16, of WORKDIR/policy; "": what policy.path is stored in
