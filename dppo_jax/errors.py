@@ -15,7 +15,15 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Bad input. Entry points print its sentence and exit with status 2; see `run_main`."""
+    """Bad input. Entry points print its sentence and exit with its status; see `run_main`."""
+
+    status = 2
+
+
+class Stopped(UserError):
+    """A run was asked to stop, and has saved what it needs to go on: status 75, "try again" in sysexits.h."""
+
+    status = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -124,7 +132,7 @@ def sturdy_streams() -> Iterator[None]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs an entry point; a `UserError` becomes one line on stderr and exit status 2, an interruption status 130."""
+    """Runs an entry point; a `UserError` becomes one line on stderr and its exit status, an interruption status 130."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with sturdy_streams():
@@ -135,7 +143,7 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(130)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.status)
         except Exception as error:
             if not of_bucket(error):
                 raise

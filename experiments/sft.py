@@ -252,7 +252,7 @@ def tune(config: ConfigDict, workdir: Path) -> None:
         record = stack.enter_context(Record(runs, workdir, [_folder(workdir, setup, rows, held_rows)]))
         record.resume(NothingDrawn(), learner)
         if record.unfinished:
-            with peers.hearing_sigterm():
+            with peers.hearing_signals():
                 _loop(setup, rows, packer, learner, record, held_out)
             if config.checkpoint.export:
                 export(setup, learner.params, learner.frozen, workdir)

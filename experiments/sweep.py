@@ -219,7 +219,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
         record = stack.enter_context(Record(together, workdir, folders))
         record.resume(sampler, learner)
         if record.unfinished:
-            with peers.hearing_sigterm():
+            with peers.hearing_signals():
                 loop(together, sampler, learner, record, evaluation)
             if config.checkpoint.export:
                 for number, (folder, setup) in enumerate(zip(folders, setups, strict=True)):

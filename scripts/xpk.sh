@@ -75,7 +75,7 @@ do_run() {
   # exec: the signal that comes before a preemption is for dppo-train. It ends with 2 then, and with 3 where another host
   # is lost, which xpk takes for a failure of the run unless it is told.
   on_cluster workload create --workload="$1" --tpu-type="$TPU_TYPE" --num-slices=1 --docker-image="$IMAGE" \
-    --max-restarts="$RESTARTS" --restart-on-exit-codes=2,3 --termination-grace-period-seconds=300 \
+    --max-restarts="$RESTARTS" --restart-on-exit-codes=2,3,75 --termination-grace-period-seconds=300 \
     --command="exec dppo-train $arguments"
 }
 

@@ -104,6 +104,11 @@ def owned(tree: Any, share: Share) -> Any:
     return jax.tree.map(owned_rows, tree)
 
 
+def first_says(value: bool) -> bool:
+    """What process 0 says, on every process; all must call this."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
 def gather(tree: Any, share: Share) -> Any:
     """Small NumPy arrays [size, ...] on every process, which must all call this, from those of the rows each owns."""
     if jax.process_count() == 1:

@@ -23,7 +23,7 @@ import jax
 from jax._src import distributed  # its client has the heartbeats, which jax.distributed does not show
 from jax.experimental import multihost_utils
 
-from dppo_jax.errors import UserError, first_line
+from dppo_jax.errors import Stopped, UserError, first_line
 from dppo_jax.errors import run_main as run_alone
 
 LOST = 3  # exit status where another process is gone
@@ -204,14 +204,16 @@ class Group:
         by_runtime = isinstance(error, Exception) and re.match(r"[A-Z_]+: ", first_line(error))
         if by_runtime and not isinstance(error, UserError):
             time.sleep(self._timeout_s + 10.0)  # most likely another process is gone: `_watch` will know
-        self._ending = True
+        self._ending = not isinstance(error, Stopped)
         if isinstance(error, UserError):
-            status, message = 2, f"error: {error}"
+            status, message = error.status, f"error: {error}"
         elif isinstance(error, KeyboardInterrupt):
             status, message = 130, "interrupted"
         else:
             status, message = 1, "".join(traceback.format_exception(error)).rstrip()
         print(message, file=sys.stderr)
+        if isinstance(error, Stopped):
+            self.finish(status)  # as all of them do, each when its part is saved
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(Exception):  # another was first, or process 0 is gone
             self._client.key_value_set(FAILED, f"process {self.process} stopped: {reason}")
@@ -221,7 +223,7 @@ class Group:
             self._meet("failed", LEAVING_S)
         os._exit(status)
 
-    def finish(self) -> None:
+    def finish(self, status: int = 0) -> None:
         """Ends this process when all have finished: process 0 the last, since it holds the service.
 
         At once, since the watching threads may be inside calls of the client that a shutdown would take away.
@@ -237,7 +239,7 @@ class Group:
             time.sleep(0.5)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
     def _meet(self, name: str, seconds: float) -> None:
         with contextlib.suppress(Exception):
@@ -262,35 +264,44 @@ def _answers(address: str) -> bool:
         return False
 
 
-_stop = threading.Event()  # a process on its own was sent SIGTERM
+_stop = threading.Event()  # this process was sent SIGTERM or SIGINT
 
 
 @contextlib.contextmanager
-def hearing_sigterm() -> Iterator[None]:
-    """Until it closes, SIGTERM asks the run to stop after its step, and a second one ends the process at once.
+def hearing_signals() -> Iterator[None]:
+    """Until it closes, SIGTERM or SIGINT asks the run to stop after its step; a second of either ends this process.
 
-    Machines are taken away so. Of several processes jax's coordination service hears it.
+    Machines are taken away so. Of several processes, jax's handler of SIGTERM tells the others. SIGINT stays ignored
+    where it is, as in the background of a shell.
     """
-    if _group is not None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
 
     def hear(*_: object) -> None:
         _stop.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        if jaxs is not None:
+            _HANDLER(jaxs)(signal.SIGTERM)
         with contextlib.suppress(OSError):
             os.write(2, b"\nasked to stop: the step is finished and saved first; a second signal ends at once\n")
 
     _stop.clear()
-    before = signal.signal(signal.SIGTERM, hear)
+    jaxs = None if _group is None else _library().signal(signal.SIGTERM, None)
+    before = {number: signal.signal(number, hear) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if jaxs is not None and not _stop.is_set():
+            _library().signal(signal.SIGTERM, jaxs)
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether this is the step after which the run stops, since a process was sent SIGTERM.
+    """Whether this is the step after which the run stops, since a process was sent SIGTERM or SIGINT.
 
     Of several processes, all must ask, after every step.
     """
@@ -315,16 +326,21 @@ def run_main(main: Callable[[], None]) -> None:
 
 # --- aborts from C++ ---
 
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _handlers: list[Any] = []  # ctypes forgets what nobody holds
+
+
+def _library() -> Any:
+    """The C library, whose `signal` takes and returns addresses; None is the default."""
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return library
 
 
 def _on_abort(handle: Callable[[], None]) -> None:
     """Calls this when the process aborts. Python's own handlers would wait for the main thread, which may be stuck."""
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
-    _handlers.append(kind(lambda _: handle()))
-    library = ctypes.CDLL(None)
-    library.signal.argtypes, library.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
-    library.signal(signal.SIGABRT, _handlers[-1])
+    _handlers.append(_HANDLER(lambda _: handle()))
+    _library().signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
 
 
 class _Quiet:

@@ -138,6 +138,7 @@ NUMBERS: Mapping[str, Range] = {
     "eval.temperature": Range(1e-6, 1000, also=0),  # 0: greedy
     "eval.top_p": Range(0, 1, open_least=True),
     "checkpoint.every": COUNT,
+    "checkpoint.every_s": REAL,
     "checkpoint.keep": NATURAL,
     "checkpoint.keep_every": COUNT,
     "log.histograms": COUNT,

@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dppo_jax.devices import hosts, peers
-from dppo_jax.errors import UserError, WriteError
+from dppo_jax.errors import Stopped, UserError, WriteError
 from dppo_jax.files import Path, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
@@ -40,6 +41,7 @@ class Saving:
         self._config = runs.base.config
         c = self._config.checkpoint
         self._retention = Retention(every=c.keep_every, best=c.best, best_of=c.best_of)
+        self._saved_at = time.monotonic()  # the last checkpoint, or since when there is none
         refuse_part_of_a_sweep(workdir)
         make_folder(workdir)
         with contextlib.ExitStack() as stack:
@@ -121,10 +123,10 @@ class Saving:
         """A checkpoint of the state after `done` steps, where one is due, or the run was asked to stop; `write` writes
         the step's log before it.
 
-        UserError where it was asked, and where the log (`unwritten`) or the checkpoint could not be written.
+        `Stopped` where it was asked, and UserError where the log (`unwritten`) or the checkpoint could not be written.
         """
         c = self._config
-        due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0)
+        due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0) or self._time_is_up()
         stopping = peers.asked_to_stop(done)
         self._checkpoints.check()
         if unwritten:
@@ -136,7 +138,12 @@ class Saving:
             write()
             self._save(done, sampler, learner)
         if stopping and done < c.steps:
-            raise UserError(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
+            raise Stopped(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
+
+    def _time_is_up(self) -> bool:
+        """Whether checkpoint.every_s seconds have passed since the last checkpoint, by the clock of process 0."""
+        every_s = self._config.checkpoint.every_s
+        return every_s > 0 and hosts.first_says(time.monotonic() - self._saved_at >= every_s)
 
     def _save(self, done: int, sampler: Drawn, learner: Learner) -> None:
         if not learner.is_finite():
@@ -147,6 +154,7 @@ class Saving:
         about = {"runs": {folder.name(self._workdir): folder.identity.saved() for folder in self._folders}}
         about |= self._retention.saving(done) | {"made_by": made_by()}
         self._checkpoints.save(done, learner.saved() | sampler.saved(), about)
+        self._saved_at = time.monotonic()
 
     def reject_newest(self, step: int) -> None:
         """Sets aside the newest checkpoint, where it is of this step: whoever goes on from it arrives here again."""

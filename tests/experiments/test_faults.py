@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dppo_jax.errors import UserError
+from dppo_jax.errors import Stopped, UserError
 from dppo_jax.storage.checkpoint import Checkpoints
 from dppo_jax.storage.run_config import read_config
 from dppo_jax.storage.run_log import read_scalars
@@ -131,7 +131,7 @@ def test_sigterm_finishes_the_step_and_saves(start, folder, tmp_path):
     process = start(workdir, checkpoint__every=0)
     until(lambda: any("compiled" in line for line in said(workdir)), process, workdir)
     process.send_signal(signal.SIGTERM)
-    sentence = one_sentence(workdir, process)
+    sentence = one_sentence(workdir, process, Stopped.status)
     [step] = steps_of(workdir)
     assert sentence == f"error: asked to stop, after step {step}; started again, the run goes on from its checkpoint"
     changes = ENDLESS | dict(steps=step + 2, checkpoint__every=0)
@@ -140,11 +140,11 @@ def test_sigterm_finishes_the_step_and_saves(start, folder, tmp_path):
     same(workdir, tmp_path / "whole")
 
 
-def test_a_second_sigterm_ends_at_once(start, tmp_path):
+def test_a_second_signal_ends_at_once(start, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir, rollout__prompts=64, train__epochs=400)
+    process = start(workdir, before=hear_ctrl_c, rollout__prompts=64, train__epochs=400)
     until(lambda: hears(process, signal.SIGTERM), process, workdir)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     until(lambda: any("a second signal ends at once" in line for line in said(workdir)), process, workdir)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIME_LIMIT_S) == -signal.SIGTERM
@@ -164,12 +164,19 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(start, tmp_path, 
     assert "Traceback" not in "\n".join(said(tmp_path / "run"))
 
 
-def test_ctrl_c_in_a_step_is_an_interruption(start, tmp_path):
-    process = start(tmp_path / "run", before=hear_ctrl_c)
-    until(lambda: steps_of(tmp_path / "run"), process, tmp_path / "run")
+def test_ctrl_c_finishes_the_step_and_saves(start, tmp_path):
+    process = start(tmp_path / "run", before=hear_ctrl_c, checkpoint__every=0)
+    until(lambda: any("compiled" in line for line in said(tmp_path / "run")), process, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    assert process.wait(TIME_LIMIT_S) == 130
-    assert said(tmp_path / "run")[-1] == "interrupted"
+    sentence = one_sentence(tmp_path / "run", process, Stopped.status)
+    [step] = steps_of(tmp_path / "run")
+    assert f"after step {step};" in sentence
+
+
+@pytest.mark.parametrize("seconds, steps", [(1e-6, [1, 2, 3]), (1e6, [3])])
+def test_a_step_is_saved_when_so_much_time_has_passed(folder, tmp_path, seconds, steps):
+    run(small_config(folder, steps=3, checkpoint__every=0, checkpoint__every_s=seconds), tmp_path / "run")
+    assert steps_of(tmp_path / "run") == steps
 
 
 # --- readers that go away ---

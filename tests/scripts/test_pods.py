@@ -139,7 +139,7 @@ def test_xpk_reads_every_line():
     assert (created["tpu_type"], created["num_slices"], created["spot"]) == ("v5litepod-32", 1, True)
     assert not dear["spot"]
     assert (run["workload"], run["docker_image"], run["max_restarts"]) == ("run-a", VARIABLES["IMAGE"], "50")
-    assert (run["restart_on_exit_codes"], run["termination_grace_period_seconds"]) == ("2,3", "300")
+    assert (run["restart_on_exit_codes"], run["termination_grace_period_seconds"]) == ("2,3,75", "300")
     assert (listed["filter_by_job"], stopped["workload"]) == ("run-a", "run-a")
 
 
