@@ -1,51 +1,58 @@
-"""SIGKILLs at random instants, over the kinds of state that a run has: bit for bit the undisturbed run."""
+"""Kills at random instants, over the kinds of state that a run has: bit for bit the undisturbed run."""
 
+import json
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from dppo_jax.storage.run_log import event_files
-from tests.helpers.fixtures import config_file, hurried, hurried_environment, run, same, small_config, tiny
+from dppo_jax.storage.run_log import RunLog
+from experiments.chaos.trials import differences
+from tests.helpers.fixtures import config_file, hurried_environment, tiny
 from tests.helpers.places import ROOT
 
-KILLS = 4
-STEPS = 40
-KINDS: dict[str, dict] = {
-    "plain": {},
-    "staleness": dict(train__staleness=1),
-    "lag": dict(rollout__lag=3),
-    "lora": dict(lora__rank=2),
-    "critic": dict(advantage__name="gae"),
-    "in flight": dict(rollout__in_flight=2, rollout__max_age=3, rollout__slots=8),
-    "exact": dict(rollout__exact=True, train__pack=False),
-    "entropies in flight": dict(loss__name="estr", rollout__in_flight=2, rollout__max_age=3, rollout__slots=8),
-    "privileged critic": dict(
-        advantage__name="gae", critic__bounds=(0.0, 1.0), critic__targets="monte_carlo", critic__lam_alpha=0.4,
-        critic__privileged="answer", critic__template="{privileged}={prompt}", critic__max_prompt_len=11,
+# Of each call: the kinds of experiments.chaos, the kills over all of them, and changes of the config.
+IN_FLIGHT = dict(rollout__in_flight=2, rollout__max_age=3, rollout__slots=8)
+CALLS: dict[str, tuple[str, int, dict]] = {
+    "every kind": ("plain,staleness,lag,in_flight,lora,critic,two_hosts", 10, dict(rollout__slots=8)),
+    "exact": ("plain", 2, dict(rollout__exact=True, train__pack=False)),
+    "entropies in flight": ("plain", 2, dict(loss__name="estr", **IN_FLIGHT)),
+    "privileged critic": (
+        "critic", 2,
+        dict(
+            critic__bounds=(0.0, 1.0), critic__targets="monte_carlo", critic__lam_alpha=0.4,
+            critic__privileged="answer", critic__template="{privileged}={prompt}", critic__max_prompt_len=11,
+            advantage__name="gae",
+        ),
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_killed_again_and_again_ends_as_the_undisturbed_one(kind, tmp_path, tmp_path_factory):
-    folder = tiny(tmp_path_factory)
-    changes = dict(steps=STEPS, checkpoint__every=2, checkpoint__keep=2, checkpoint__export=True, log__histograms=0)
-    changes |= dict(log__samples=0) | KINDS[kind]
-    with hurried(tmp_path_factory):
-        whole = run(small_config(folder, **changes), tmp_path / "whole").folder
-    size = sum(file.stat().st_size for file in event_files(whole)) // STEPS
-    config = config_file(tmp_path / "config.py", folder, **changes)
-    killed, seed = tmp_path / "killed", list(KINDS).index(kind)
-    command = [sys.executable, "-m", "tests.helpers.kills", str(config), str(killed), str(KILLS), str(seed), str(size)]
-    environment = hurried_environment(tmp_path_factory)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    log = killed.with_suffix(".log")
-    assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
-    assert len(done.stdout.split()) == KILLS and int(done.stdout.split()[-1]) > 0  # some of them cost a few steps
-    same(whole, killed)
-    policies = (load_file(folder / "policy" / "model.safetensors") for folder in (whole, killed))
-    jax.tree.map(np.testing.assert_array_equal, *policies)
+@pytest.mark.parametrize("call", CALLS)
+def test_runs_that_are_killed_end_as_the_undisturbed_ones(call, tmp_path, tmp_path_factory):
+    kinds, kills, changes = CALLS[call]
+    changes = dict(steps=24, checkpoint__every=2, checkpoint__keep=2, log__histograms=0, log__samples=0) | changes
+    config = config_file(tmp_path / "config.py", tiny(tmp_path_factory), **changes)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.chaos", "--config", str(config), "--workdir", str(tmp_path / "chaos"),
+            "--kinds", kinds, "--kills", str(kills), "--seed", "1",
+        ],
+        cwd=ROOT, env=hurried_environment(tmp_path_factory), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    said = "".join(path.read_text()[-2000:] for path in (tmp_path / "chaos").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + said
+    found = json.loads((tmp_path / "chaos" / "chaos.json").read_text())
+    assert [one["kind"] for one in found] == kinds.split(",")
+    assert sum(one["resumes"] for one in found) == kills == sum(sum(one["ends"].values()) for one in found)
+    assert all(one["most_lost"] <= 3 for one in found)  # a checkpoint every other step, one of them being written
+    assert all(not one["failures"] and one["rounds"] for one in found)
+
+
+def test_a_run_that_is_not_the_undisturbed_one_is_told(tmp_path):
+    for name, last in (("one", 0.5), ("two", 0.25)):
+        with RunLog(tmp_path / name, hparams={}, resume_step=0, total_steps=2) as log:
+            for step, value in ((0, 1.0), (1, last)):
+                log.scalars(step, {"reward/mean": value, "time/train": value})
+    assert list(differences(tmp_path / "one", tmp_path / "one")) == []
+    assert list(differences(tmp_path / "one", tmp_path / "two")) == ["reward/mean differs from step 1 on"]
