@@ -25,7 +25,9 @@ class Drawn(Protocol):
 
     def saved(self) -> dict[str, Any]: ...
 
-    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]: ...
+    def shapes(
+        self, step: int, params: Any, policy: Any, held: Callable[[str], Any] | None = None
+    ) -> dict[str, Any]: ...
 
     def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None: ...
 
@@ -66,11 +68,13 @@ class Saving:
         """
         changes: list[str] = []
 
+        def shapes(step: int, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+            saved, policy = learner.shapes()
+            return saved | sampler.shapes(step, saved["params"], policy, held)
+
         def wanted(step: int) -> dict[str, Any]:
             changes[:] = self._changes(step)
-            saved, policy = learner.shapes()
-            held = functools.partial(self._checkpoints.holds, step)
-            return saved | sampler.shapes(step, saved["params"], policy, held=held)
+            return shapes(step, functools.partial(self._checkpoints.held, step))
 
         step, found, notes = self._checkpoints.resume(wanted)
         start = step or 0

@@ -204,9 +204,9 @@ class Checkpoints:
         self._newest = Newest(agree(move), [])
         return self._newest.step
 
-    def holds(self, step: int, name: str) -> bool:
-        """Whether a step's state has something of this name. Damaged."""
-        return name in dict(saved_tree(self._folder, step))
+    def held(self, step: int, name: str) -> Any:
+        """The tree of shapes and dtypes that a step's state has under a name; None where it has nothing. Damaged."""
+        return dict(saved_tree(self._folder, step)).get(name)
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape; Damaged."""
