@@ -11,7 +11,14 @@ from dppo_jax.errors import Stopped, UserError, WriteError
 from dppo_jax.files import Path, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
-from dppo_jax.storage.checkpoint import Checkpoints, Retention, differences, made_by, refuse_part_of_a_sweep
+from dppo_jax.storage.checkpoint import (
+    Checkpoints,
+    Retention,
+    compile_sums,
+    differences,
+    made_by,
+    refuse_part_of_a_sweep,
+)
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config
 from experiments.run.identity import compare, edits, rate_change, same_runs
@@ -89,6 +96,7 @@ class Saving:
         sampler.restore(found or {}, learner.params, learner.frozen, start)
         learner.keep_reference(self._load_params)
         self._refuse_unless_sound(learner, step)
+        compile_sums(shapes(start))  # else the first checkpoint would
         return start, notes
 
     def _load_params(self) -> Params:
