@@ -21,9 +21,9 @@ OTHERS = {
     "1": (1, {}),
     "8 as 2 x 4": (8, {"fsdp": 2, "tensor": 4}),
 }
-# Sums over rows and over parts of matrices come in another order, and float32 has 24 bits: 6e-8 of the largest term, for
-# each sum. After two updates the largest difference of a scalar was 6e-6 of it, in a difference of two probabilities; or
-# 3e-8, in one that should be 0. An `eps` of 1e-4 keeps Adam from making more of gradients that are nearly 0.
+# Sums over rows and over parts of matrices come in another order, and float32 has 24 bits: 6e-8 of the largest term of
+# each sum. After two updates a scalar differed by 6e-6 of itself at most, in a difference of two probabilities, or by
+# 3e-8, in one that should be 0. An eps of 1e-4 keeps Adam from making more of gradients that are nearly 0.
 RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 
