@@ -1,6 +1,7 @@
 """Runs an update again that a run skipped, and says which layer and which tokens made it not finite.
 
     python -m experiments.replay runs/a/skipped/12_2
+    python -m experiments.replay runs/a/skipped/12_2 --config mine.py      # whose loss is in the run's config file
 
 A run keeps the minibatch and the parameters of such an update (docs/collapse.md). Printed are, of every microbatch, the
 norm of the gradient and how many of its entries are not finite, layer by layer; then the tokens that did it, found by
@@ -25,6 +26,7 @@ from dppo_jax import packing
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path, is_file, local_file
 from dppo_jax.lora import joined
+from dppo_jax.losses import LOSSES
 from dppo_jax.models.hf import place_params
 from dppo_jax.packing import PackShape, Plan
 from dppo_jax.storage.run_config import read_config
@@ -233,9 +235,15 @@ def by_part(found: Mapping[str, np.ndarray]) -> dict[str, tuple[float, int, int,
     return parts
 
 
-def replay(folder: Path) -> str:
-    """Prints what it finds, and returns it in one sentence. UserError where the fault is not there again."""
+def replay(folder: Path, config_file: str = "") -> str:
+    """Prints what it finds, and returns it in one sentence; a config file, FILE or FILE:ARGUMENT, is run for the loss
+    that it registers. UserError where the fault is not there again."""
     kept, config = read_kept(folder), stored_config(read_config(folder))
+    if config_file:
+        cli.run_config(*cli.file_and_argument(config_file))
+    if config.loss.name not in LOSSES:
+        name = config.loss.name
+        raise UserError(f"no loss is called {name!r} here: name the config file that adds it, by --config FILE")
     with contextlib.ExitStack() as stack:
         setup = load_setup(config, stack, unread=("data", "reward.model", "teacher"))
         if kept.about["setup"] == Tuning.__name__:
@@ -283,7 +291,9 @@ def _sentence(bad: Mapping[str, list[str]], tokens: list[Token]) -> str:
 def main() -> None:
     parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="what a run kept: WORKDIR/skipped/STEP_UPDATE")
-    print(replay(parser.parse_args().folder))
+    parser.add_argument("--config", default="", metavar="FILE", help="the run's, where that adds its loss to LOSSES")
+    arguments = parser.parse_args()
+    print(replay(arguments.folder, arguments.config))
 
 
 if __name__ == "__main__":

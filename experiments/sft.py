@@ -80,7 +80,7 @@ class NothingDrawn:
     def saved(self) -> dict[str, Any]:
         return {}
 
-    def shapes(self, step: int, params: Any, policy: Any, *, held: Any) -> dict[str, Any]:
+    def shapes(self, step: int, params: Any, policy: Any, held: Any = None) -> dict[str, Any]:
         return {}
 
     def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None:

@@ -40,6 +40,7 @@ SLOW = {
     "test_notebooks",
     "test_probe",
     "test_quantize",
+    "test_restoring",
     "test_sanity_set",
     "test_sharding",
     "test_skipped",

@@ -127,6 +127,18 @@ class InFlight:
             ended=put(flight.ended, nobody > 0),
         )
 
+    def dealt(self, flight: Flight) -> Flight:
+        """A flight that had another number of shards: its groups are dealt to these in turn, in the order of their
+        beginning, so that none has more than its share of those that `max_age` makes due."""
+        there = jnp.arange(self.places // len(flight.count)) < flight.count[:, None]
+        order = jnp.lexsort((flight.prompts.group, flight.batch, ~there.reshape(-1)))  # what is there comes first
+        place = self._shards.local(jnp.arange(self.places))
+        shard, number = jnp.arange(len(place))[:, None], place - place[:, :1]
+        source = order[(number * len(place) + shard).reshape(-1)]
+        count = jnp.full(len(place), jnp.sum(flight.count) // len(place), jnp.int32)
+        by_place = dataclasses.replace(flight, count=jnp.zeros(self.places))
+        return dataclasses.replace(jax.tree.map(lambda x: x[source], by_place), count=count)
+
     def __call__(
         self, params: Params, flight: Flight, key: Key[Array, ""], step: Int32[Array, ""]
     ) -> tuple[Flight, Finished]:

@@ -1,5 +1,6 @@
 """Groups in flight over the steps of a run (rollout.in_flight): which prompts join them, what a checkpoint holds."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
 from dppo_jax.models.decoder import Params
-from dppo_jax.rollout import Finished, Flight
+from dppo_jax.rollout import Finished, Flight, InFlight
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
 from experiments.run.rollouts import rollout_in_flight, training_rollout
@@ -29,6 +30,31 @@ def finished_shardings(setup: Setup, **of_rows: Any) -> Finished:
     return Finished(**fields, **of_rows)
 
 
+class Kept:
+    """What is in flight, in checkpoints: those of any number of shards. `draws` is what draws one run's."""
+
+    def __init__(self, runs: Runs, draws: InFlight):
+        self._runs = runs
+        length, by_row = runs.base.config.data.max_prompt_len, runs.base.by_row
+        self.empty = jax.jit(lambda: runs.together([draws.empty(length)] * len(runs)), out_shardings=by_row)
+        self._dealt = jax.jit(runs.each(draws.dealt), out_shardings=by_row)
+
+    def shapes(self, held: Any = None) -> dict[str, Any]:
+        """Shapes and shardings of a flight: of one that a checkpoint has with these shapes, or of this run's."""
+        flight = laid_out(jax.eval_shape(self.empty), self._runs.base.by_row)
+        if held is not None and held["count"].shape != flight.count.shape:
+            of_shards = jax.ShapeDtypeStruct(held["count"].shape, jnp.int32)
+            flight = dataclasses.replace(flight, count=laid_out(of_shards, self._runs.base.everywhere))
+        return {NAME: flight}
+
+    def restored(self, flight: Any, step: int) -> tuple[Any, int]:
+        """A flight from a checkpoint on the shards there are, and how many batches of prompts had joined it."""
+        if flight.count.shape != jax.eval_shape(self.empty).count.shape:
+            flight = self._dealt(flight)
+        count = jnp.sum(self._runs.apart(flight)[0].count)  # the same of every run
+        return flight, step + int(count) // self._runs.base.config.rollout.prompts
+
+
 class Carried:
     """What is in flight of every run. `prompts_of` gives the prompts of a step, of all runs, on the devices."""
 
@@ -37,8 +63,7 @@ class Carried:
         self._runs, self._prompts_of, self._config = runs, prompts_of, base.config
         in_flight = rollout_in_flight(base, training_rollout(base, topk=runs.topk, entropy=runs.needs_entropy))
         by_row, everywhere, finished = base.by_row, base.everywhere, finished_shardings(base)
-        length = base.config.data.max_prompt_len
-        self._empty = jax.jit(lambda: runs.together([in_flight.empty(length)] * len(runs)), out_shardings=by_row)
+        self._kept = Kept(runs, in_flight)
         self._join = jax.jit(runs.each(in_flight.join), donate_argnums=0, out_shardings=by_row)
         self._draw = jax.jit(
             runs.each(in_flight),
@@ -52,7 +77,7 @@ class Carried:
     def draw(self, params: Params, step: int) -> Finished:
         """What a step trains, of all runs, from whole parameters."""
         runs, last = self._runs, min(step + self._config.rollout.in_flight, self._config.steps - 1)
-        flight = self._flight if self._flight is not None else self._empty()
+        flight = self._flight if self._flight is not None else self._kept.empty()
         for batch in range(self._joined, last + 1):
             flight = self._join(flight, self._prompts_of(batch), self._number(batch))
         keys = runs.together([purpose_key(run.config.seed, ROLLOUT) for run in runs.setups])
@@ -69,15 +94,13 @@ class Carried:
         """What a checkpoint needs of the groups in flight."""
         return {NAME: self._flight}
 
-    def shapes(self) -> dict[str, Any]:
-        """Shapes and shardings of what `saved` gives."""
-        return {NAME: laid_out(jax.eval_shape(self._empty), self._runs.base.by_row)}
+    def shapes(self, held: Any) -> dict[str, Any]:
+        """Shapes and shardings of what `saved` gives, or of what a checkpoint has."""
+        return self._kept.shapes(held)
 
     def restore(self, saved: dict[str, Any], step: int) -> None:
         """At a step, from a checkpoint."""
-        self._flight = saved[NAME]
-        count = jnp.sum(self._runs.apart(self._flight)[0].count)  # the same of every run
-        self._joined = step + int(count) // self._config.rollout.prompts
+        self._flight, self._joined = self._kept.restored(saved[NAME], step)
         beyond = (self._joined - self._config.steps) * self._config.rollout.prompts
         if beyond > 0 and hosts.is_writer():
             print(f"steps was lowered: {beyond} groups that are in flight will not be trained", file=sys.stderr)

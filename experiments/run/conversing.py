@@ -8,13 +8,11 @@ import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax.data.prompts import PromptStream
 from dppo_jax.data.turns import TurnEncoder, turns_of
 from dppo_jax.devices import hosts
-from dppo_jax.devices.sharding import laid_out
 from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
@@ -22,8 +20,9 @@ from dppo_jax.rewards.worker import Outcome
 from dppo_jax.rollout import Answers, Dialogs, Finished, Told, Work
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
-from experiments.run.carried import NAME, finished_shardings
+from experiments.run.carried import NAME, Kept, finished_shardings
 from experiments.run.rollouts import conversation, training_rollout
+from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT, Setup
 
 FAULTS = ("", "failed", "killed")  # by number, as `Told.fault` has them: the counts of rewards
@@ -82,8 +81,7 @@ class Conversing:
         self._share = hosts.share_over(setup.mesh, talks.places)
         self._local = {place: number for number, place in enumerate(self._share.owned.tolist())}
         self._progress = jax.jit(_progress, out_shardings=everywhere)
-        length = self._config.data.max_prompt_len
-        self._empty = jax.jit(lambda: talks.empty(length), out_shardings=by_row)
+        self._kept = Kept(Runs([setup]), talks)
         # Nothing is donated: on a CPU what the host looks at may be the buffer itself.
         self._join = jax.jit(talks.join, out_shardings=by_row)
         self._advance = jax.jit(
@@ -132,7 +130,7 @@ class Conversing:
     def _with_prompts(self, step: int) -> Dialogs:
         """What is in flight, and the groups that join it at a step."""
         last = min(step + self._config.rollout.in_flight, self._config.steps - 1)
-        flight = self._flight if self._flight is not None else self._empty()
+        flight = self._flight if self._flight is not None else self._kept.empty()
         for batch in range(self._joined, last + 1):
             prompts: PromptBatch = self._prompts_of(batch)
             flight = self._join(flight, prompts, np.int32(batch))
@@ -223,15 +221,15 @@ class Conversing:
         """What a checkpoint needs of the conversations in flight."""
         return {NAME: self._flight} if self._config.rollout.in_flight else {}
 
-    def shapes(self) -> dict[str, Any]:
-        """Shapes and shardings of what `saved` gives."""
-        return {NAME: laid_out(jax.eval_shape(self._empty), self._setup.by_row)}
+    def shapes(self, held: Any) -> dict[str, Any]:
+        """Shapes and shardings of what `saved` gives, or of what a checkpoint has."""
+        return self._kept.shapes(held)
 
     def restore(self, saved: dict[str, Any], step: int) -> None:
         """At a step, from a checkpoint."""
-        self._flight, self._joined = saved.get(NAME), step
-        if self._flight is not None:
-            self._joined += int(jnp.sum(self._flight.count)) // self._config.rollout.prompts
+        self._joined = step
+        if NAME in saved:
+            self._flight, self._joined = self._kept.restored(saved[NAME], step)
 
 
 def _progress(flight: Dialogs) -> Progress:

@@ -306,18 +306,19 @@ class Sampler:
             state |= draws.saved() if draws else {}
         return {name: value for name, value in state.items() if value is not None}
 
-    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]:
-        """Shapes and shardings of what `saved` gave at a step, for parameters of these shapes; `held` says which names
-        a checkpoint has."""
+    def shapes(self, step: int, params: Any, policy: Any, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+        """Shapes and shardings of what `saved` gave at a step, for parameters of these shapes; `held` gives the shapes
+        of what a checkpoint has of a name, None where it has nothing. Without it, of all there may be at some step."""
         c, base, result = self._config, self._runs.base, {}
-        if held("ahead"):
+        if c.train.staleness if held is None else held("ahead"):
             prompts = self._runs.together([stream.batch(step)[0] for stream in self._streams])
             ahead, work = jax.eval_shape(self._generate, policy, prompts, self._keys(step))
             result["ahead"] = laid_out(ahead, base.by_row)
-            if held("ahead_work"):
+            if held is None or held("ahead_work"):
                 result["ahead_work"] = laid_out(work, base.everywhere)
-        if draws := held(NAME) and (self._carried or self._talks):
-            result |= draws.shapes()
+        draws = self._carried or self._talks
+        if draws and (c.rollout.in_flight if held is None else held(NAME)):
+            result |= draws.shapes(held and held(NAME))
         if c.rollout.lag:
             updates = step * self._runs.base.updates_per_step
             result["past"] = [params] * min(updates + 1, c.rollout.lag + 1)

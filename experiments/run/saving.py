@@ -11,7 +11,14 @@ from dppo_jax.errors import Stopped, UserError, WriteError
 from dppo_jax.files import Path, make_folder
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
-from dppo_jax.storage.checkpoint import Checkpoints, Retention, differences, made_by, refuse_part_of_a_sweep
+from dppo_jax.storage.checkpoint import (
+    Checkpoints,
+    Retention,
+    compile_sums,
+    differences,
+    made_by,
+    refuse_part_of_a_sweep,
+)
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config
 from experiments.run.identity import compare, edits, rate_change, same_runs
@@ -25,7 +32,9 @@ class Drawn(Protocol):
 
     def saved(self) -> dict[str, Any]: ...
 
-    def shapes(self, step: int, params: Any, policy: Any, *, held: Callable[[str], bool]) -> dict[str, Any]: ...
+    def shapes(
+        self, step: int, params: Any, policy: Any, held: Callable[[str], Any] | None = None
+    ) -> dict[str, Any]: ...
 
     def restore(self, saved: dict[str, Any], params: Params, frozen: Params, step: int) -> None: ...
 
@@ -66,11 +75,13 @@ class Saving:
         """
         changes: list[str] = []
 
+        def shapes(step: int, held: Callable[[str], Any] | None = None) -> dict[str, Any]:
+            saved, policy = learner.shapes()
+            return saved | sampler.shapes(step, saved["params"], policy, held)
+
         def wanted(step: int) -> dict[str, Any]:
             changes[:] = self._changes(step)
-            saved, policy = learner.shapes()
-            held = functools.partial(self._checkpoints.holds, step)
-            return saved | sampler.shapes(step, saved["params"], policy, held=held)
+            return shapes(step, functools.partial(self._checkpoints.held, step))
 
         step, found, notes = self._checkpoints.resume(wanted)
         start = step or 0
@@ -85,6 +96,7 @@ class Saving:
         sampler.restore(found or {}, learner.params, learner.frozen, start)
         learner.keep_reference(self._load_params)
         self._refuse_unless_sound(learner, step)
+        compile_sums(shapes(start))  # else the first checkpoint would
         return start, notes
 
     def _load_params(self) -> Params:

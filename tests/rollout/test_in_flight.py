@@ -207,3 +207,33 @@ def test_a_batch_of_long_tailed_lengths_takes_little_more_steps_than_its_tokens_
     assert live == sum(lengths(dataclasses.replace(load, seed=number)).sum() - np.prod(rows) for number in range(steps))
     assert sum(work.decode_steps for work in works) <= 1.1 * live / slots
     assert sum(work.pages_read for work in works) <= 1.05 * sum(work.pages_live for work in works)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_a_flight_of_other_shards_is_dealt_in_the_order_of_its_groups(shards):
+    """From four shards, in which the first places of some have older groups than those of others."""
+    before, after = (InFlight(Rollout(TINY, **SETTINGS, shards=count), N, 3, 3) for count in (4, shards))
+    flight = before.empty(P)
+    for number in (3, 5, 6):
+        flight = before.join(flight, batch(number), np.int32(number))
+    old = np.asarray(flight.batch).reshape(4, -1).copy()
+    old[2, :3] = 1, 2, 4
+    flight = dataclasses.replace(flight, batch=old.reshape(-1), tokens_drawn=np.arange(4 * N * G).reshape(-1, G))
+
+    def groups(flight, shards: int) -> list[list[tuple]]:
+        """Of every shard what it has: batch, number, limits, tokens drawn."""
+        fields = flight.batch, flight.prompts.group, flight.prompts.limit, flight.tokens_drawn
+        of_groups = zip(*map(np.asarray, fields), strict=True)
+        rows = [tuple(np.ravel(x).tolist() for x in of_group) for of_group in of_groups]
+        each = len(rows) // shards
+        assert np.asarray(flight.count).tolist() == [12 // shards] * shards
+        return [rows[number * each :][: 12 // shards] for number in range(shards)]
+
+    dealt = jax.jit(after.dealt)(flight)
+    everything = sorted(row for of_shard in groups(flight, 4) for row in of_shard)
+    assert groups(dealt, shards) == [everything[number::shards] for number in range(shards)]
+    back = before.dealt(dealt)
+    assert groups(back, 4) == [everything[number::4] for number in range(4)]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), dealt) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after.empty(P)
+    )

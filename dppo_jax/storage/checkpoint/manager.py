@@ -22,6 +22,7 @@ from dppo_jax.storage.checkpoint.read import (
     ITEM,
     Damaged,
     agree,
+    check_sums,
     compare,
     find_newest,
     newest_by_size,
@@ -32,6 +33,7 @@ from dppo_jax.storage.checkpoint.read import (
     shapes,
 )
 from dppo_jax.storage.checkpoint.retention import Retention
+from dppo_jax.storage.checkpoint.sums import sums
 
 ASIDE = "damaged_checkpoints"  # beside WORKDIR/checkpoints
 
@@ -66,7 +68,7 @@ class Checkpoints:
         _check_writable(self._folder)
         self._newest: Newest | None = None  # None: not looked for yet
         self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
-        self._saving: tuple[int, dict[str, Any]] | None = None  # step and record of a save in the background
+        self._saving: tuple[int, dict[str, Any], dict[str, str]] | None = None  # in the background: see `manifest.seal`
         self._read_back: Future[str | None] | None = None  # what is wrong with the step that was saved last
         # Made in the background, a folder that cannot be made would be waited for.
         options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
@@ -110,7 +112,7 @@ class Checkpoints:
             try:
                 state = self.restore(step, abstract_at(step))
             except Damaged as error:
-                if jax.process_count() > 1:  # the others may have restored it
+                if jax.process_count() > 1 and not error.everywhere:
                     raise
                 self._unreadable[step] = error.what
                 step, more = self.newest_whole()
@@ -138,7 +140,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        self._saving = step, json.loads(json.dumps(about or {}))
+        self._saving = step, json.loads(json.dumps(about or {})), sums(state)
         try:
             gone = not (is_bucket(self._folder) or self._folder.is_dir())
             if is_writer() and not gone:
@@ -204,9 +206,9 @@ class Checkpoints:
         self._newest = Newest(agree(move), [])
         return self._newest.step
 
-    def holds(self, step: int, name: str) -> bool:
-        """Whether a step's state has something of this name. Damaged."""
-        return name in dict(saved_tree(self._folder, step))
+    def held(self, step: int, name: str) -> Any:
+        """The tree of shapes and dtypes that a step's state has under a name; None where it has nothing. Damaged."""
+        return dict(saved_tree(self._folder, step)).get(name)
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, laid out as `abstract` says. UserError if it is of another shape; Damaged."""
@@ -216,7 +218,9 @@ class Checkpoints:
             if fault:
                 raise Damaged(step, fault)
         compare(step, shapes(saved_tree(self._folder, step)), shapes(abstract))
-        return restore_item(self._folder, step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract))
+        state = restore_item(self._folder, step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(abstract))
+        check_sums(self._folder, step, state)
+        return state
 
     def close(self) -> None:
         """Waits until all is on disk, and deletes older steps than the newest `keep`. UserError as in `check`."""
@@ -248,11 +252,11 @@ class Checkpoints:
     def _seal(self) -> None:
         """In the background, on process 0, when all files of the step are written, before its folder has its name."""
         assert self._saving is not None
-        step, about = self._saving
+        step, about, of_arrays = self._saving
         folder = self._folder / str(step)
         if not is_bucket(folder):
             (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
-        manifest.seal(folder, step, about)
+        manifest.seal(folder, step, about, of_arrays)
         self._read_back = None
         if not is_bucket(folder):  # a bucket checks what it stores
             self._read_back = Future()

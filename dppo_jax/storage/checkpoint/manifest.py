@@ -69,10 +69,11 @@ def is_step(name: str) -> bool:
     return _STEP.fullmatch(name) is not None
 
 
-def seal(folder: Path, step: int, about: dict[str, Any]) -> None:
-    """Writes the manifest of a step's folder, whose files are all there, to disk. OSError."""
+def seal(folder: Path, step: int, about: dict[str, Any], sums: dict[str, str]) -> None:
+    """Writes the manifest of a step's folder, whose files are all there, to disk; `sums` are those of its arrays.
+    OSError."""
     metadata, files = _metadata(folder / _METADATA), _files(folder)
-    body = {"step": step, "about": about, "metadata": metadata, "files": files}
+    body = {"step": step, "about": about, "sums": sums, "metadata": metadata, "files": files}
     text = json.dumps(body | {"sha256": _of_body(body)})
     if is_bucket(folder):
         write_text(folder / NAME, text)
@@ -97,6 +98,11 @@ def _files(folder: Path) -> dict[str, Sequence[Any]]:
 def about(folder: Path) -> dict[str, Any]:
     """What was stored with a step; {} without a manifest. UserError where the manifest is damaged."""
     return _read(folder)["about"] if (folder / NAME).exists() else {}
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """Those of a step's arrays; {} of a step of an earlier version. UserError where the manifest is damaged."""
+    return _read(folder).get("sums", {}) if (folder / NAME).exists() else {}
 
 
 def sealed(folder: Path) -> bool:

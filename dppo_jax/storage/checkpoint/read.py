@@ -18,12 +18,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dppo_jax.devices.hosts import is_writer
+from dppo_jax.devices.hosts import everyones, is_writer
 from dppo_jax.errors import UserError, first_line
 from dppo_jax.files import Path, absolute, is_bucket, to_path
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.storage.checkpoint import manifest
 from dppo_jax.storage.checkpoint.buckets import teach_orbax_s3
+from dppo_jax.storage.checkpoint.sums import changed_leaf
 
 T = TypeVar("T")
 
@@ -31,11 +32,12 @@ ITEM = "default"  # orbax's name of the one thing that a step holds
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read. `what`: the file, and what is wrong with it."""
+    """A checkpoint that cannot be read. `what`: the file, and what is wrong with it; `everywhere`: every process has
+    found the same."""
 
-    def __init__(self, step: int, what: str):
+    def __init__(self, step: int, what: str, *, everywhere: bool = False):
         super().__init__(f"checkpoint {step} is damaged ({what})")
-        self.what = what
+        self.what, self.everywhere = what, everywhere
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -138,6 +140,15 @@ def restore_item(folder: Path, step: int, handler: Any, arguments: Any) -> Any:
         raise _fault(folder, step, error) from error
 
 
+def check_sums(folder: Path, step: int, state: Any) -> None:
+    """Damaged, by its first such leaf, where what was restored of a step is not what was saved. Steps of earlier
+    versions say nothing."""
+    wanted = agree(lambda: manifest.sums(folder / str(step)))
+    for leaf in filter(None, everyones(changed_leaf(wanted, state))):
+        what = f"{folder.name}/{step}/{ITEM}: what is restored of {leaf} is not what was saved"
+        raise Damaged(step, what, everywhere=True)
+
+
 def _fault(folder: Path, step: int, error: Exception) -> UserError:
     """Damaged, unless a manifest has shown that the bytes are right, or the devices are to blame."""
     if manifest.sealed(folder / str(step)) or isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
@@ -205,7 +216,7 @@ def restore_params(directory: str | Path, abstract_params: Any) -> Any:
         try:
             return _restore_params(folder, step, abstract_params)
         except Damaged as error:
-            if chosen_step is not None or jax.process_count() > 1:
+            if chosen_step is not None or (jax.process_count() > 1 and not error.everywhere):
                 raise
             unreadable[step] = error.what
 
@@ -285,4 +296,6 @@ def _restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
     compare(step, shapes(saved), shapes(abstract_params))
     leaf_arguments = jax.tree.map(_restore_args, abstract)
     arguments = ocp.args.PyTreeRestore(abstract, restore_args=leaf_arguments, partial_restore=True)
-    return restore_item(folder, step, ocp.PyTreeCheckpointHandler(), arguments)["params"]
+    state = restore_item(folder, step, ocp.PyTreeCheckpointHandler(), arguments)
+    check_sums(folder, step, state)
+    return state["params"]
