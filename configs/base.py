@@ -107,6 +107,7 @@ def get_config() -> ConfigDict:
     c.reward = ConfigDict()
     c.reward.workers = 2  # processes for verifiers that may hang (math_verify)
     c.reward.time_limit_s = 10.0  # seconds for one reply; then it is killed, counted, and scores 0
+    c.reward.replies_per_worker = config_dict.placeholder(int)  # until a new one; unset: 500, of environments 20,000
     c.reward.function = ""  # FILE.py:FUNCTION of (reply, example), in the verifier's place, in workers; "": none
     c.reward.terms = ConfigDict()  # names of TERMS -> weights, at least 0: the reward is their sum
     c.reward.terms.correct = 1.0  # the score of the verifier, 0 or 1, or of reward.function
@@ -272,6 +273,7 @@ def get_config() -> ConfigDict:
     c.log = ConfigDict()
     c.log.histograms = 10  # steps between histograms; 0: never
     c.log.samples = 10  # steps between sampled transcripts; 0: never
+    c.log.events_mb = 100.0  # of TensorBoard's events, after which they go on in a further file; 0: never
     c.log.transcripts = 8  # transcripts shown
     c.log.regions = ()  # losses whose masks are measured beside the one that trains, with their loss_defaults
     c.log.tokens = 0  # steps between tables of the tokens most often masked; 0: never

@@ -59,6 +59,7 @@ class RunLog:
     shows_progress: whether a bar is drawn, where stderr is a terminal.
     plain_every: where stderr is no terminal, one line per so many steps; by default about twenty lines in all.
     wandb: the project of Weights & Biases that takes the log too; "": none.
+    events_bytes: of a file of TensorBoard's, after which a further one goes on; 0: never.
 
     Each call of `scalars` syncs all that was written to disk before it returns: a kill leaves no gap before the
     checkpoint that the run resumes from.
@@ -75,6 +76,7 @@ class RunLog:
         shows_progress: bool = True,
         plain_every: int | None = None,
         wandb: str = "",
+        events_bytes: float = 0.0,
     ):
         self.workdir = to_path(workdir)
         self._sinks: list[Sink] = []
@@ -85,7 +87,8 @@ class RunLog:
         self._reported = (resume_step - 1, time.monotonic())  # the last step shown, and when
         if not is_writer:
             return
-        self._sinks.append(TensorBoard(self.workdir, hparams=hparams, resume_step=resume_step))
+        tensorboard = TensorBoard(self.workdir, hparams=hparams, resume_step=resume_step, file_bytes=events_bytes)
+        self._sinks.append(tensorboard)
         self._sinks.append(JsonLines(self.workdir, resume_step=resume_step, tell=self.note))
         if wandb:
             self._sinks.append(

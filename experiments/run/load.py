@@ -179,7 +179,7 @@ def load_prompts(
         too_long=data.too_long,
         critic=critic,
     )
-    lives = ANSWERS_PER_WORKER if data.kind == "environment" else None
+    lives = c.reward.replies_per_worker or (ANSWERS_PER_WORKER if data.kind == "environment" else None)
     scorer = Scorer(task, workers=c.reward.workers, time_limit_s=c.reward.time_limit_s, replies_per_worker=lives)
     stack.enter_context(scorer)
     if own:

@@ -100,6 +100,7 @@ NUMBERS: Mapping[str, Range] = {
     "rollout.tracked": Range(0, ROWS),
     "reward.workers": Range(1, 1024),
     "reward.time_limit_s": Range(0.01, MAX_TIME_LIMIT_S),  # a timer counts no 10^9 s, and no verifier ends at once
+    "reward.replies_per_worker": NATURAL,
     "reward.overlong_buffer": Range(0, ROWS),
     **{f"reward.terms.{name}": WEIGHT for name in ("correct", "format", "length", "repetition", "model")},
     "reward.ngram": SIZE,
@@ -143,6 +144,7 @@ NUMBERS: Mapping[str, Range] = {
     "checkpoint.keep_every": COUNT,
     "log.histograms": COUNT,
     "log.samples": COUNT,
+    "log.events_mb": REAL,
     "log.transcripts": COUNT,
     "log.tokens": COUNT,
     "log.stuck_s": Range(1, 1e9, also=0),  # a thread looks ten times as often

@@ -9,8 +9,9 @@ import numpy as np
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
-from dppo_jax.devices import hosts, usage
+from dppo_jax.devices import hosts
 from dppo_jax.devices.compilations import Compilations
+from dppo_jax.devices.usage import Usage
 from dppo_jax.errors import UserError, WriteError
 from dppo_jax.evaluate import all_failed
 from dppo_jax.files import Path
@@ -52,7 +53,7 @@ class Record:
         self._throughputs = [Throughput(setup) for setup in runs.setups]
         self._profile: Profile | None = None
         self._skipped = Skipped(runs, {folder.name(workdir) if runs.stacked else "": folder.path for folder in folders})
-        self.phases = Phases()
+        self._usage, self.phases = Usage(), Phases()
         self._watch = Watch(self._config.log.stuck_s, workdir)
         self._stack.callback(self._watch.end)
         self._unwritten: WriteError | None = None  # a log is lost; the training state need not be
@@ -71,7 +72,7 @@ class Record:
         self._saving = self._stack.enter_context(Saving(self._runs, self._workdir, self._folders))
         self.start, notes = self._saving.resume(sampler, learner)
         if self.unfinished:
-            self._open_logs(notes)
+            self._open_logs([*notes, *self._saving.disk(sampler, learner)])
         if self.unfinished and hosts.is_writer():
             c, folder = self._config, self._folders[0].path
             self._profile = Profile(
@@ -101,6 +102,7 @@ class Record:
                 is_writer=is_writer,
                 shows_progress=not self._logs,
                 wandb=setup.config.log.wandb,
+                events_bytes=setup.config.log.events_mb * 1e6,
             )
             self._logs.append(self._stack.enter_context(log))
             self._reports.append(Report(log, folder.path, config.log, lambda token: text.tokenizer.decode([token])))
@@ -236,7 +238,7 @@ class Record:
         shares = self.phases.shares()
         if self._profile:
             self._profile.end()
-        return {"time/compile": self._compile_seconds(step), **shares, **usage.memory()}
+        return {"time/compile": self._compile_seconds(step), **shares, **self._usage.memory()}
 
     def _counts(self, step: int, number: int) -> Scalars:
         """What is logged of the data, at the first step."""

@@ -21,6 +21,7 @@ from dppo_jax.storage.checkpoint import (
 )
 from dppo_jax.storage.lock import locked
 from dppo_jax.storage.run_config import read_config
+from experiments.run import disk
 from experiments.run.identity import compare, edits, rate_change, same_runs
 from experiments.run.learner import Learner
 from experiments.run.run_folder import RunFolder
@@ -122,6 +123,15 @@ class Saving:
             self._checkpoints.reject(step)
             where = f"the checkpoint of step {step}, which is set aside,"
         raise UserError(f"{where} has parameters that are not finite, or too large")
+
+    def disk(self, sampler: Drawn, learner: Learner) -> list[str]:
+        """Sentences on what the run will have on its disk."""
+        c = self._config
+        state, policy = learner.shapes()
+        held = {"ahead": c.train.staleness, "ahead_work": c.train.staleness, "in_flight": c.rollout.in_flight}
+        drawn = sampler.shapes(c.steps, state["params"], policy, held=lambda name: bool(held[name]))
+        paths = [folder.path for folder in self._folders]
+        return [*disk.sentences(c, self._workdir, paths, disk.tree_bytes((state, drawn)), disk.tree_bytes(policy))]
 
     # --- saving ---
 

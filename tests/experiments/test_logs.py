@@ -1,7 +1,10 @@
 """What a run logs of its speed, its memory and its time, a trace of a step, and W&B's log of a whole run."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import pytest
 from jax.profiler import ProfileData
 
 from dppo_jax.devices.chips import peak_of
+from dppo_jax.devices.usage import Usage, started
 from dppo_jax.models import load_policy
 from dppo_jax.models.flops import layer_weights
 from dppo_jax.storage.run_log import read_scalars
 from experiments import sft
+from experiments.run import disk
 from experiments.run.phases import PHASES, Phases
 from tests.helpers import wandb_files
 from tests.helpers.fixtures import Run, finished_run, hurried, run, same, small_config, tiny
@@ -151,6 +156,72 @@ def test_memory_is_logged_as_far_as_the_platform_tells(plain):
     scalars, stats = read_scalars(plain.folder), jax.devices()[0].memory_stats()
     assert (scalars["memory/host_gib"][1] > 0.1).all() and (scalars["memory/host_gib"][1] < 1000).all()
     assert ("memory/peak_gib" in scalars) == ("memory/limit_gib" in scalars) == (stats is not None)
+    assert (scalars["memory/handles"][1] > 3).all() and (scalars["memory/threads"][1] > 1).all()
+
+
+def test_the_processes_that_were_started_count_with_those_that_they_started():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    usage, before = Usage(), len(started())
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        while len(started(process.pid)) < 1:
+            time.sleep(0.01)
+        assert len(started()) == before + 2
+        found = usage.memory()
+        assert found["memory/workers_started"] == before + 2 and found["memory/workers_gib"] > 0.005
+        process.communicate(b"\n")
+    again = usage.memory()
+    assert len(started()) == before and again["memory/workers_started"] == before + 2
+
+
+# --- the disk ---
+
+
+def on_disk(folder: Path, *names: str) -> int:
+    found = [path for name in names for path in (folder / name, *(folder / name).rglob("*"))]
+    return sum(path.stat().st_size for path in found if path.is_file())
+
+
+def test_what_will_be_on_the_disk_is_told_and_it_is_so(finished):
+    (line,) = [line for line in finished.said.splitlines() if line.startswith("disk: ")]
+    number = r"([0-9.]+ [kMGT]B)"
+    told = re.fullmatch(
+        f"disk: at most 2 checkpoints of {number}, a model of {number}, about {number} of logs and samples per "
+        f"1,000 steps; {number} in all, and {number} are free",
+        line,
+    )
+    of = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    state, model, logs, whole, _ = (float(text.split()[0]) * of[text.split()[1]] for text in told.groups())
+    assert 0.5 < on_disk(finished.folder, "checkpoints/4") / state < 1.5
+    assert 0.5 < on_disk(finished.folder, "policy") / model < 1.5
+    steps = finished.config.steps
+    assert 0.3 < on_disk(finished.folder, "tb", "samples", "scalars.jsonl") / (logs * steps / 1000) < 3
+    assert whole == pytest.approx(2 * state + model + logs * steps / 1000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, most",
+    [
+        (dict(steps=100, checkpoint__every=0), 1),
+        (dict(steps=100, checkpoint__every=10, checkpoint__keep=2), 3),  # with the one that is being written
+        (dict(steps=100, checkpoint__every=60, checkpoint__keep=9), 2),
+        (dict(steps=100, checkpoint__every=10, checkpoint__keep=2, checkpoint__keep_every=50), 5),
+        (dict(steps=100, checkpoint__every=10, checkpoint__keep=2, checkpoint__best="reward/mean"), 4),
+        (dict(steps=100, checkpoint__every=0, checkpoint__every_s=60.0, checkpoint__keep=2), 3),
+    ],
+)
+def test_how_many_checkpoints_there_may_be(folder, changes, most):
+    assert disk.most_checkpoints(small_config(folder, **changes)) == most
+
+
+def test_a_disk_that_has_too_little_room_is_told(folder, tmp_path):
+    config = small_config(folder, steps=100, checkpoint__every=10, checkpoint__keep=2)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "file").write_bytes(bytes(1000))
+    said, warning = disk.sentences(config, tmp_path, [tmp_path], 10**18, 0)
+    assert said.startswith("disk: at most 3 checkpoints of 1e+06 TB, about ")
+    assert warning.startswith(f"warning: the run may need 3e+06 TB more on the disk of {tmp_path}, which has ")
+    assert "lower checkpoint.keep" in warning
+    assert len(list(disk.sentences(config, tmp_path, [tmp_path], 1000, 0))) == 1
 
 
 # --- shares of time ---

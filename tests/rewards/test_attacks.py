@@ -233,10 +233,9 @@ def test_whatever_escapes_a_verifier_is_a_failure_of_that_reply_alone(where):
         assert rewards.tolist() == [0, 0.5] * len(bad)
 
 
-def test_workers_are_replaced_after_so_many_replies(monkeypatch):
-    monkeypatch.setattr("dppo_jax.rewards.scorer.REPLIES_PER_WORKER", 4)
+def test_workers_are_replaced_after_so_many_replies():
     task = Task("test", (), hostile.process_id, isolated=True, worker_imports=("tests.helpers.hostile",))
-    with Scorer(task, workers=1, time_limit_s=20) as scorer:
+    with Scorer(task, workers=1, time_limit_s=20, replies_per_worker=4) as scorer:
         rewards, _ = scorer.submit([""] * 10, [Example("", "")] * 10).result()
     _, found = np.unique(rewards, return_counts=True)
     assert found.max() <= 4 and found.sum() == 10

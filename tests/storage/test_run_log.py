@@ -119,6 +119,24 @@ def test_a_resumed_run_shows_each_step_once_with_its_last_value(tmp_path, resume
     assert list(zip(steps.tolist(), values.tolist(), strict=True)) == expected
 
 
+def test_events_go_on_in_further_files_and_every_reader_has_them_all(tmp_path):
+    """Also where a run went back over steps that lie in several of them."""
+    for start, end in ((0, 9), (3, 7)):
+        log = RunLog(tmp_path, hparams={}, resume_step=start, total_steps=20, events_bytes=200)
+        with log:
+            for step in range(start, end):
+                log.histogram(step, "ratio", [1, 2], [0, 1, 2])
+                log.scalars(step, {"reward/mean": 10 * start + step})
+    assert len(event_files(tmp_path)) > 8
+    expected = [(step, float(step if step < 3 else 30 + step)) for step in range(7)]
+    assert [(s, float(v)) for s, v in tensors(tmp_path, "tb", "reward/mean")] == expected
+    reader = EventAccumulator(str(tmp_path / "tb"), KEEP_ALL).Reload()
+    assert [(e.step, e.value) for e in reader.Scalars("reward/mean")] == expected
+    assert [e.step for e in reader.Histograms("ratio")] == list(range(7))
+    steps, values = read_scalars(tmp_path)["reward/mean"]
+    assert list(zip(steps.tolist(), values.tolist(), strict=True)) == expected
+
+
 def test_the_last_value_wins_within_one_process(tmp_path):
     write_rewards(tmp_path, {3: 0.0, 1: 0.25})
     with open_log(tmp_path, resume_step=4) as log:

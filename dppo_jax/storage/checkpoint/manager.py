@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.metadata import metadata_store
 
 from dppo_jax.devices.hosts import is_writer
 from dppo_jax.errors import UserError, of_files
@@ -76,7 +77,10 @@ class Checkpoints:
         composite = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(async_options=options), **handlers
         )
-        self._saver = ocp.AsyncCheckpointer(composite, async_options=options)
+        self._metadata = metadata_store(enable_write=True)
+        self._saver = ocp.AsyncCheckpointer(
+            composite, async_options=options, checkpoint_metadata_store=self._metadata
+        )
 
     def newest_whole(self) -> Newest:
         """Reads every byte of the newest step, and of older ones until one is whole.
@@ -253,6 +257,7 @@ class Checkpoints:
         """In the background, on process 0, when all files of the step are written, before its folder has its name."""
         assert self._saving is not None
         step, about, of_arrays = self._saving
+        self._metadata.wait_until_finished()  # a thread of its own writes what orbax has to say of the step
         folder = self._folder / str(step)
         if not is_bucket(folder):
             (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")

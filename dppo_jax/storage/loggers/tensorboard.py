@@ -31,16 +31,14 @@ EVENTS = "tb"  # the folder of event files inside a run's folder
 class TensorBoard:
     """Events are written in the calling thread, and `scalars` syncs all of them to disk: a kill leaves no gap, and a
     full disk is an error, not a hang. What an earlier process wrote at `resume_step` or later is hidden from every
-    reader.
+    reader. After `file_bytes` of a file (0: never) a further one goes on with the next step.
     """
 
-    def __init__(self, workdir: Path, *, hparams: Mapping[str, Any], resume_step: int):
+    def __init__(self, workdir: Path, *, hparams: Mapping[str, Any], resume_step: int, file_bytes: float = 0.0):
         self._workdir, self._folder, self._resume_step = workdir, workdir / EVENTS, resume_step
+        self._file_bytes = 0.0 if is_bucket(self._folder) else file_bytes  # a bucket has parts of a file: `_InBucket`
         make_folder(self._folder)
-        # Readers take files in the order of their names. A number of our own leads, since a clock may have been set
-        # back since the last start; r puts it after the names of runs that were begun without numbers.
-        with writing(self._folder):
-            self._events = EventsWriter(str(self._folder / f"events.r{_next_number(self._folder):06d}"))
+        self._begin_file()
         # Readers drop what came before at this step or later. A new run needs it too: TensorBoard's own loader takes
         # the first start in a run for its beginning, and drops nothing there.
         self._write(Event(step=resume_step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
@@ -57,6 +55,9 @@ class TensorBoard:
             self._events.flush()
             if not is_bucket(self._folder):
                 os.stat(self._folder)  # a folder that was removed takes what is written, and keeps nothing
+            if 0 < self._file_bytes <= self._written:
+                self._events.close()
+                self._begin_file()
 
     def histogram(self, step: int, tag: str, counts: np.ndarray, edges: np.ndarray) -> None:
         """The stored sum and sum of squares take every count at the middle of its bin."""
@@ -77,12 +78,20 @@ class TensorBoard:
                 self._add(self._resume_step, self._session_end)
             self._events.close()
 
+    def _begin_file(self) -> None:
+        """Readers take files in the order of their names. A number of our own leads, since a clock may have been set
+        back since the last start; r puts it after the names of runs that were begun without numbers."""
+        with writing(self._folder):
+            self._events = EventsWriter(str(self._folder / f"events.r{_next_number(self._folder):06d}"))
+        self._written = 0  # bytes
+
     def _add(self, step: int, contents: Summary) -> None:
         self._write(Event(step=int(step), wall_time=time.time(), summary=contents))
 
     def _write(self, event: Event) -> None:
         with writing(self._workdir):
             self._events.write_event(event)
+        self._written += event.ByteSize()
 
 
 def _sortable(hparams: Mapping[str, Any]) -> dict[str, Any]:
