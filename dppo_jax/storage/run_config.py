@@ -17,7 +17,7 @@ NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
 MAY_CHANGE = (
     "steps", "sft.epochs", "train.staleness", "train.micro_rows", "train.max_skipped", "rollout.slots", "rollout.cache",
-    "rollout.pages", "compile_cache", "label_cache", "checkpoint.*", "log.*",
+    "rollout.pages", "rollout.chunk", "compile_cache", "label_cache", "checkpoint.*", "log.*",
 )  # fmt: skip
 
 
