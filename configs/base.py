@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
     c.rollout.slots = 0  # rows decoded at a time; a finished one makes room for the next; 0: all of them
     c.rollout.cache = "auto"  # of keys and values: auto: by platform and length | pages | blocks. Time and memory only
     c.rollout.pages = 0  # of 128 tokens, that a shard of the batch has beside its prompts'; 0: as the memory allows
+    c.rollout.chunk = 256  # decode steps between which a run hears that it is asked to stop; 0: a rollout is one call
     c.rollout.in_flight = 0  # batches of prompts drawn ahead, whose responses may go on after an update; 0: none
     c.rollout.max_age = config_dict.placeholder(int)  # steps, of a token when it is trained; unset: rollout.in_flight
     c.rollout.router_replay = False  # a mixture's experts are recorded, and training goes through the same ones (R3)

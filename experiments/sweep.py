@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from configs.methods import METHODS, loss_of, set_method
-from dppo_jax.devices import peers
 from dppo_jax.errors import UserError, lookup, run_main
 from dppo_jax.files import Path
 from dppo_jax.losses import LOSSES, hyperparameters
@@ -219,7 +218,7 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
         record = stack.enter_context(Record(together, workdir, folders))
         record.resume(sampler, learner)
         if record.unfinished:
-            with peers.hearing_signals():
+            with record.hearing_signals(sampler, learner):
                 loop(together, sampler, learner, record, evaluation)
             if config.checkpoint.export:
                 for number, (folder, setup) in enumerate(zip(folders, setups, strict=True)):

@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         record = stack.enter_context(Record(runs, workdir, [folder]))
         record.resume(sampler, learner)
         if record.unfinished:
-            with peers.hearing_signals():
+            with record.hearing_signals(sampler, learner):
                 loop(runs, sampler, learner, record, evaluation)
             if config.checkpoint.export:
                 export(setup, learner.params, learner.frozen, workdir)

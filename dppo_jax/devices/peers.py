@@ -7,6 +7,7 @@ so in one sentence and ends with status 3; the last checkpoint stays, and the sa
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import signal
@@ -267,13 +268,26 @@ def _answers(address: str) -> bool:
 _stop = threading.Event()  # this process was sent SIGTERM or SIGINT
 
 
+@dataclasses.dataclass
+class _Asks:
+    """How often `asked_to_stop` was called since signals are heard, when last, and the longest time between two."""
+
+    count: int = 0
+    last: float = 0.0
+    longest_s: float = 0.0
+
+
+_asks: _Asks | None = None  # None: no signals are heard
+
+
 @contextlib.contextmanager
 def hearing_signals() -> Iterator[None]:
-    """Until it closes, SIGTERM or SIGINT asks the run to stop after its step; a second of either ends this process.
+    """Until it closes, SIGTERM or SIGINT has `asked_to_stop` say so; a second of either ends this process.
 
     Machines are taken away so. Of several processes, jax's handler of SIGTERM tells the others. SIGINT stays ignored
     where it is, as in the background of a shell.
     """
+    global _asks
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -286,26 +300,42 @@ def hearing_signals() -> Iterator[None]:
         if jaxs is not None:
             _HANDLER(jaxs)(signal.SIGTERM)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nasked to stop: the step is finished and saved first; a second signal ends at once\n")
+            os.write(2, b"\nasked to stop: what is done is saved first; a second signal ends at once\n")
 
     _stop.clear()
+    _asks = _Asks()
     jaxs = None if _group is None else _library().signal(signal.SIGTERM, None)
     before = {number: signal.signal(number, hear) for number in numbers}
     try:
         yield
     finally:
+        _asks = None
         for number, handler in before.items():
             signal.signal(number, handler)
         if jaxs is not None and not _stop.is_set():
             _library().signal(signal.SIGTERM, jaxs)
 
 
-def asked_to_stop(step: int) -> bool:
-    """Whether this is the step after which the run stops, since a process was sent SIGTERM or SIGINT.
+def asked_to_stop() -> bool:
+    """Whether the run stops here, since a process was sent SIGTERM or SIGINT; never, where signals are not heard.
 
-    Of several processes, all must ask, after every step.
+    Of several processes all must ask, equally often: jax has all of them stop at the same call, by their number.
     """
-    return _stop.is_set() if _group is None else multihost_utils.reached_preemption_sync_point(step)
+    if _asks is None:
+        return False
+    now = time.monotonic()
+    if _asks.count:
+        _asks.longest_s = max(_asks.longest_s, now - _asks.last)
+    _asks.count, _asks.last = _asks.count + 1, now
+    return _stop.is_set() if _group is None else multihost_utils.reached_preemption_sync_point(_asks.count)
+
+
+def longest_unheard_s() -> float:
+    """The longest time between two calls of `asked_to_stop`, in seconds, since this was called last."""
+    if _asks is None:
+        return 0.0
+    longest, _asks.longest_s = _asks.longest_s, 0.0
+    return longest
 
 
 def run_main(main: Callable[[], None]) -> None:

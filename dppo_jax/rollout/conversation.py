@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 from dppo_jax.devices.sharding import ROLLOUT, using
 from dppo_jax.models.decoder import Params
 from dppo_jax.rollout.in_flight import Finished, Flight, InFlight, without_topk
-from dppo_jax.rollout.slots import Slots, Waiting, Work
+from dppo_jax.rollout.rollout import Begun
+from dppo_jax.rollout.slots import Slots, Work
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 PAUSE = 2  # `advance` returns when one in so many of the rows that it draws has ended its turn
@@ -106,16 +107,21 @@ class Conversation(InFlight):
         self, params: Params, flight: Dialogs, key: Key[Array, ""], step: Int32[Array, ""]
     ) -> tuple[Dialogs, Work]:
         """Draws until one in PAUSE of the rows that can be drawn has ended its turn. There must be such rows."""
+        begun, state = self.begin(params, flight, key, step)
+        return self.noted(params, flight, key, step, begun, self.rollout.draw(begun, state)[0])
+
+    def begin(
+        self, params: Params, flight: Flight, key: Key[Array, ""], step: Int32[Array, ""]
+    ) -> tuple[Begun, Slots]:
+        """As `Rollout.begin`: what `Rollout.draw` goes on with, in one call or several, up to `noted`."""
+        assert isinstance(flight, Dialogs)
         r = self.rollout
         with using(ROLLOUT):
-            published = r.publish(params)
-            keys = jax.vmap(lambda batch, group: jax.random.fold_in(jax.random.fold_in(key, batch), group))
             prompts = dataclasses.replace(flight.prompts, limit=self._stop(flight))
-            waiting, _ = r.prefill_with(published, prompts, keys(flight.batch, flight.prompts.group))
+            published, waiting = self._prefilled(params, flight, key, prompts)
             waiting, state = self._going_on(flight, waiting, r.idle(waiting, None), step)
             waiting = dataclasses.replace(waiting, due=None, wanted=0, left_over=self._left_over(flight))
-            state = r.decoded(published, waiting, dataclasses.replace(state, missing=None))
-            return self._noted(flight, waiting, state, step), state.work.total()
+            return r.begun(published, waiting, dataclasses.replace(state, missing=None))
 
     def _stop(self, flight: Dialogs) -> Int32[Array, "C G"]:
         """Most tokens that a row may have when its turn ends."""
@@ -129,7 +135,20 @@ class Conversation(InFlight):
         at_once = jnp.minimum(open_rows, min(of_step, self.rollout.slots or of_step))
         return jnp.maximum(open_rows - jnp.maximum(-(-at_once // PAUSE), 1), 0)
 
-    def _noted(self, flight: Dialogs, waiting: Waiting, state: Slots, step: Int32[Array, ""]) -> Dialogs:
+    def noted(
+        self,
+        params: Params,
+        flight: Dialogs,
+        key: Key[Array, ""],
+        step: Int32[Array, ""],
+        begun: Begun,
+        state: Slots,
+    ) -> tuple[Dialogs, Work]:
+        """What `advance` gives, of the arguments of `begin`; it reads what `Rollout.end` does."""
+        with using(ROLLOUT):
+            return self._noted(flight, state, step), state.work.total()
+
+    def _noted(self, flight: Dialogs, state: Slots, step: Int32[Array, ""]) -> Dialogs:
         """The flight with what was drawn."""
         r, places = self.rollout, self.places
         batch, rows = places * r.group_size, (places, r.group_size)

@@ -24,8 +24,8 @@ from dppo_jax.devices.sharding import ROLLOUT, constrain, using
 from dppo_jax.isolated import IsolatedPass
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import PackShape, Places, Plan
-from dppo_jax.rollout.rollout import Rollout
-from dppo_jax.rollout.slots import Work
+from dppo_jax.rollout.rollout import Begun, Rollout
+from dppo_jax.rollout.slots import Slots, Work
 from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch, RolloutBatch, TrainBatch
 
@@ -51,7 +51,18 @@ class ExactRollout:
 
     def measured(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> tuple[RolloutBatch, Work]:
         """The batch, and what decoding its draft cost."""
-        draft, work = self.draft.measured(params, prompts, key)
+        return self._settled(params, prompts, key, *self.draft.measured(params, prompts, key))
+
+    def end(
+        self, params: Params, prompts: PromptBatch, key: Key[Array, ""], begun: Begun, state: Slots
+    ) -> tuple[RolloutBatch, Work]:
+        """The same, where the draft was drawn in several calls."""
+        return self._settled(params, prompts, key, *self.draft.end(params, prompts, key, begun, state))
+
+    def _settled(
+        self, params: Params, prompts: PromptBatch, key: Key[Array, ""], draft: RolloutBatch, work: Work
+    ) -> tuple[RolloutBatch, Work]:
+        """What the training pass draws, from a draft."""
         with using(ROLLOUT):
             uniforms = self.draft.uniforms(sampling.row_keys(key, prompts.group))
         plan = self._plan(jnp.repeat(jnp.sum(prompts.mask, axis=1, dtype=jnp.int32), self.draft.group_size))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Key
 
 from dppo_jax.devices.sharding import ROLLOUT, using
 from dppo_jax.models.decoder import Params
-from dppo_jax.rollout.rollout import Rollout
+from dppo_jax.rollout.rollout import Begun, Rollout
 from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
 from dppo_jax.types import PromptBatch, RolloutBatch
 
@@ -147,14 +147,37 @@ class InFlight:
         A row draws from fold_in(fold_in(fold_in(key, its batch), its group), its number in the group), whatever the
         steps in which it does.
         """
+        begun, state = self.begin(params, flight, key, step)
+        return self.end(params, flight, key, step, begun, self.rollout.draw(begun, state)[0])
+
+    def begin(
+        self, params: Params, flight: Flight, key: Key[Array, ""], step: Int32[Array, ""]
+    ) -> tuple[Begun, Slots]:
+        """As `Rollout.begin`: what `Rollout.draw` goes on with, in one call or several."""
         r = self.rollout
         with using(ROLLOUT):
-            published = r.publish(params)
-            keys = jax.vmap(lambda batch, group: jax.random.fold_in(jax.random.fold_in(key, batch), group))
-            waiting, _ = r.prefill_with(published, flight.prompts, keys(flight.batch, flight.prompts.group))
-            waiting, state = self._going_on(flight, waiting, r.idle(waiting, None), step)
-            state = r.decoded(published, waiting, state)
-            return self._parted(flight, waiting, state, step)
+            published, waiting = self._prefilled(params, flight, key, flight.prompts)
+            return r.begun(published, *self._going_on(flight, waiting, r.idle(waiting, None), step))
+
+    def _prefilled(
+        self, params: Params, flight: Flight, key: Key[Array, ""], prompts: PromptBatch
+    ) -> tuple[Params, Waiting]:
+        published = self.rollout.publish(params)
+        keys = jax.vmap(lambda batch, group: jax.random.fold_in(jax.random.fold_in(key, batch), group))
+        return published, self.rollout.prefill_with(published, prompts, keys(flight.batch, prompts.group))[0]
+
+    def end(
+        self,
+        params: Params,
+        flight: Flight,
+        key: Key[Array, ""],
+        step: Int32[Array, ""],
+        begun: Begun,
+        state: Slots,
+    ) -> tuple[Flight, Finished]:
+        """What stays in flight, and what is finished, of the arguments of `begin`; it reads what `Rollout.end` does."""
+        with using(ROLLOUT):
+            return self._parted(flight, begun.waiting, state, step)
 
     def _is_there(self, flight: Flight) -> Bool[Array, "D c"]:
         """Whether a place has a group."""

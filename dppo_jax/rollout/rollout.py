@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
 
 from dppo_jax import sampling, token_head
 from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
-from dppo_jax.models.attention import length_multiple, self_attention
+from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import (
     Params,
@@ -36,16 +37,19 @@ from dppo_jax.models.decoder import (
 from dppo_jax.models.pages import count_for
 from dppo_jax.models.rotary import positions
 from dppo_jax.rollout.caches import Blocks, Pages
+from dppo_jax.rollout.decode_loop import DecodeLoop
 from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
 from dppo_jax.rollout.stops import Stops
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
-def resumed_tokens(prompt_length: int, max_new_tokens: int) -> int:
-    """T, how many tokens of rows that go on pass through the model at a time: at least those of the longest row."""
-    longest = prompt_length + max_new_tokens - 1
-    multiple = length_multiple("tpu", longest)  # which the others take too
-    return -(-longest // multiple) * multiple
+@struct.dataclass
+class Begun:
+    """A rollout that is being drawn, beside the state of its slots: what stays as it is."""
+
+    published: Params
+    waiting: Waiting
+    prompt_experts: Integer[Array, "N P L k"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,25 +109,59 @@ class Rollout:
 
     def measured(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> tuple[RolloutBatch, Work]:
         """The batch, and what decoding it cost."""
+        begun, state = self.begin(params, prompts, key)
+        return self.end(params, prompts, key, begun, self.draw(begun, state)[0])
+
+    # --- the same in several calls ---
+
+    def begin(self, params: Params, prompts: PromptBatch, key: Key[Array, ""]) -> tuple[Begun, Slots]:
+        """Every prompt through the model once."""
         with using(ROLLOUT):
             published = self.publish(params)
             waiting, prompt_experts = self.prefill_with(published, prompts, sampling.row_keys(key, prompts.group))
-            state = self.decoded(published, waiting, self.idle(waiting, prompt_experts))
-            return self.result(prompts, waiting, state, prompt_experts), state.work.total()
+            return self.begun(published, waiting, self.idle(waiting, prompt_experts), prompt_experts)
+
+    def begun(
+        self, published: Params, waiting: Waiting, state: Slots, prompt_experts: Array | None = None
+    ) -> tuple[Begun, Slots]:
+        """As `begin` gives it."""
+        # A cache of pages has the prompts; those of blocks are copied from `waiting`.
+        waiting = dataclasses.replace(waiting, prompts=None) if self.paged else waiting
+        return Begun(published, waiting, prompt_experts), state
+
+    def draw(self, begun: Begun, state: Slots, most: int = 0) -> tuple[Slots, Bool[Array, ""]]:
+        """`most` decode steps more (0: all that there are), and whether there is more to draw. However many calls it
+        takes, the same is drawn in the same order."""
+        with using(ROLLOUT):
+            loop = self._loop(begun.published, begun.waiting)
+            state = loop.run(state, most)
+            return state, loop.unfinished(state)
+
+    def end(
+        self, params: Params, prompts: PromptBatch, key: Key[Array, ""], begun: Begun, state: Slots
+    ) -> tuple[RolloutBatch, Work]:
+        """What was drawn, of the arguments of `begin`. It reads no key or value, and not `begun.published`."""
+        with using(ROLLOUT):
+            return self.result(prompts, begun.waiting, state, begun.prompt_experts), state.work.total()
 
     def decoded(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
         """All that is to be drawn, drawn."""
-        # A cache of pages has the prompts; those of blocks are copied from `waiting`.
-        waiting = dataclasses.replace(waiting, prompts=None) if self.paged else waiting
+        return self._loop(published, waiting).run(state, 0)
+
+    def _loop(self, published: Params, waiting: Waiting) -> DecodeLoop:
         layers = self._layers(published)
-        return jax.lax.while_loop(
-            functools.partial(self._unfinished, waiting),
-            lambda state: jax.lax.while_loop(
-                functools.partial(self._decoding, waiting),
-                functools.partial(self._step, published, layers, waiting),
-                self._admit(published, waiting, self._cache.make_room(state)),
-            ),
-            state,
+
+        def forward(tokens: Array, position: Array, segments: Array) -> tuple[Array, Array]:
+            return self._forward(published, tokens, position, segments, self.resume_attention, lambda k, v: (k, v))[0]
+
+        return DecodeLoop(
+            waiting,
+            cache=self._cache,
+            shards=self._shards,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            step=functools.partial(self._step, published, layers, waiting),
+            forward=forward,
         )
 
     @functools.cached_property
@@ -313,75 +351,6 @@ class Rollout:
             stops=None if waiting.stop is None else buffer(waiting.stop),
         )
 
-    def _admit(self, published: Params, waiting: Waiting, state: Slots) -> Slots:
-        """Idle slots take the next rows that wait and find room."""
-        batch, group, shards = len(waiting.limit), self.group_size, self._shards
-        idle, admissible = shards.local(state.row == batch), self._cache.admissible(waiting, state)
-        order, per_shard = jnp.cumsum(idle, axis=1) - 1, admissible.shape[1]
-        taken = idle & (order < jnp.sum(admissible, axis=1, keepdims=True))
-        rows = jnp.argsort(~admissible, axis=1, stable=True)  # within the shard, those to be taken first
-        index = jnp.take_along_axis(rows, jnp.clip(order, 0, per_shard - 1), axis=1)
-        fresh = taken.reshape(-1)
-        first = jnp.arange(self.shards)[:, None] * per_shard
-        row = jnp.where(taken, index + first, shards.local(state.row)).reshape(-1)
-        index = jnp.minimum(shards.within(row, batch), per_shard - 1)
-
-        def choose(new: Array, old: Array) -> Array:
-            return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-        leave = jax.vmap(lambda waits, at: waits.at[at].set(False, mode="drop"))
-        progress = shards.look_up(state.progress.reshape(-1), index)
-        state = dataclasses.replace(
-            state,
-            row=row,
-            waits=leave(state.waits, jnp.where(taken, index, per_shard)),
-            drawn=choose(progress, state.drawn),
-            token=choose(shards.look_up(state.out.token, index, progress - 1), state.token),
-            limit=choose(shards.look_up(waiting.limit, index), state.limit),
-            prompt_mask=choose(shards.look_up(waiting.prompt_mask, index // group), state.prompt_mask),
-        )
-        if state.stop is not None and state.stops is not None:
-            stop = choose(shards.look_up(state.stops, index, progress - 1), state.stop)
-            state = dataclasses.replace(state, stop=stop)
-        state = self._cache.admit(waiting, state, fresh, index // group)
-        all_fresh = state.missing is None and waiting.left_over is None
-        if all_fresh and not self._cache.may_run_out(len(state.row), waiting):
-            return state  # every row that waits has its first token alone
-        return jax.lax.while_loop(
-            lambda carry: jnp.any(carry[1]),
-            lambda carry: self._resume(published, waiting, *carry),
-            (state, fresh & (state.drawn > 1)),
-        )[0]
-
-    def _resume(
-        self, published: Params, waiting: Waiting, state: Slots, cold: Bool[Array, "S"]
-    ) -> tuple[Slots, Bool[Array, "S"]]:
-        """The tokens of some of the `cold` slots, whose cache holds their prompts alone, one row after another through
-        the model and into the cache; and the slots that are left."""
-        shards, width = self._shards, waiting.prompt_mask.shape[1]
-        column = jnp.arange(resumed_tokens(width, self.max_new_tokens))
-        length = shards.local(jnp.where(cold, state.position, 0))
-        ends = jnp.cumsum(length, axis=1)
-        fits = ends <= len(column)
-        slot = jax.vmap(lambda ends: jnp.searchsorted(ends, column, side="right"))(ends).astype(jnp.int32)
-        slot = jnp.minimum(slot, length.shape[1] - 1)
-        number = column - jnp.take_along_axis(ends - length, slot, axis=1)
-        is_token = column < jnp.max(jnp.where(fits, ends, 0), axis=1, keepdims=True)
-
-        row = jnp.minimum(shards.within(state.row, len(waiting.limit)), len(waiting.limit) // self.shards - 1)
-        row = jnp.take_along_axis(row, slot, axis=1)
-        prompt = shards.local(jnp.sum(state.prompt_mask, axis=1, dtype=jnp.int32))
-        at = number - jnp.take_along_axis(prompt, slot, axis=1)  # of the response
-        of_prompt = jnp.clip(width + at, 0, width - 1), jnp.clip(at, 0, self.max_new_tokens - 1)
-        before = shards.look_up(waiting.prompt_tokens, row // self.group_size, of_prompt[0].reshape(-1))
-        after = shards.look_up(state.out.token, row, of_prompt[1].reshape(-1))
-        tokens = jnp.where(at < 0, before.reshape(at.shape), after.reshape(at.shape))
-        segments = jnp.where(is_token, slot + 1, 0)
-        tokens, segments, number = (constrain(x, "batch", None) for x in (tokens, segments, number))
-        filled, _, _ = self._forward(published, tokens, number, segments, self.resume_attention, lambda k, v: (k, v))
-        state = self._cache.fill(state, slot, jnp.where(is_token, number, -1), filled)
-        return state, cold & ~fits.reshape(-1)
-
     def _step(self, published: Params, layers: Params, waiting: Waiting, state: Slots) -> Slots:
         decoder = as_module(self.config, layers, stacked=not self.unrolled)
         batch, longest = len(waiting.limit), self.max_new_tokens
@@ -427,26 +396,6 @@ class Rollout:
                 pages_live=state.work.pages_live + jnp.where(live, count_for(position + 1), 0),
             ),
         )
-
-    def _unfinished(self, waiting: Waiting, state: Slots) -> Array:
-        """Whether there is more to draw."""
-        if waiting.left_over is not None:
-            return jnp.sum(state.row < len(waiting.limit)) + jnp.sum(state.waits) > waiting.left_over
-        if state.missing is None:
-            return jnp.any(state.row < len(waiting.limit)) | jnp.any(state.waits)
-        complete = state.missing == 0
-        return jnp.any(waiting.due & ~complete) | jnp.any(jnp.sum(complete, axis=1) < waiting.wanted)
-
-    def _decoding(self, waiting: Waiting, state: Slots) -> Array:
-        """Until a sixteenth of the slots can be filled anew, or all that wait can be; or rows must make room."""
-        batch, remaining = len(waiting.limit), jnp.sum(self._cache.admissible(waiting, state), axis=1)
-        idle = jnp.sum(self._shards.local(state.row == batch), axis=1)
-        enough = jnp.clip(jnp.sum(state.waits), 1, max(1, len(state.row) // 16))
-        fillable = jnp.sum(jnp.minimum(idle, remaining))
-        going_on = jnp.any(state.row < batch) & (fillable < enough) & ~self._cache.short(state)
-        if state.missing is None and waiting.left_over is None:
-            return going_on
-        return going_on & self._unfinished(waiting, state)
 
     def result(
         self, prompts: PromptBatch, waiting: Waiting, state: Slots, prompt_experts: Array | None

@@ -12,10 +12,10 @@ import numpy as np
 from dppo_jax.devices import hosts
 from dppo_jax.devices.sharding import laid_out
 from dppo_jax.models.decoder import Params
-from dppo_jax.rollout import Finished, Flight, InFlight
+from dppo_jax.rollout import Finished, Flight, InFlight, OneCall
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
-from experiments.run.rollouts import rollout_in_flight, training_rollout
+from experiments.run.rollouts import Calls, in_chunks, rollout_in_flight, steps_of_call, training_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT, Setup
 
@@ -65,25 +65,35 @@ class Carried:
         by_row, everywhere, finished = base.by_row, base.everywhere, finished_shardings(base)
         self._kept = Kept(runs, in_flight)
         self._join = jax.jit(runs.each(in_flight.join), donate_argnums=0, out_shardings=by_row)
-        self._draw = jax.jit(
-            runs.each(in_flight),
-            in_shardings=(None, by_row, everywhere, everywhere),
-            out_shardings=(by_row, finished),
-            donate_argnums=1,
+        arguments, results = (None, by_row, everywhere, everywhere), (by_row, finished)
+        most = steps_of_call(runs, in_flight.rollout, in_flight.places * in_flight.rollout.group_size)
+        self._draw: Calls = OneCall(
+            jax.jit(runs.each(in_flight), in_shardings=arguments, out_shardings=results, donate_argnums=1)
         )
+        if most:
+            stages = in_flight.begin, in_flight.rollout.draw, in_flight.end
+            self._draw = in_chunks(base, *stages, most, arguments=arguments, results=results)
         self._flight: Flight | None = None
         self._joined = 0  # batches of prompts
 
-    def draw(self, params: Params, step: int) -> Finished:
-        """What a step trains, of all runs, from whole parameters."""
+    def start(self, params: Params, step: int) -> Callable[[], Finished]:
+        """Has the devices draw what a step trains, of all runs, from whole parameters; call the result for that.
+
+        What is in flight before the step stays until then: the rollout may be abandoned.
+        """
         runs, last = self._runs, min(step + self._config.rollout.in_flight, self._config.steps - 1)
         flight = self._flight if self._flight is not None else self._kept.empty()
         for batch in range(self._joined, last + 1):
             flight = self._join(flight, self._prompts_of(batch), self._number(batch))
         keys = runs.together([purpose_key(run.config.seed, ROLLOUT) for run in runs.setups])
-        self._flight, finished = self._draw(params, flight, keys, self._number(step))
-        self._joined = last + 1
-        return finished
+        self._flight, self._joined = flight, last + 1
+        started = self._draw.start(params, flight, keys, self._number(step))
+
+        def finish() -> Finished:
+            self._flight, finished = self._draw.finish(started)
+            return finished
+
+        return finish
 
     def _number(self, value: int) -> Any:
         return self._runs.together([np.int32(value)] * len(self._runs))

@@ -5,6 +5,8 @@ after the next, however long each took. So a run is the same every time, and env
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,11 +19,11 @@ from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import Params
 from dppo_jax.rewards.scorer import Pending, Scorer
 from dppo_jax.rewards.worker import Outcome
-from dppo_jax.rollout import Answers, Dialogs, Finished, Told, Work
+from dppo_jax.rollout import Answers, Dialogs, Finished, OneCall, Told, Work
 from dppo_jax.sampling import purpose_key
 from dppo_jax.types import PromptBatch
 from experiments.run.carried import NAME, Kept, finished_shardings
-from experiments.run.rollouts import conversation, training_rollout
+from experiments.run.rollouts import Calls, conversation, in_chunks, steps_of_call, training_rollout
 from experiments.run.runs import Runs
 from experiments.run.setup import ROLLOUT, Setup
 
@@ -64,7 +66,8 @@ class View(NamedTuple):
 class Conversing:
     """The conversations of one run. Every host has its own rows answered, and all know how far each row is."""
 
-    def __init__(self, setup: Setup, topk: int, prompts_of: Any, stream: PromptStream, scorer: Scorer):
+    def __init__(self, runs: Runs, prompts_of: Any, stream: PromptStream, scorer: Scorer):
+        setup = runs.base
         self._setup, self._config, self._prompts_of = setup, setup.config, prompts_of
         self._stream, self._scorer, self._text = stream, scorer, setup.text
         data = self._config.data
@@ -75,7 +78,7 @@ class Conversing:
             chat_kwargs=data.chat_kwargs.to_dict(),
             date=data.date,
         )
-        self._talks = talks = conversation(setup, training_rollout(setup, topk=topk))
+        self._talks = talks = conversation(setup, training_rollout(setup, topk=runs.topk))
         by_row, everywhere = setup.by_row, setup.everywhere
         finished = finished_shardings(setup, told=by_row)
         self._share = hosts.share_over(setup.mesh, talks.places)
@@ -84,9 +87,12 @@ class Conversing:
         self._kept = Kept(Runs([setup]), talks)
         # Nothing is donated: on a CPU what the host looks at may be the buffer itself.
         self._join = jax.jit(talks.join, out_shardings=by_row)
-        self._advance = jax.jit(
-            talks.advance, in_shardings=(None, by_row, everywhere, everywhere), out_shardings=(by_row, everywhere)
-        )
+        arguments, results = (None, by_row, everywhere, everywhere), (by_row, everywhere)
+        most = steps_of_call(runs, talks.rollout, talks.places * talks.rollout.group_size)
+        self._advance: Calls = OneCall(jax.jit(talks.advance, in_shardings=arguments, out_shardings=results))
+        if most:
+            stages = talks.begin, talks.rollout.draw, talks.noted
+            self._advance = in_chunks(setup, *stages, most, arguments=arguments, results=results)
         self._extend = jax.jit(talks.extend, out_shardings=by_row)
         self._part = jax.jit(talks.part, out_shardings=(by_row, finished))
         self._flight: Dialogs | None = None
@@ -100,20 +106,26 @@ class Conversing:
 
     # --- one step ---
 
-    def draw(self, params: Params, step: int) -> Finished:
-        """What a step trains, from whole parameters. UserError where the workers cannot do their work."""
+    def start(self, params: Params, step: int) -> Callable[[], Finished]:
+        """What a step trains, from whole parameters, once it is called. UserError where the workers cannot do their
+        work. What is in flight before the step stays until all is drawn: the rollout may be abandoned."""
+        return functools.partial(self._drawn, params, step)
+
+    def _drawn(self, params: Params, step: int) -> Finished:
         flight = self._with_prompts(step)
         key = purpose_key(self._config.seed, ROLLOUT)
         works, refilled, self.fault = [], 0, ""
         asked: Asked | None = None
         view = self._view(flight)
         while not self._is_done(view, step):
-            answered, asked = asked, None
+            answered, asked, started = asked, None, None
             if view.open.any():
                 refilled += int(view.rows.tokens_drawn[view.open].sum())
-                flight, work = self._advance(params, flight, key, np.int32(step))
-                works.append(work)
+                started = self._advance.start(params, flight, key, np.int32(step))
             answers = self._answers(answered) if answered else None  # while the devices draw
+            if started is not None:
+                flight, work = self._advance.finish(started)
+                works.append(work)
             view = self._view(flight)
             asked = self._ask(view, answered.rows if answered else [])
             if answers is not None:
@@ -134,7 +146,7 @@ class Conversing:
         for batch in range(self._joined, last + 1):
             prompts: PromptBatch = self._prompts_of(batch)
             flight = self._join(flight, prompts, np.int32(batch))
-        self._joined = last + 1
+        self._flight, self._joined = flight, last + 1
         return flight
 
     def _view(self, flight: Dialogs) -> View:

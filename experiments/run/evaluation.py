@@ -15,7 +15,7 @@ from dppo_jax.sampling import step_key
 from experiments.run.learner import Learner
 from experiments.run.load import load_prompts
 from experiments.run.results import Results
-from experiments.run.rollouts import eval_rollout
+from experiments.run.rollouts import evaluation_calls
 from experiments.run.runs import Runs
 from experiments.run.setup import EVALUATION
 
@@ -30,7 +30,7 @@ class Evaluation:
             name: load_prompts(setup, data, self._config.eval.prompts, stack, verified=True)
             for name, data in self._config.eval.sets.items()
         }
-        self._generate = setup.on_mesh(eval_rollout(setup))
+        self._generate = evaluation_calls(runs)
 
     @property
     def streams(self) -> dict[str, PromptStream]:

@@ -94,6 +94,7 @@ NUMBERS: Mapping[str, Range] = {
     "rollout.lag": Range(0, 10_000),  # as many copies of the parameters
     "rollout.resample": Range(0, 1000),  # step + 1000 * resample.AWAY has 32 bits
     "rollout.slots": Range(0, ROWS),
+    "rollout.chunk": COUNT,
     "rollout.pages": Range(0, INT32 // 128),
     "rollout.in_flight": Range(0, 1000),
     "rollout.max_age": NATURAL,

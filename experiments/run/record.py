@@ -1,7 +1,7 @@
 """What a run leaves behind: its logs, config.json, the clocks of a step, and, by `Saving`, its checkpoints."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from dppo_jax import metrics as metrics_lib
 from dppo_jax import packing
-from dppo_jax.devices import hosts
+from dppo_jax.devices import hosts, peers
 from dppo_jax.devices.compilations import Compilations
 from dppo_jax.devices.usage import Usage
 from dppo_jax.errors import UserError, WriteError
@@ -17,6 +17,7 @@ from dppo_jax.evaluate import all_failed
 from dppo_jax.files import Path
 from dppo_jax.metrics import Metrics
 from dppo_jax.packing import Plan
+from dppo_jax.rollout import Abandoned
 from dppo_jax.storage.run_config import write_config
 from dppo_jax.storage.run_log import RunLog
 from experiments.run.learner import Learner
@@ -71,6 +72,7 @@ class Record:
         """Begins, or goes on from the newest whole checkpoint: the step to do next. UserError as of `Saving`."""
         self._saving = self._stack.enter_context(Saving(self._runs, self._workdir, self._folders))
         self.start, notes = self._saving.resume(sampler, learner)
+        self._done = self.start  # steps that are whole
         if self.unfinished:
             self._open_logs([*notes, *self._saving.disk(sampler, learner)])
         if self.unfinished and hosts.is_writer():
@@ -267,6 +269,18 @@ class Record:
         """
         with self.phases("checkpoint"):
             self._saving.save_if_due(done, sampler, learner, self.write, self._unwritten)
+            self._done = done
+
+    @contextlib.contextmanager
+    def hearing_signals(self, sampler: Drawn, learner: Learner) -> Iterator[None]:
+        """As of `peers`. Where a rollout is abandoned, the state after the last whole step is saved: `Stopped`, and
+        UserError as of `save_if_due`."""
+        with peers.hearing_signals():
+            try:
+                yield
+            except Abandoned:
+                with self.phases("checkpoint"):
+                    self._saving.stop(self._done, sampler, learner, self.write)
 
     def finish(self, scores: Sequence[Scalars]) -> None:
         """Writes the last evaluation."""

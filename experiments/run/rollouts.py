@@ -6,19 +6,26 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dppo_jax import precision
+from dppo_jax.devices import peers
 from dppo_jax.errors import UserError
 from dppo_jax.models import DTYPES
 from dppo_jax.rollout import (
     CacheChoice,
     Conversation,
     ExactRollout,
+    InChunks,
     InFlight,
+    OneCall,
     Rollout,
     choose_cache,
     resumed_tokens,
 )
+from dppo_jax.types import RolloutBatch
 from experiments.run import memory
+from experiments.run.runs import Runs
 from experiments.run.setup import Setup
+
+Calls = OneCall | InChunks
 
 
 def training_rollout(setup: Setup, *, topk: int | None = None, entropy: bool | None = None) -> Rollout:
@@ -51,6 +58,46 @@ def whole_batch_rollout(
     if not setup.config.rollout.exact:
         return rollout
     return ExactRollout(rollout, setup.isolated_pass, setup.pack_shape, setup.config.train.minibatches)
+
+
+def batch_calls(runs: Runs, rollout: Rollout | ExactRollout) -> Calls:
+    """`Rollout.measured` of all runs, as a step calls it."""
+    base, draft = runs.base, rollout.draft if isinstance(rollout, ExactRollout) else rollout
+    rows = base.config.rollout.prompts * draft.group_size
+    # What is drawn early is all dispatched before the updates, which take its parameters away.
+    most = 0 if base.config.train.staleness else steps_of_call(runs, draft, rows)
+    if not most:
+        return OneCall(base.on_mesh_measured(runs.each(rollout.measured)))
+    shardings = dict(arguments=(None, base.by_row, None), results=(base.by_row, base.everywhere))
+    return in_chunks(base, draft.begin, draft.draw, rollout.end, most, **shardings)
+
+
+def evaluation_calls(runs: Runs) -> Calls:
+    """`Rollout` of one run's evaluation, as a run calls it."""
+    base, rollout = runs.base, eval_rollout(runs.base)
+    most = steps_of_call(runs, rollout, base.config.eval.prompts * rollout.group_size)
+    if not most:
+        return OneCall(base.on_mesh(rollout))
+
+    def end(*arguments: Any) -> RolloutBatch:
+        return rollout.end(*arguments)[0]
+
+    shardings = dict(arguments=(None, base.by_row, None), results=base.by_row)
+    return in_chunks(base, rollout.begin, rollout.draw, end, most, **shardings)
+
+
+def steps_of_call(runs: Runs, rollout: Rollout, rows: int) -> int:
+    """rollout.chunk; 0, all in one call, where a rollout of so many rows ends with it, and of several runs together."""
+    most, turns = runs.base.config.rollout.chunk, -(-rows // (rollout.slots or rows))
+    return most if not runs.stacked and turns * rollout.max_new_tokens > most else 0
+
+
+def in_chunks(setup: Setup, begin: Any, draw: Any, end: Any, most: int, *, arguments: Any, results: Any) -> InChunks:
+    """Calls between which the run hears that it is asked to stop."""
+    return InChunks(
+        begin, draw, end, most=most, asked=peers.asked_to_stop, arguments=arguments, results=results,
+        everywhere=setup.everywhere,
+    )  # fmt: skip
 
 
 def rollout_in_flight(setup: Setup, rollout: Rollout) -> InFlight:

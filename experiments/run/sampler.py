@@ -22,13 +22,13 @@ from dppo_jax.models.decoder import Params
 from dppo_jax.rewards import shaping
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.worker import Outcome
-from dppo_jax.rollout import Work
+from dppo_jax.rollout import Finished, Work
 from dppo_jax.sampling import step_key
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.carried import NAME, Carried
 from experiments.run.conversing import Conversing, Scored
 from experiments.run.reward_model import RewardModel
-from experiments.run.rollouts import whole_batch_rollout
+from experiments.run.rollouts import batch_calls, whole_batch_rollout
 from experiments.run.runs import Runs
 from experiments.run.samples import WORK, Drawing, Replies, Samples, chosen, merged, rows_of
 from experiments.run.setup import ROLLOUT
@@ -53,12 +53,12 @@ class Sampler:
         self.prompt_share = hosts.share_over(base.mesh, c.prompts)
         self.row_share = self.prompt_share.grouped(c.group_size)
         rollout = whole_batch_rollout(base, topk=runs.topk, entropy=runs.needs_entropy)
-        self._generate = base.on_mesh_measured(runs.each(rollout.measured))
+        self._generate = batch_calls(runs, rollout)
         self._talks: Conversing | None = None
         if base.config.data.kind == "environment":
             if runs.stacked:
                 raise UserError("data.kind = 'environment' is for one run at a time: start experiments.train")
-            self._talks = Conversing(base, runs.topk, self._prompts_of, streams[0], scorer)
+            self._talks = Conversing(runs, self._prompts_of, streams[0], scorer)
         self._carried = Carried(runs, self._prompts_of) if c.in_flight and not self._talks else None
         shardings = None if base.mesh is None else base.shardings.params
         self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=shardings)
@@ -66,7 +66,7 @@ class Sampler:
         self._frozen: Params = {}  # what no run trains of its policy
         self._param_history: deque[Params] = deque(maxlen=c.lag + 1)  # after each of the last updates, oldest first
         self._next_rollout: tuple[RolloutBatch, Work | None] | None = None  # drawn a step early
-        self._drawing: Drawing | None = None
+        self._begun: Callable[[], Drawing] | None = None  # waits for the rollout that was started
 
     def close(self) -> None:
         """Ends what it started."""
@@ -91,27 +91,43 @@ class Sampler:
         """Has the devices draw the rollout of a step, unless they did so early."""
         clock = {"began": time.perf_counter()}
         params = self._behavior  # not those that drew an early rollout: checks refuses what would need them
+        behavior = joined(self._frozen, params)
         draws = self._carried or self._talks
-        if draws:
-            finished = draws.draw(joined(self._frozen, params), step)
-            if self._runs.needs_exact:
-                params = self._copy(params)  # the updates donate the learner's
-            drawn = finished.prompts, finished.rollout, finished.work
-            self._drawing = Drawing(*drawn, params, 0, False, finished, clock)
-            return
+        drawn = self._groups(draws.start(behavior, step)) if draws else self._batch(behavior, step)
+        if self._runs.needs_exact and (draws or not self._param_history):
+            params = self._copy(params)  # the updates donate the learner's
+        self._begun = lambda: Drawing(**drawn(), params=params, clock=clock)
+
+    def _groups(self, finish: Callable[[], Finished]) -> Callable[[], dict[str, Any]]:
+        """What `finish` gives of groups that several steps drew, as fields of `Drawing`."""
+
+        def drawn() -> dict[str, Any]:
+            finished = finish()
+            fields = dict(prompts=finished.prompts, rollout=finished.rollout, work=finished.work, finished=finished)
+            return fields | dict(age=0, equal_params=False)
+
+        return drawn
+
+    def _batch(self, behavior: Params, step: int) -> Callable[[], dict[str, Any]]:
+        """Begins a whole batch, unless it was drawn early; call the result for it, as fields of `Drawing`."""
         prompts = self._prompts_of(step)
         early, self._next_rollout = self._next_rollout, None
-        rollout, work = early or self._sample(prompts, step)
         equal_params = early is None and len(self._param_history) <= 1
-        if self._runs.needs_exact and not self._param_history:
-            params = self._copy(params)  # the updates donate the learner's
-        self._drawing = Drawing(prompts, rollout, work, params, int(early is not None), equal_params, None, clock)
+        started = None if early else self._generate.start(behavior, prompts, self._keys(step))
+
+        def drawn() -> dict[str, Any]:
+            rollout, work = early or self._generate.finish(started)
+            fields = dict(prompts=prompts, rollout=rollout, work=work, finished=None)
+            return fields | dict(age=int(early is not None), equal_params=equal_params)
+
+        return drawn
 
     def collect(self, step: int) -> Samples:
         """Waits for the rollout, decodes it, and hands its replies to the verifiers; more batches where groups are
-        equal and the config asks for others."""
-        assert self._drawing is not None
-        drawing, self._drawing = self._drawing, None
+        equal and the config asks for others. `Abandoned` where the run is asked to stop in the midst of a rollout."""
+        assert self._begun is not None
+        begun, self._begun = self._begun, None
+        drawing = begun()
         host = self._to_host(drawing.rollout)
         drawing.clock["drawn"] = time.perf_counter()
         if self._config.train.staleness and step + 1 < self._config.steps:

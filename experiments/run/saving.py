@@ -27,6 +27,9 @@ from experiments.run.learner import Learner
 from experiments.run.run_folder import RunFolder
 from experiments.run.runs import Runs
 
+AGAIN = "started again, the run goes on from its checkpoint"
+BEGINS = "started again, the run begins anew"
+
 
 class Drawn(Protocol):
     """What a checkpoint holds beside the learner's state: see `Sampler`."""
@@ -98,6 +101,8 @@ class Saving:
         learner.keep_reference(self._load_params)
         self._refuse_unless_sound(learner, step)
         compile_sums(shapes(start))  # else the first checkpoint would
+        if self._config.checkpoint.every_s:
+            hosts.first_says(False)  # of several processes it compiles at its first use
         return start, notes
 
     def _load_params(self) -> Params:
@@ -149,7 +154,7 @@ class Saving:
         """
         c = self._config
         due = done == c.steps or (c.checkpoint.every and done % c.checkpoint.every == 0) or self._time_is_up()
-        stopping = peers.asked_to_stop(done)
+        stopping = peers.asked_to_stop()
         self._checkpoints.check()
         if unwritten:
             with contextlib.suppress(UserError):
@@ -160,7 +165,18 @@ class Saving:
             write()
             self._save(done, sampler, learner)
         if stopping and done < c.steps:
-            raise Stopped(f"asked to stop, after step {done}; started again, the run goes on from its checkpoint")
+            raise Stopped(f"asked to stop, after step {done}; {AGAIN}")
+
+    def stop(self, done: int, sampler: Drawn, learner: Learner, write: Callable[[], None]) -> None:
+        """Asked to stop before step `done + 1` was whole: the state after `done` steps is saved, where it is not yet.
+
+        `Stopped`, or UserError as of `save_if_due`.
+        """
+        if not done:
+            raise Stopped(f"asked to stop, before the first step was whole; {BEGINS}")
+        write()
+        self._save(done, sampler, learner)
+        raise Stopped(f"asked to stop, after step {done}, in the midst of a rollout that will be drawn again; {AGAIN}")
 
     def _time_is_up(self) -> bool:
         """Whether checkpoint.every_s seconds have passed since the last checkpoint, by the clock of process 0."""

@@ -1,6 +1,9 @@
-"""The quickstart's run in two processes, of which one is asked to stop: both save the same step and end."""
+"""Runs that are asked to stop: within a rollout, and in two processes of which one is asked; and what they say of it."""
 
 import contextlib
+import functools
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -8,49 +11,86 @@ import time
 
 import pytest
 
+from dppo_jax.devices import peers
 from dppo_jax.errors import Stopped
+from experiments.run.evaluation import Evaluation
+from experiments.run.saving import Saving
 from tests.devices.test_hosts import environment, free_port
+from tests.experiments.test_conversing import TALKS
+from tests.helpers.fixtures import Run, hurried, run, run_config, same, small_config, tiny
+from tests.helpers.kills import newest_step
 from tests.helpers.places import ROOT
 
-TIME_LIMIT_S = 200
-COUNT = 2
+TIME_LIMIT_S = 400
+WITHIN_S = 10  # from the signal to the end, of the quickstart
 
 
-def hear_ctrl_c() -> None:
-    """Tests may run where nobody hears it: in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# --- within a rollout ---
+
+# Chunks are of two decode steps, so that every rollout asks several times.
+SHORT = dict(steps=4, checkpoint__every=0, rollout__chunk=2)
+CASES = {
+    "batches": (run_config, dict(rollout__slots=8, checkpoint__export=False)),
+    "rows in flight": (small_config, dict(rollout__slots=8, rollout__in_flight=1)),
+    "conversations": (small_config, TALKS | dict(rollout__in_flight=1)),
+}
+# Where the run is when it asks whether to stop, and after how many whole steps.
+PLACES = [
+    ("batches", "rollout", 0),
+    ("batches", "rollout", 2),
+    ("batches", "evaluation", 2),
+    ("rows in flight", "rollout", 2),
+    ("conversations", "rollout", 2),
+]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_both_save_the_same_step_and_end(tmp_path, tmp_path_factory, number):
-    """The last one is asked. Steps before were saved by the clock of the first."""
-    run, meeting = tmp_path / "run", ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(COUNT)]
-    command = [sys.executable, "-m", "experiments.train", "--config=configs/quickstart.py", f"--workdir={run}"]
-    command += ["--config.steps=100000", "--config.checkpoint.every_s=1.0"]
-    env = environment(tmp_path_factory, 1)
-    logs = [tmp_path / f"{process}.log" for process in range(COUNT)]
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for process, log in enumerate(logs):
-            flags = [*meeting, "--process_id", str(process)]
-            out = stack.enter_context(open(log, "wb"))
-            processes.append(
-                subprocess.Popen([*command, *flags], cwd=ROOT, env=env, stdout=out, stderr=out, preexec_fn=hear_ctrl_c)
-            )
-            stack.callback(processes[-1].wait)
-            stack.callback(processes[-1].kill)
-        end = time.monotonic() + TIME_LIMIT_S
-        while len(list(run.glob("checkpoints/[0-9]*/manifest.json"))) < 2:
-            assert all(p.poll() is None for p in processes) and time.monotonic() < end, [x.read_text() for x in logs]
-            time.sleep(0.05)
-        asked = time.monotonic()
-        processes[-1].send_signal(number)
-        statuses = [process.wait(TIME_LIMIT_S) for process in processes]
-        took = time.monotonic() - asked
-    said = [log.read_text(errors="replace") for log in logs]
-    assert statuses == [Stopped.status] * COUNT, said
-    newest = max(int(path.parent.name) for path in run.glob("checkpoints/[0-9]*/manifest.json"))
-    sentence = f"error: asked to stop, after step {newest}; started again, the run goes on from its checkpoint"
-    for words in said:
-        assert words.splitlines()[-1] == sentence
-    print(f"{number.name}: {took:.1f} s")
+class Asks(list):
+    """Where a run asked, each time: (rollout | evaluation | step, after so many whole steps). SIGTERM comes just before
+    it asks for the first time at `stop_at`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, stop_at: tuple[str, int] | None = None):
+        self._stop_at, self._real = stop_at, peers.asked_to_stop
+        patch.setattr(peers, "asked_to_stop", self._ask)
+
+    def _ask(self) -> bool:
+        codes, frame = set(), sys._getframe()
+        while frame is not None:
+            codes, frame = codes | {frame.f_code}, frame.f_back
+        place = "evaluation" if Evaluation.at.__code__ in codes else "rollout"
+        place = "step" if Saving.save_if_due.__code__ in codes else place
+        self.append((place, sum(at == "step" for at, _ in self)))
+        if self[-1] == self._stop_at and self.count(self._stop_at) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self._real()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(name) -> a case's run that nobody asks to stop."""
+
+    @functools.cache
+    def one(name: str) -> Run:
+        make, changes = CASES[name]
+        with hurried(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+            asks = Asks(patch)
+            whole = run(make(tiny(tmp_path_factory), **(changes | SHORT)), tmp_path_factory.mktemp("whole") / "run")
+        for place in PLACES:  # more than once in each of them: what is abandoned is under way
+            assert place[0] != name or asks.count(place[1:]) > 1
+        return whole
+
+    return one
+
+
+@pytest.mark.parametrize(("name", "place", "done"), PLACES)
+def test_within_a_rollout_the_last_whole_step_is_saved(name, place, done, undisturbed, tmp_path, tmp_path_factory):
+    """The run ends where it is asked, and goes on as if it had not been. No step was due to be saved."""
+    whole, workdir = undisturbed(name), tmp_path / "run"
+    with hurried(tmp_path_factory):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as error:
+            asks = Asks(patch, stop_at=(place, done))
+            run(whole.config, workdir)
+        assert asks[-1] == (place, done) and asks.count(asks[-1]) == 1
+        assert newest_step(workdir) == done
+        assert str(error.value).startswith(f"asked to stop, after step {done}, " if done else "asked to stop, before")
+        run(whole.config, workdir)
+    same(whole.folder, workdir)
