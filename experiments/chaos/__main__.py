@@ -10,7 +10,7 @@ status is 1 (docs/checkpoints.md).
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from jax._src import xla_bridge  # whether a device was touched; jax itself does not show it
 from ml_collections import ConfigDict
@@ -39,31 +39,29 @@ def changed(config: ConfigDict, kind: str) -> ConfigDict:
     return own
 
 
-def names_of(flag: str, known: Iterable[str]) -> Callable[[str], list[str]]:
-    """The `type` of --kinds and --faults."""
+def chosen(flag: str, names: list[str] | None, known: Iterable[str], default: list[str]) -> list[str]:
+    """What --kinds or --faults name."""
+    for name in names or []:
+        if name not in known and names != ["none"]:
+            raise UserError(f"{flag} has no {name!r}{nearest(name, known)}")
+    return default if names is None else [] if names == ["none"] else names
 
-    def names(text: str) -> list[str]:
-        found = [] if text == "none" else cli.by_commas()(text)
-        for name in found:
-            if name not in known:
-                raise UserError(f"{flag} has no {name!r}{nearest(name, known)}")
-        return found
 
-    return names
+def share(kills: int, kinds: list[str], kind: str) -> int:
+    """Of the kills, those of one kind; the first kinds have one more where they do not come out even."""
+    return (kills + len(kinds) - 1 - kinds.index(kind)) // len(kinds) if kind in kinds else 0
 
 
 def parts_of(arguments, config: ConfigDict) -> list[Part]:
     """A part for each kind that is killed, or has a fault. UserError."""
-    chosen = [kind for kind in KINDS if kind != "bucket" or arguments.bucket]
-    if arguments.kinds is not None:
-        chosen = arguments.kinds
-    if "bucket" in chosen and not arguments.bucket:
+    kinds = [kind for kind in KINDS if kind != "bucket" or arguments.bucket]
+    kinds = chosen("--kinds", arguments.kinds, KINDS, kinds)
+    faults = chosen("--faults", arguments.faults, FAULTS, list(FAULTS))
+    if "bucket" in kinds and not arguments.bucket:
         raise UserError("the kind bucket needs --bucket, such as gs://mine/chaos")
-    faults = list(FAULTS) if arguments.faults is None else arguments.faults
     parts = []
     for kind in KINDS:
-        at = chosen.index(kind) if kind in chosen else None
-        kills = 0 if at is None else (arguments.kills + len(chosen) - 1 - at) // len(chosen)
+        kills = share(arguments.kills, kinds, kind)
         own = [name for name in faults if FAULTS[name][0] == kind]
         if kills or own:
             folder = arguments.bucket if kind == "bucket" else arguments.workdir / kind
@@ -77,12 +75,12 @@ def main() -> None:
         {
             "--workdir": dict(type=Path, required=True, metavar="DIR", help="a folder for each kind; must be new"),
             "--kinds": dict(
-                type=names_of("--kinds", KINDS),
+                type=cli.by_commas(),
                 metavar="NAMES",
                 help=f"of {', '.join(KINDS)}, or none (all; bucket with --bucket)",
             ),
             "--faults": dict(
-                type=names_of("--faults", FAULTS), metavar="NAMES", help=f"of {', '.join(FAULTS)}, or none (all)"
+                type=cli.by_commas(), metavar="NAMES", help=f"of {', '.join(FAULTS)}, or none (all)"
             ),
             "--kills": dict(type=cli.whole(0, 100_000), default=10, metavar="N", help="over all kinds (10)"),
             "--seed": dict(type=cli.whole(0, 2**31 - 1), default=0, metavar="N", help="of the instants (0)"),

@@ -42,7 +42,7 @@ def test_runs_that_are_disturbed_end_as_the_undisturbed_ones(call, tmp_path, tmp
             sys.executable, "-m", "experiments.chaos", "--config", str(config), "--workdir", str(tmp_path / "chaos"),
             "--kinds", kinds, "--kills", str(kills), "--faults", faults, "--seed", "1",
         ],
-        cwd=ROOT, env=hurried_environment(tmp_path_factory), capture_output=True, text=True, timeout=1200,
+        cwd=ROOT, env=hurried_environment(tmp_path_factory), capture_output=True, text=True, timeout=2400,
     )  # fmt: skip
     said = "".join(path.read_text()[-2000:] for path in (tmp_path / "chaos").glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + said
