@@ -11,6 +11,7 @@ def run(module: str) -> None:
 
 benchmark = partial(run, "benchmark")
 build_sanity_set = partial(run, "build_sanity_set")
+chaos = partial(run, "chaos")
 checkpoints = partial(run, "checkpoints")
 compile_for_tpu = partial(run, "compile_for_tpu")
 eval = partial(run, "eval")

@@ -1,70 +1,86 @@
-"""Kills its own process at an instant that the stacks of its threads show."""
+"""Sends its own process a signal at an instant of its run: inside a save, a rollout, or anywhere."""
 
+import functools
 import os
 import signal
-import sys
 import threading
 import time
-from types import FrameType
+from collections.abc import Callable
 from typing import NamedTuple
 
+from dppo_jax.storage.checkpoint import Checkpoints
+from experiments.run.record import Record
+from experiments.run.sampler import Sampler
+
 WHERE = ("save", "rollout", "anywhere")
-JITTER_S = {"save": 0.1, "rollout": 0.2, "anywhere": 0.0, "start": 0.0}
+JITTER_S = {"save": 0.1, "rollout": 0.2, "anywhere": 0.3}
 POLL_S = 0.001
+SAVING = "async_save"  # the name of orbax's thread, there from the copy of a state until its folder has its name
 
 
 class Instant(NamedTuple):
-    """When a process ends: `after_s` from the first step on it is armed, and `jitter_s` after it is next inside a save
-    or a rollout it gets the signal. "start": `after_s` from its beginning on, wherever it is."""
+    """When a process is sent a signal: `after` steps of this start it is armed, and the signal comes `jitter_s` after
+    the process is next inside a save or a rollout, if it still is; else in the next one, after half of that.
+    "anywhere": wherever it is in its loop. "start": `after` seconds from its beginning on, wherever it is."""
 
     where: str  # of WHERE, or start
-    after_s: float
-    jitter_s: float
+    after: float
+    jitter_s: float = 0.0
     signal: int = signal.SIGKILL
 
 
 def end_at(instant: Instant) -> None:
-    """In the background, sends this process its signal."""
-    threading.Thread(target=_end, args=(instant,), daemon=True).start()
+    """In the background, sends this process its signal. Its methods are marked first, so it must not have begun."""
+    marks = _Marks()
+    threading.Thread(target=_end, args=(instant, marks), daemon=True).start()
 
 
-def _end(instant: Instant) -> None:
-    if instant.where != "start":
-        _wait(_in_loop)
-    time.sleep(instant.after_s)
-    if instant.where in ("save", "rollout"):
-        _wait({"save": _in_save, "rollout": _in_rollout}[instant.where])
-    time.sleep(instant.jitter_s)
+class _Marks:
+    """Where the main thread is."""
+
+    def __init__(self) -> None:
+        self.steps = 0  # that this process has begun
+        self.inside: list[str] = []
+        Record.begin = self._marked(Record.begin, "step")  # type: ignore[method-assign]
+        Sampler.start = self._marked(Sampler.start, "rollout")  # type: ignore[method-assign]
+        Sampler.collect = self._marked(Sampler.collect, "rollout")  # type: ignore[method-assign]
+        Checkpoints.save = self._marked(Checkpoints.save, "save")  # type: ignore[method-assign]
+
+    def _marked(self, function: Callable, where: str) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            self.steps += where == "step"
+            self.inside.append(where)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.inside.pop()
+
+        return call
+
+    def are_in(self, where: str) -> bool:
+        if where == "save" and any(thread.name == SAVING for thread in threading.enumerate()):
+            return True
+        if where == "anywhere":
+            return signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # which the loop hears
+        return where in self.inside
+
+
+def _end(instant: Instant, marks: _Marks) -> None:
+    if instant.where == "start":
+        time.sleep(instant.after)
+    else:
+        _wait(lambda: marks.steps > instant.after)
+        jitter_s = instant.jitter_s
+        while True:
+            _wait(lambda: marks.are_in(instant.where))
+            time.sleep(jitter_s)
+            if marks.are_in(instant.where):
+                break
+            jitter_s /= 2
     os.kill(os.getpid(), instant.signal)
 
 
-def _wait(reached) -> None:
+def _wait(reached: Callable[[], bool]) -> None:
     while not reached():
         time.sleep(POLL_S)
-
-
-def _in_loop() -> bool:
-    return ("train.py", "loop") in _places(_main())
-
-
-def _in_rollout() -> bool:
-    return any(file == "sampler.py" and name in ("start", "collect") for file, name in _places(_main()))
-
-
-def _in_save() -> bool:
-    """Of any thread: a save goes on in the background."""
-    saving = {("manager.py", name) for name in ("save", "_seal", "_delete_old")}
-    return any(not saving.isdisjoint(_places(frame)) for frame in sys._current_frames().values())
-
-
-def _main() -> FrameType | None:
-    return sys._current_frames().get(threading.main_thread().ident or 0)
-
-
-def _places(frame: FrameType | None) -> list[tuple[str, str]]:
-    """(file, function) of a stack, the innermost first."""
-    found = []
-    while frame is not None:
-        found.append((os.path.basename(frame.f_code.co_filename), frame.f_code.co_name))
-        frame = frame.f_back
-    return found

@@ -1,12 +1,18 @@
-"""The processes of a run: forks of this one, which has imported everything and touched no device."""
+"""Forks of this process, which has imported everything and touched neither a device nor a bucket."""
 
 import argparse
+import ctypes
 import os
+import pickle
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,18 +23,29 @@ from experiments.train import train
 
 PEER_S = 10  # without a heartbeat, until a host is lost
 LIMIT_S = 600.0  # of one start: a run that neither ends nor is killed by then hangs
+_DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
-def start(config: ConfigDict, workdir: Path, log: str, hosts: int, instant: Instant | None) -> list[int]:
-    """Begins or goes on with a run on so many hosts, the last of which ends at the instant; the processes. What they
-    say is added to the file `log`."""
+def start(
+    config: ConfigDict,
+    workdir: Path,
+    log: str,
+    hosts: int = 1,
+    instants: dict[int, Instant] | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Begins or goes on with a run on so many hosts; the processes. `instants`, by host: when one gets its signal.
+    `before` is called in each of them first. What they say is added to the file `log`."""
     port = _free_port() if hosts > 1 else 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return [
-        _fork(config, workdir, log, hosts, port, number, instant if number == hosts - 1 else None)
-        for number in range(hosts)
-    ]
+
+    def run(number: int) -> None:
+        _say_into(log)
+        before()
+        if instants and number in instants:
+            end_at(instants[number])
+        peers.run_main(lambda: _train(config, workdir, hosts, port, number))
+
+    return [fork(partial(run, number)) for number in range(hosts)]
 
 
 def wait(processes: Sequence[int], limit_s: float = LIMIT_S) -> list[int | None]:
@@ -48,27 +65,53 @@ def wait(processes: Sequence[int], limit_s: float = LIMIT_S) -> list[int | None]
     return [statuses[process] for process in processes]
 
 
-def _fork(
-    config: ConfigDict, workdir: Path, log: str, hosts: int, port: int, number: int, instant: Instant | None
-) -> int:
-    child = os.fork()
+def fork(work: Callable[[], Any]) -> int:
+    """A child that does this and ends, with the status of its SystemExit or, after a traceback, 1. It dies with us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jax's, of its threads: none has begun
+        child = os.fork()
     if child:
         return child
     status = 1
     try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        if instant:
-            end_at(instant)
-        peers.run_main(lambda: _train(config, workdir, hosts, port, number))
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        work()
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def found(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What this returns in a child: a client of buckets that was used here would not survive the next fork."""
+    reader, writer = os.pipe()
+
+    def send() -> None:
+        with open(writer, "wb") as pipe:
+            pickle.dump(work(*arguments), pipe)
+
+    child = fork(send)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    if not data:
+        raise RuntimeError(f"{work.__name__}{arguments} failed, as told above")
+    return pickle.loads(data)
+
+
+def _say_into(log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def _train(config: ConfigDict, workdir: Path, hosts: int, port: int, number: int) -> None:

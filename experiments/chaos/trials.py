@@ -1,20 +1,21 @@
 """One kind of run, killed and damaged again and again, against the undisturbed one."""
 
+import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from dppo_jax.devices import peers
-from dppo_jax.errors import UserError
+from dppo_jax.errors import Stopped, UserError
 from dppo_jax.files import Path, is_bucket, read_json
-from dppo_jax.storage.run_log import MACHINE, read_scalars
+from experiments.chaos.compare import differences, logged, steps_of
 from experiments.chaos.instants import JITTER_S, WHERE, Instant
-from experiments.chaos.processes import start, wait
+from experiments.chaos.processes import found, start, wait
 
 # What a run's state may hold, as changes of the config; two_hosts and bucket change where it runs.
 KINDS: dict[str, dict] = {
@@ -29,129 +30,146 @@ KINDS: dict[str, dict] = {
 }
 AGAIN = 0.25  # of the kills are followed by one while the run starts again
 TERM = 0.1  # of the ends are by SIGTERM: the run saves, and loses nothing
-DAMAGED = 0.15  # of the kills are followed by a flipped byte in the newest checkpoint
+DAMAGED = 0.15  # of the kills are followed by a flipped bit in the newest checkpoint
 
 
 @dataclass
 class Outcome:
-    """Of one kind. `failures` are sentences; none: every expectation was met."""
+    """Of the kills of one kind. `failures` are sentences; none: every expectation was met."""
 
     kind: str
     ends: dict[str, int] = field(default_factory=dict)  # by instant and signal
     resumes: int = 0
+    resumed_saved: int = 0  # of them, those that had a checkpoint
     damaged: int = 0
     most_lost: int = 0  # steps that one kill cost
     rounds: int = 0  # runs that were finished
     failures: list[str] = field(default_factory=list)
+    undisturbed_s: float = 0.0
     seconds: float = 0.0
 
 
-def trial(kind: str, config: ConfigDict, workdir: Path, kills: int, seed: int, log: str) -> Outcome:
-    """Runs one kind undisturbed once, and then again with so many kills. UserError where it fails undisturbed."""
-    draw, outcome, begun = random.Random(f"{seed} {kind}"), Outcome(kind), time.monotonic()
-    hosts = 2 if kind == "two_hosts" else 1
-    whole = workdir / "undisturbed"
-    (*_, status) = wait(start(config, whole, log, hosts, None))
-    if status:
-        raise UserError(f"{kind}: the undisturbed run ended with {status}; {log} has what it said")
-    per_step_s = _seconds_per_step(whole)
-    done = 0
-    while done < kills and not outcome.failures:
-        folder = workdir / f"round_{outcome.rounds}"
-        done += _round(draw, config, folder, whole, log, hosts, kills - done, per_step_s, outcome)
-        outcome.rounds += 1
-    outcome.seconds = round(time.monotonic() - begun, 1)
-    return outcome
+class Ended(NamedTuple):
+    """How one start ended, by host, and what all of them said."""
+
+    statuses: list[int | None]
+    said: str
 
 
-def _round(
-    draw: random.Random, config: ConfigDict, folder: Path, whole: Path, log: str, hosts: int, most: int,
-    per_step_s: float, outcome: Outcome,
-) -> int:  # fmt: skip
-    """A run with at most so many kills, to its end; how many they were."""
-    done, again = 0, False
-    while True:
-        instant = None if done == most else _instant(draw, config, per_step_s, again)
-        before = _steps(folder)
-        statuses = wait(start(config, folder, log, hosts, instant))
-        if instant is None or statuses == [0] * hosts:
-            break
-        expected = -instant.signal if instant.signal == signal.SIGKILL else None
-        if None in statuses or statuses[-1] == 1 or (expected and statuses[-1] != expected):
-            outcome.failures.append(f"{folder}: ended with {statuses} after {instant}")
-            return done + 1
-        if hosts > 1 and instant.signal == signal.SIGKILL and statuses[0] != peers.LOST:
-            outcome.failures.append(f"{folder}: the other host ended with {statuses[0]}, not {peers.LOST}")
-        done, name = done + 1, f"{instant.where} {signal.Signals(instant.signal).name}"
-        outcome.ends[name] = outcome.ends.get(name, 0) + 1
-        outcome.resumes += 1
-        kept = _steps(folder)
-        if instant.where != "start":
-            outcome.most_lost = max(outcome.most_lost, _logged(folder) - max(kept, default=0))
-        again = instant.where != "start" and draw.random() < AGAIN
-        if len(kept) > 1 and kept != before and draw.random() < DAMAGED and _damage(draw, folder, kept[-1]):
-            outcome.damaged += 1
-    if any(status != 0 for status in statuses):
-        outcome.failures.append(f"{folder}: the last start ended with {statuses}")
-    else:
-        outcome.failures += [f"{folder}: {what}" for what in differences(whole, folder)]
-    return done
+@dataclass
+class Trial:
+    """A kind, and its undisturbed run, made by `begin`. The folder may be in a bucket, the log may not."""
+
+    kind: str
+    config: ConfigDict
+    folder: Path
+    seed: int
+    log: str
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(f"{self.seed} {self.kind}")
+        self.hosts = 2 if self.kind == "two_hosts" else 1
+        self.whole = self.folder / "undisturbed"
+        self.outcome = Outcome(self.kind)
+        self.every = self.config.checkpoint.every
+
+    def begin(self) -> None:
+        """UserError where the run fails undisturbed."""
+        begun = time.monotonic()
+        ended = self.run(self.whole)
+        if any(ended.statuses):
+            raise UserError(f"{self.kind}: undisturbed, it ended with {ended.statuses}; {self.log} has what it said")
+        self.outcome.undisturbed_s = round(time.monotonic() - begun, 1)
+
+    def run(
+        self, folder: Path, instant: Instant | None = None, before: Callable[[], None] = lambda: None
+    ) -> Ended:
+        """Begins or goes on with a run, whose last host gets its signal at the instant."""
+        had = os.path.getsize(self.log) if os.path.exists(self.log) else 0
+        instants = {self.hosts - 1: instant} if instant else {}
+        statuses = wait(start(self.config, folder, self.log, self.hosts, instants, before))
+        return Ended(statuses, self.said_since(had))
+
+    def said_since(self, size: int) -> str:
+        """What was added to the log since it had so many bytes."""
+        with open(self.log, "rb") as file:
+            file.seek(size)
+            return file.read().decode(errors="replace")
+
+    def finish(self, folder: Path, before: Callable[[], None] = lambda: None) -> list[str]:
+        """Goes on to the run's end; in what it is not the undisturbed one."""
+        statuses = self.run(folder, None, before).statuses
+        return [f"{folder}: the last start ended with {statuses}"] if any(statuses) else self.compared(folder)
+
+    def compared(self, folder: Path) -> list[str]:
+        return [f"{folder}: {what}" for what in found(differences, self.whole, folder)]
+
+    def kill(self, kills: int) -> None:
+        """Runs it again with so many kills."""
+        begun, done, outcome = time.monotonic(), 0, self.outcome
+        while done < kills and not outcome.failures:
+            done += self._round(self.folder / f"round_{outcome.rounds}", kills - done)
+            outcome.rounds += 1
+        outcome.seconds = round(time.monotonic() - begun, 1)
+
+    def _round(self, folder: Path, most: int) -> int:
+        """A run with at most so many kills, to its end; how many they were."""
+        again = damaged = False
+        for done in range(most):
+            instant, before = self._instant(again), found(steps_of, folder)
+            statuses = self.run(folder, instant).statuses
+            if not any(statuses):  # it had no step left for its instant
+                self.outcome.failures += self.compared(folder)
+                return done
+            self._judge(folder, statuses, instant)
+            self.outcome.resumes += 1
+            kept = found(steps_of, folder)
+            self.outcome.resumed_saved += bool(kept)
+            if instant.where != "start" and not damaged:
+                self._count_lost(folder, found(logged, folder) - max(kept, default=0), instant)
+            again = instant.where != "start" and self.draw.random() < AGAIN
+            damaged = len(kept) > 1 and kept != before and self.draw.random() < DAMAGED
+            if damaged := damaged and found(damage, self.draw.random(), folder, kept[-1]) is not None:
+                self.outcome.damaged += 1
+            if self.outcome.failures:
+                return done + 1
+        self.outcome.failures += self.finish(folder)
+        return most
+
+    def _instant(self, again: bool) -> Instant:
+        if again:
+            return Instant("start", self.draw.uniform(0.0, max(1.0, self.outcome.undisturbed_s / 4)))
+        where = self.draw.choice(WHERE)
+        how = signal.SIGTERM if where == "anywhere" and self.draw.random() < TERM * len(WHERE) else signal.SIGKILL
+        return Instant(where, self.draw.randint(0, 2 * self.every), self.draw.uniform(0.0, JITTER_S[where]), how)
+
+    def _judge(self, folder: Path, statuses: list[int | None], instant: Instant) -> None:
+        name = f"{instant.where} {signal.Signals(instant.signal).name}"
+        self.outcome.ends[name] = self.outcome.ends.get(name, 0) + 1
+        if instant.signal == signal.SIGTERM:
+            expected = [Stopped.status] * self.hosts
+        else:
+            expected = [peers.LOST] * (self.hosts - 1) + [-signal.SIGKILL]
+        # While hosts begin, the one that is left may find nobody to join.
+        if statuses != expected and not (instant.where == "start" and statuses[-1] == expected[-1] and all(statuses)):
+            self.outcome.failures.append(f"{folder}: ended with {statuses}, not {expected}, after {instant}")
+
+    def _count_lost(self, folder: Path, lost: int, instant: Instant) -> None:
+        """A kill costs at most the steps since the last checkpoint, and those while the next one is written."""
+        self.outcome.most_lost = max(self.outcome.most_lost, lost)
+        most = 0 if instant.signal == signal.SIGTERM else 2 * self.every
+        if lost > most:
+            self.outcome.failures.append(f"{folder}: {lost} steps were lost, not at most {most}, by {instant}")
 
 
-def _seconds_per_step(folder: Path) -> float:
-    """The median over its steps, without what compiles."""
-    scalars = read_scalars(folder)
-    return float(np.median(np.sum([scalars[f"time/{part}"][1] for part in ("rollout", "reward", "train")], axis=0)))
-
-
-def _instant(draw: random.Random, config: ConfigDict, per_step_s: float, again: bool) -> Instant:
-    if again:
-        return Instant("start", draw.uniform(0.0, 3.0), 0.0)
-    where, every = draw.choice(WHERE), max(config.checkpoint.every, 1)
-    after_s = draw.uniform(0.0, 2.5 * every * per_step_s)
-    how = signal.SIGTERM if where == "anywhere" and draw.random() < TERM * len(WHERE) else signal.SIGKILL
-    return Instant(where, after_s, draw.uniform(0.0, JITTER_S[where]), how)
-
-
-def _steps(folder: Path) -> list[int]:
-    """Of the checkpoints, by name."""
-    found = folder / "checkpoints"
-    return sorted(int(path.name) for path in found.iterdir() if path.name.isdigit()) if found.is_dir() else []
-
-
-def _logged(folder: Path) -> int:
-    """Steps that the log has."""
-    try:
-        return len(read_scalars(folder)["reward/mean"][0])
-    except (UserError, KeyError, OSError):
-        return 0
-
-
-def _damage(draw: random.Random, folder: Path, step: int) -> bool:
-    """Flips a bit of one file of a checkpoint; False in a bucket, whose own checksums tell."""
+def damage(where: float, folder: Path, step: int) -> str | None:
+    """Flips a bit of one file of a checkpoint; the file. None in a bucket, whose own checksums tell."""
     if is_bucket(folder):
-        return False
-    files = sorted(read_json(folder / "checkpoints" / str(step) / "manifest.json")["files"])
-    path = folder / "checkpoints" / str(step) / draw.choice(files)
-    data = bytearray(path.read_bytes())
-    if not data:
-        return False
+        return None
+    draw, saved = random.Random(where), folder / "checkpoints" / str(step)
+    files = sorted(read_json(saved / "manifest.json")["files"])
+    name = draw.choice([name for name in files if (saved / name).stat().st_size])
+    data = bytearray((saved / name).read_bytes())
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(bytes(data))
-    return True
-
-
-def differences(one: Path, two: Path) -> Iterator[str]:
-    """What is not the same in the logs of two runs, but for the machine's tags: bit for bit."""
-    first, second = read_scalars(one), read_scalars(two)
-    if first.keys() != second.keys():
-        yield f"other tags are logged: {sorted(first.keys() ^ second.keys())[:5]}"
-    for tag in sorted(first.keys() & second.keys()):
-        if tag.startswith(MACHINE):
-            continue
-        (steps, values), (other_steps, others) = first[tag], second[tag]
-        if list(steps) != list(other_steps):
-            yield f"{tag} is logged at other steps"
-        elif not np.array_equal(values, others, equal_nan=True):
-            at = next(step for step, x, y in zip(steps, values, others, strict=True) if x != y)
-            yield f"{tag} differs from step {at} on"
+    (saved / name).write_bytes(bytes(data))
+    return name

@@ -1,6 +1,8 @@
 """Whole runs in a bucket of a real server on this machine: killed, gone on with, evaluated, plotted, exported."""
 
+import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,14 @@ from dppo_jax.files import files_in, names_in, read_text, to_path
 from dppo_jax.models import load_policy
 from dppo_jax.storage.run_log import MACHINE, read_scalars
 from tests.devices.test_hosts import free_port, side_by_side
+from tests.helpers.bucket_proxy import in_front_of
 from tests.helpers.bucket_servers import BUCKET, in_environment, serving
 from tests.helpers.fixtures import hurried, hurried_environment, run, run_config, same, tiny
 from tests.helpers.places import ROOT
 
 HOME = f"gs://{BUCKET}"
 STEPS = 6
+OUTAGE_S = 60
 
 CONFIG = """
 from pathlib import Path
@@ -146,3 +150,58 @@ def test_two_hosts_train_in_the_bucket_and_one_of_them_writes(here, on_a_disk, t
         np.testing.assert_allclose(found[tag][1], want[tag][1], rtol=1e-4, err_msg=tag)
 
 
+
+
+# --- a bucket that fails ---
+
+
+def last_line(said: str) -> str:
+    assert "Traceback" not in said, said
+    return said.strip().splitlines()[-1]
+
+
+def test_a_bucket_that_may_only_be_read_is_one_sentence_at_the_start(said, here, environment):
+    """The run that is there stays as it is."""
+    before = {str(path): path.read_bytes() for path in files_in(to_path(f"{HOME}/run"))}
+    with in_front_of(environment) as proxy:
+        proxy.mode = "read_only"
+        train = command("train", "--config", "config.py", "--workdir", f"{HOME}/run", f"--config.steps={STEPS + 2}")
+        done = subprocess.run(train, cwd=here, env=environment | proxy.environment, capture_output=True, text=True)
+    sentence = last_line(done.stderr)
+    assert done.returncode == 2 and proxy.refused and sentence.startswith("error: ") and f"{HOME}/run" in sentence
+    assert {str(path): path.read_bytes() for path in files_in(to_path(f"{HOME}/run"))} == before
+
+
+def test_a_bucket_that_answers_503_for_a_minute_costs_no_more_than_a_kill(here, on_a_disk, environment):
+    """The run waits for it and goes on, or ends in one sentence; the same command then ends as on a disk."""
+    workdir = f"{HOME}/outage"
+    train = command("train", "--config", "config.py", "--workdir", workdir)
+    commit = to_path(f"{workdir}/checkpoints/2/commit_success.txt")
+    with in_front_of(environment) as proxy:
+        environment = environment | proxy.environment
+        with subprocess.Popen(train, cwd=here, env=environment, stderr=subprocess.PIPE, text=True) as first:
+            while not commit.exists():
+                assert first.poll() is None, first.communicate()
+                time.sleep(0.02)
+            proxy.mode = "down"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                first.wait(OUTAGE_S)
+            down_s = OUTAGE_S if first.poll() is None else 0
+            proxy.mode = ""
+            ended = first.communicate()[1]
+        assert proxy.refused, "the run was over before"
+        assert first.returncode == 0 or (first.returncode == 2 and last_line(ended).startswith("error: ")), ended
+        print(f"{first.returncode} after an outage of {down_s} s, {proxy.refused} requests refused: {last_line(ended)}")
+        again = subprocess.run(train, cwd=here, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    same(to_path(workdir), on_a_disk, but=MACHINE)
+
+
+def test_chaos_in_the_bucket(here, environment):
+    chaos = command("chaos", "--config", "config.py", "--workdir", "chaos", "--bucket", f"{HOME}/chaos")
+    chaos += ["--kinds", "bucket", "--kills", "1", "--faults", "none", "--config.checkpoint.export=False"]
+    try:
+        done = subprocess.run(chaos, cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "| bucket | 1 in " in done.stdout, done.stdout + done.stderr
+    finally:
+        shutil.rmtree(here / "chaos", ignore_errors=True)

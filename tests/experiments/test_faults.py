@@ -228,39 +228,6 @@ def test_a_second_run_in_one_folder_is_refused(start, tmp_path):
 # --- disks ---
 
 
-def small_disk(tmp_path: Path) -> Path:
-    """A folder on a disk of 1.5 MB. Only processes that `on_small_disk` starts see it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    return disk
-
-
-def on_small_disk(disk: Path, command: list[str]) -> list[str]:
-    script = f'mount -t tmpfs -o size=1500k none {disk} && exec "$@"'
-    return ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command]
-
-
-def test_a_full_disk_is_one_sentence(folder, tmp_path, tmp_path_factory):
-    disk = small_disk(tmp_path)
-    if subprocess.run(on_small_disk(disk, ["true"]), capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount a small disk")
-    config = config_file(tmp_path / "config.py", folder, **ENDLESS, checkpoint__every=1, checkpoint__keep=1000)
-    command = [sys.executable, "-m", "experiments.train", f"--config={config}", f"--workdir={disk / 'run'}"]
-    done = subprocess.run(
-        on_small_disk(disk, command),
-        cwd=ROOT,
-        env=hurried_environment(tmp_path_factory),
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT_S,
-    )
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) < 30 and "Traceback" not in done.stderr, done.stderr
-    assert lines[-1].startswith("error: ") and "No space left on device" in lines[-1], lines
-    assert str(disk / "run") in lines[-1]
-    assert re.search("checkpoint is that of step|newest whole one is of step", lines[-1])
-
-
 def test_a_limit_on_the_size_of_files_is_one_sentence(start, tmp_path):
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
