@@ -17,8 +17,8 @@ NAME = "config.json"
 # Keys that a resumed run may set anew (dotted names, * for any).
 MAY_CHANGE = (
     "steps", "sft.epochs", "train.staleness", "train.micro_rows", "train.max_skipped", "rollout.slots", "rollout.cache",
-    "rollout.pages", "rollout.chunk", "reward.replies_per_worker", "compile_cache", "label_cache", "checkpoint.*", "log.*",
-    "mesh.*",
+    "rollout.pages", "rollout.chunk", "reward.replies_per_worker", "compile_cache", "label_cache", "checkpoint.*",
+    "log.*", "mesh.*",
 )  # fmt: skip
 
 

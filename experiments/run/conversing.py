@@ -25,7 +25,7 @@ from dppo_jax.types import PromptBatch
 from experiments.run.carried import NAME, Kept, finished_shardings
 from experiments.run.rollouts import Calls, conversation, in_chunks, steps_of_call, training_rollout
 from experiments.run.runs import Runs
-from experiments.run.setup import ROLLOUT, Setup
+from experiments.run.setup import ROLLOUT
 
 FAULTS = ("", "failed", "killed")  # by number, as `Told.fault` has them: the counts of rewards
 
