@@ -5,32 +5,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 from optax import ScaleByScheduleState
 
 from dppo_jax.metrics import Metrics
 
-FAULTS = ("loss", "gradient", "new parameters")  # what may not be finite, in the order of the histogram "not_finite"
-
-
-def total_square(tree: Any) -> Float32[Array, ""]:
-    """The squared global norm of a tree's floating leaves: not finite either for numbers of 1e20 and more, which are
-    finite and useless."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves), jnp.float32(0.0))
+FAULTS = ("loss", "gradient")  # what may not be finite, in the order of the histogram "not_finite"
 
 
 def taken_if_finite(
     before: Any, after: Any, measured: Metrics, *, loss: Array, norm: Array, tag: str = "update/skipped"
 ) -> tuple[Any, Metrics]:
-    """(`after`, its metrics), two TrainStates, or `before` to the bit where loss, gradient norm or new parameters are
-    not finite.
+    """(`after`, its metrics), two TrainStates, or `before` to the bit where loss or gradient norm is not finite.
+
+    New parameters are not looked at, which would take a copy of them: from finite ones, a norm that float32 holds makes
+    finite ones. Those that are too large to be of use make the next loss not finite, and are not saved.
 
     Two counters go on in either case, so that a skipped update is one that moved nothing: the state's `updates`, and
     that of the learning rate's schedule. Adam's own does not, since it belongs to the moments. The metrics of a skipped
     update count nothing, and `tag` counts it.
     """
-    sound = jnp.stack([jnp.isfinite(loss), jnp.isfinite(norm), jnp.isfinite(total_square(after.params))])
+    sound = jnp.stack([jnp.isfinite(loss), jnp.isfinite(norm)])
     taken = jnp.all(sound)
 
     def chosen(new: Any, old: Any) -> Any:

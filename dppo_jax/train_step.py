@@ -24,7 +24,7 @@ from dppo_jax.metrics import Metrics
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, Routed, forward_routed, head_weight
 from dppo_jax.packing import Plan
-from dppo_jax.skipping import taken_if_finite, total_square
+from dppo_jax.skipping import taken_if_finite
 from dppo_jax.token_head import exact_divergence, token_head
 from dppo_jax.types import (
     HeadOutput,
@@ -439,7 +439,11 @@ def jit_finite() -> Callable[[Any], Array]:
     That also tells parameters of 1e20 and more, which are finite and useless.
     """
 
-    return jax.jit(lambda tree: jnp.isfinite(total_square(tree)))
+    def finite(tree: Any) -> Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return jnp.isfinite(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+
+    return jax.jit(finite)
 
 
 def jit_update(update: Update, shardings: TrainState, mesh: Mesh, *, needs_exact: bool = False) -> Update:

@@ -83,9 +83,8 @@ class Skipped:
             self._moved[number], self._kept[number] = step + (minibatch > 0), kept
         self._in_row[number][tag] += 1
         which = FAULTS[int(np.argmax(not_finite))]  # what comes after it is not finite either
-        verb = "are" if which == FAULTS[-1] else "is"
         where = f"{self._where(number)}: {WHO[tag]}update {self._at[1]}"
-        return f"{where} is skipped, since its {which} {verb} not finite{kept and f'; its minibatch is {kept}'}"
+        return f"{where} is skipped, since its {which} is not finite{kept and f'; its minibatch is {kept}'}"
 
     def _sentence(self, number: int, tag: str) -> str:
         count, kept = self._in_row[number][tag], self._kept[number]

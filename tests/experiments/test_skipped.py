@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -148,7 +149,7 @@ def test_an_update_of_sft_is_replayed(tmp_path_factory, tmp_path, monkeypatch, c
     assert printed.count("position 0: '2' after") == printed.count("position") == 9  # 3 of 6 sums, in 3 forms
 
 
-@pytest.mark.parametrize("fault", ["loss", "norm", "params", None])
+@pytest.mark.parametrize("fault", ["loss", "norm", None])
 def test_a_skipped_update_leaves_the_state_to_the_bit(fault):
     schedule = make_schedule(learning_rate=0.1, warmup=0, schedule="linear", updates=10)
     optimizer = make_optimizer(schedule, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
@@ -159,12 +160,11 @@ def test_a_skipped_update_leaves_the_state_to_the_bit(fault):
     def update(state, bad):
         grads = {"w": jnp.full(4, 0.5)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: jnp.where(bad["params"], 1e25, p + u), state.params, updates)
-        after = TrainState(params, opt_state, state.updates + 1)
+        after = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
         loss, norm = (jnp.where(bad[name], jnp.nan, 1.0) for name in ("loss", "norm"))
         return taken_if_finite(state, after, measured, loss=loss, norm=norm)
 
-    none = {"loss": False, "norm": False, "params": False}
+    none = {"loss": False, "norm": False}
     after, found = update(before, none | ({fault: True} if fault else {}))
     assert int(after.updates) == 1 and int(found.sums["update/skipped"][0]) == (fault is not None)
     (adam, _, counted) = after.opt_state[1]
