@@ -133,8 +133,7 @@ class Saving:
         """Sentences on what the run will have on its disk."""
         c = self._config
         state, policy = learner.shapes()
-        held = {"ahead": c.train.staleness, "ahead_work": c.train.staleness, "in_flight": c.rollout.in_flight}
-        drawn = sampler.shapes(c.steps, state["params"], policy, held=lambda name: bool(held[name]))
+        drawn = sampler.shapes(c.steps, state["params"], policy)
         paths = [folder.path for folder in self._folders]
         return [*disk.sentences(c, self._workdir, paths, disk.tree_bytes((state, drawn)), disk.tree_bytes(policy))]
 
