@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 
@@ -67,6 +68,7 @@ class Watch:
         writer = threading.Thread(target=self._write, args=(sentence,), daemon=True)  # the disk may be what is stuck
         writer.start()
         writer.join(WRITING_S)
+        _kill_descendants()
         os._exit(STUCK)
 
     def _write(self, sentence: str) -> None:
@@ -74,6 +76,21 @@ class Watch:
             file.write(f"{sentence}\n\n")
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def _kill_descendants() -> None:
+    """Reward workers may be what is stuck: they would outlive this process, and hold its stderr. Does nothing where the
+    system has no /proc."""
+    parents = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(name)}/stat") as file:
+            parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+    family = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    for process in family - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _stderr() -> int:

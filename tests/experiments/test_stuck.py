@@ -10,7 +10,7 @@ from experiments.run.stuck import STUCK
 from tests.helpers.fixtures import hurried_environment, tiny
 from tests.helpers.places import ROOT
 
-LIMIT_S = 5
+LIMIT_S = 8
 
 BEGIN = """
 import sys, time
@@ -21,11 +21,24 @@ from experiments.train import train
 
 config = small_config(Path(sys.argv[1]), steps=3, log__stuck_s=LIMIT_S, log__histograms=0, log__samples=0)
 """
-VERIFIER = """
-from dppo_jax.rewards import verifiers
-def stuck_verifier(reply, answer):
-    time.sleep(600)
-verifiers.VERIFIERS["last_number"] = stuck_verifier
+# Its workers may have an hour for a reply.
+REWARD = """
+own = Path(sys.argv[2]).parent / "own.py"
+own.write_text("import time\\ndef score(reply, answer):\\n    time.sleep(600)\\n")
+config.reward.function, config.reward.time_limit_s = f"{own}:score", 3600.0
+"""
+ENVIRONMENT = """
+own = Path(sys.argv[2]).parent / "own.py"
+own.write_text('''
+import time
+class Game:
+    def reset(self, seed):
+        return "1+1=", {}
+    def step(self, action):
+        time.sleep(600)
+''')
+config.data.kind, config.data.name, config.data.path, config.data.size = "environment", f"{own}:Game", "", 8
+config.data.verifier, config.reward.time_limit_s = "task", 3600.0
 """
 DEVICE = """
 from dppo_jax import train_step
@@ -58,10 +71,11 @@ def ended(tmp_path_factory, workdir: Path, planted: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("planted", "phase", "function"),
-    [(VERIFIER, "reward", "stuck_verifier"), (DEVICE, "train", "stuck_on_the_device")],
-    ids=["verifier", "device"],
+    [(REWARD, "reward", "_outcome"), (ENVIRONMENT, "rollout", "draw"), (DEVICE, "train", "stuck_on_the_device")],
+    ids=["reward", "environment", "device"],
 )
-def test_what_hangs_is_named(tmp_path_factory, tmp_path, planted, phase, function):
+def test_what_hangs_is_named_and_nothing_outlives_the_run(tmp_path_factory, tmp_path, planted, phase, function):
+    """A worker that did would hold stderr, and `ended` wait for it until its own limit."""
     status, said = ended(tmp_path_factory, tmp_path / "run", planted)
     assert status == STUCK, said
     assert f"error: step 0: the phase '{phase}' is stuck" in said and f"in {function}" in said
