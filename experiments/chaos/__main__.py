@@ -12,6 +12,7 @@ status is 1 (docs/checkpoints.md).
 import sys
 from collections.abc import Iterable
 
+import jax
 from jax._src import xla_bridge  # whether a device was touched; jax itself does not show it
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from dppo_jax.errors import UserError, nearest, run_main
 from dppo_jax.files import Path, is_bucket, make_folder, write_text
 from experiments.chaos.faults import FAULTS
 from experiments.chaos.parts import Part, run_parts
+from experiments.chaos.processes import found
 from experiments.chaos.report import as_json, markdown
 from experiments.chaos.trials import KINDS
 from experiments.run import cli
@@ -69,6 +71,15 @@ def parts_of(arguments, config: ConfigDict) -> list[Part]:
     return parts
 
 
+def runs_here(part: Part) -> bool:
+    """Whether it can run on these devices; where it cannot, this is told."""
+    if part.kind != "two_hosts" or found(jax.default_backend) == "cpu":
+        return True
+    names = ", ".join([part.kind, *part.faults])
+    print(f"skipped: {names}: two processes cannot share an accelerator; JAX_PLATFORMS=cpu runs them", file=sys.stderr)
+    return False
+
+
 def main() -> None:
     config, arguments = cli.parse(
         __doc__.split("\n")[0],
@@ -98,6 +109,9 @@ def main() -> None:
         raise UserError("nothing is to be done: --kills is 0, or --kinds none, and --faults none")
     if xla_bridge.backends_are_initialized():
         raise UserError("the config file asks for the devices when it is read, after which no run can be forked")
+    parts = [part for part in parts if runs_here(part)]
+    if not parts:
+        raise UserError("nothing is left to do")
     make_folder(workdir)
     done = []
     for one in run_parts(parts, str(workdir), arguments.jobs):

@@ -74,7 +74,8 @@ def clock(trial: Trial, fault: Fault, folder: Path) -> None:
     for skew_s, instant in ((-SKEW_S, Instant("save", trial.every)), (SKEW_S, None)):
         newest = max(steps_of(folder), default=0)
         ended = trial.run(folder, instant, partial(_skew, skew_s))
-        if not newest or f"going on from the checkpoint at step {newest}\n" not in ended.said:
+        fault.said = f"going on from the checkpoint at step {newest}"
+        if not newest or f"{fault.said}\n" not in ended.said:
             fault.failures.append(f"{folder}: {skew_s:+g} s: it did not go on from its newest checkpoint, {newest}")
         if ended.statuses != [-instant.signal if instant else 0]:
             fault.failures.append(f"{folder}: {skew_s:+g} s: it ended with {ended.statuses}")

@@ -46,12 +46,12 @@ class Done:
 
 def run_parts(parts: list[Part], workdir: str, jobs: int) -> Iterator[Done]:
     """Each part when it is done, in WORKDIR/KIND.log what its runs said. So many run at once."""
-    left = sorted(parts, key=lambda part: part.kind not in SLOWEST)
+    left = sorted(parts, key=lambda part: SLOWEST.index(part.kind) if part.kind in SLOWEST else len(SLOWEST))
     cores = _shares(min(jobs, len(left)))
     running: dict[int, tuple[Part, list[int]]] = {}
     while left or running:
         while left and cores:
-            part, own = left.pop(0), cores.pop()
+            part, own = left.pop(0), cores.pop()  # the slowest part has the largest share
             running[fork(partial(run_main, partial(_work, part, workdir, own)))] = part, own
         process, status = os.wait()
         if process not in running:
@@ -62,12 +62,14 @@ def run_parts(parts: list[Part], workdir: str, jobs: int) -> Iterator[Done]:
 
 
 def _shares(jobs: int) -> list[list[int]]:
-    """The cores of each job. Where that is less than two each, all have all."""
+    """The cores of each job, the last's and what is over. Where that is less than two each, all have all."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in range(jobs)]
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // jobs
-    return [cores[number * each : (number + 1) * each] if each > 1 else cores for number in range(jobs)]
+    if each < 2:
+        return [cores] * jobs
+    return [*(cores[number * each : (number + 1) * each] for number in range(jobs - 1)), cores[(jobs - 1) * each :]]
 
 
 def _work(part: Part, workdir: str, cores: list[int]) -> None:

@@ -22,6 +22,7 @@ from experiments.chaos.instants import Instant, end_at
 from experiments.train import train
 
 PEER_S = 10  # without a heartbeat, until a host is lost
+JOIN_S = 60  # to wait for the other host at first
 LIMIT_S = 600.0  # of one start: a run that neither ends nor is killed by then hangs
 _DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -117,7 +118,7 @@ def _say_into(log: str) -> None:
 def _train(config: ConfigDict, workdir: Path, hosts: int, port: int, number: int) -> None:
     if hosts > 1:
         place = dict(coordinator=f"127.0.0.1:{port}", num_processes=str(hosts), process_id=str(number))
-        peers.join(argparse.Namespace(distributed=False, join_timeout=120, peer_timeout=PEER_S, **place))
+        peers.join(argparse.Namespace(distributed=False, join_timeout=JOIN_S, peer_timeout=PEER_S, **place))
     train(config, workdir)
 
 
