@@ -308,6 +308,8 @@ def written_whole(path: Path) -> Iterator[pathlib.Path]:
 
 def read_text(path: Path) -> str:
     """The whole file, UTF-8. UserError where it cannot be read, or is none."""
+    if isinstance(path, pathlib.Path) and path.is_fifo():
+        raise UserError(f"{path} is a pipe, which would be waited for")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from dppo_jax.errors import UserError, WriteError
 from dppo_jax.files import local_file, to_path
 from dppo_jax.storage.loggers import Sink
 from dppo_jax.storage.loggers.jsonl import JsonLines
-from dppo_jax.storage.loggers.tensorboard import TensorBoard, event_files
+from dppo_jax.storage.loggers.tensorboard import TensorBoard, event_files, unread
 from dppo_jax.storage.loggers.wandb import WandB
 
 Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # tag -> (steps i64[S], values f64[S]), steps increasing
@@ -209,7 +209,8 @@ def _character(c: str) -> str:
 def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
     """Every scalar of a run, each step once: the last value written wins, and what a resumed process hid is gone.
 
-    A record cut short by a kill ends its file, not the reading. Raises UserError where there is nothing to read.
+    A record cut short by a kill ends its file, not the reading, and so does a damaged one, which is told on stderr.
+    Raises UserError where there is nothing to read.
     """
     folder = to_path(run_dir)
     if not folder.is_dir():
@@ -223,6 +224,8 @@ def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
     for file in files:
         with local_file(file) as local:
             events = list(LegacyEventFileLoader(str(local)).Load())
+            if left := unread(local, len(events)):
+                print(f"warning: {file} is damaged: its last {left:,} bytes are not read", file=sys.stderr)
         for event in events:
             if event.session_log.status == ReadSessionLog.START:
                 for points in series.values():

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dppo_jax.data.tokenizer import eos_ids, load_tokenizer, token_bytes
 from dppo_jax.errors import UserError
-from tests.helpers.mutations import BAD_EOS, BROKEN
+from experiments.chaos.inputs.damage import BROKEN
+from experiments.chaos.inputs.model_files import BAD_EOS
 from tests.helpers.places import ROOT
 
 TINY = ROOT / "assets" / "tiny"  # byte-level, each digit a token; the end is token 0 of 320

@@ -14,7 +14,7 @@ import pytest
 from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import Checkpoints, differences, made_by
 from experiments import checkpoints as command
-from tests.helpers.checkpoints import state
+from experiments.chaos.inputs.states import state
 from tests.helpers.fixtures import hurried, run, small_config, tiny
 from tests.helpers.places import ROOT
 

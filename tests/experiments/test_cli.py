@@ -59,6 +59,7 @@ PATHS: dict[str, dict[str, list[str]]] = {
         "--out": ["--replies", "x.parquet", "--policy", "x"],
     },
     "questions.reuse.make_model": {"--out": []},
+    "chaos.inputs.__main__": {"--out": []},
 }
 
 

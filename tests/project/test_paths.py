@@ -19,6 +19,13 @@ OF_THE_MACHINE = {
     "experiments/benchmark/peer_torch.py": "a peer's own model",
     "experiments/benchmark/processor.py": "/proc",
     "experiments/benchmark/__main__.py": "programs",
+    **{
+        f"experiments/chaos/inputs/{name}.py": "what is damaged on purpose"
+        for name in (
+            "adapter_files", "checkpoint_files", "checkpoints", "configs", "damage", "environments", "judge",
+            "model_files", "models", "rows", "runs", "tokenizer_files", "trials",
+        )
+    },
     "experiments/compile_for_tpu/__main__.py": "the TPU compiler",
     "experiments/compile_for_tpu/report.py": "the project",
     "experiments/questions/reuse/make_model.py": "the project",

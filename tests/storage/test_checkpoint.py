@@ -17,7 +17,8 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import Checkpoints, manifest, restore_params
-from tests.helpers.checkpoints import NOBODY, abstract, equal, limit, save_on, state, write
+from experiments.chaos.inputs.states import abstract, state
+from tests.helpers.checkpoints import NOBODY, equal, limit, save_on, write
 from tests.helpers.places import ROOT
 
 STEPS = (2, 4, 6)

@@ -7,7 +7,7 @@ import pytest
 from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import Checkpoints, Retention
 from dppo_jax.storage.run_log import read_scalars
-from tests.helpers.checkpoints import state
+from experiments.chaos.inputs.states import state
 from tests.helpers.fixtures import hurried, run, small_config, tiny
 
 

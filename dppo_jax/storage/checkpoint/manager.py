@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from orbax.checkpoint.metadata import metadata_store
 
 from dppo_jax.devices.hosts import is_writer
@@ -37,6 +38,11 @@ from dppo_jax.storage.checkpoint.retention import Retention
 from dppo_jax.storage.checkpoint.sums import sums
 
 ASIDE = "damaged_checkpoints"  # beside WORKDIR/checkpoints
+
+# orbax asks tensorstore at every save how much was written, for a metric of its own that nobody reads here; of each
+# answer tensorstore (0.1.86) leaves some 25 lists in memory for good.
+if hasattr(tensorstore_utils, "get_tensorstore_raw_bytes"):
+    tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0
 
 
 class Newest(NamedTuple):
@@ -260,7 +266,8 @@ class Checkpoints:
         self._metadata.wait_until_finished()  # a thread of its own writes what orbax has to say of the step
         folder = self._folder / str(step)
         if not is_bucket(folder):
-            (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
+            (name,) = (name for name in names_in(self._folder) if name.startswith(f"{step}.orbax-checkpoint-tmp"))
+            folder = self._folder / name
         manifest.seal(folder, step, about, of_arrays)
         self._read_back = None
         if not is_bucket(folder):  # a bucket checks what it stores

@@ -7,6 +7,7 @@ Scalars tab shows the panels of the figures, grouped.
 
 import os
 import re
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import register_writer_factory
+from tensorboardX.record_writer import masked_crc32c, register_writer_factory
 
 from dppo_jax.errors import writing
 from dppo_jax.files import BUCKETS, Path, is_bucket, make_folder, to_path
@@ -108,6 +109,21 @@ def event_files(run_dir: str | os.PathLike[str]) -> list[Path]:
     """The event files of a run's folder, or of its tb folder, in the order they were begun."""
     folder = to_path(run_dir)
     return sorted([*folder.glob(f"{EVENTS}/events*tfevents.*"), *folder.glob("events*tfevents.*")])
+
+
+def unread(file: os.PathLike[str], records: int) -> int:
+    """Bytes that a reader who found so many records in a file left, since the next one is damaged; 0 where nothing is
+    left, or a record that was cut short, as by a kill. OSError."""
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        for _ in range(records):
+            opened.seek(struct.unpack("<Q", opened.read(8))[0] + 8, os.SEEK_CUR)
+        left, head = size - opened.tell(), opened.read(12)
+    if len(head) < 12:
+        return 0
+    length, checksum = struct.unpack("<QI", head)
+    is_cut = checksum == masked_crc32c(head[:8]) and left < length + 16
+    return 0 if is_cut else left
 
 
 class _InBucket:

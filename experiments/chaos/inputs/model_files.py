@@ -1,15 +1,9 @@
-"""Ways in which a model directory, or one of adapters, can be other than it should: what the generated tests try.
-
-A mutation changes a directory, with numbers drawn from `rng`, and says what must come of it.
-"""
+"""What a model directory's config.json, its tokens that end a response and its weights can be, and should not."""
 
 import json
-import os
 import random
 import shutil
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,107 +11,28 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """refused: None if it must be loaded; else words of the sentence. eos: of what is loaded, where it is another set.
-    parameters: whether these are still the same."""
-
-    refused: tuple[str, ...] | None = None
-    eos: tuple[int, ...] | None = None
-    same_parameters: bool = True
-
-
-SAME = Outcome()
-Mutation = Callable[[random.Random, Path], Outcome]
-
-
-def refused(*words: str) -> Outcome:
-    return Outcome(refused=words)
-
-
-def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-
-def put(path: Path, **fields: Any) -> None:
-    edit(path, lambda d: d | fields)
-
-
-def tensors_of(folder: Path, change: Callable[[dict[str, np.ndarray]], Any], name: str = WEIGHTS) -> None:
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name, metadata={"format": "pt"})
-
-
-# --- any file of JSON ---
-
-BROKEN = {
-    "empty": "",
-    "blank": " \n",
-    "cut": None,
-    "a list": "[1, 2]",
-    "text": '"config"',
-    "null": "null",
-    "a number": "3",
-    "two values": "{} {}",
-    "a lone surrogate": '{"a": "\\ud800"}',
-    "a lone surrogate in a name": '{"\\udfff": 1}',
-    "digits": '{"a": ' + "7" * 5000 + "}",
-    "depth": "[" * 100_000 + "]" * 100_000,
-    "depth of objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
-    "a byte order mark": "\ufeff{}",
-    "no UTF-8": b'{"a": "\xff\xfe"}',
-    "zeros": b"\0" * 100,
-    "a pointer of Git LFS": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
-}
-
-
-def broken_json(name: str) -> Mutation:
-    def mutation(rng: random.Random, folder: Path) -> Outcome:
-        text = BROKEN[rng.choice(sorted(BROKEN))]
-        path = folder / name
-        if text is None:
-            data = path.read_bytes()
-            text = data[: rng.randrange(1, len(data) - 2)]
-        elif isinstance(text, str):
-            text = text.encode()
-        path.write_bytes(text)
-        return refused(name)
-
-    return mutation
-
-
-def no_file(name: str) -> Mutation:
-    """Something else under its name."""
-
-    def mutation(rng: random.Random, folder: Path) -> Outcome:
-        path, kind = folder / name, rng.randrange(4)
-        path.unlink()
-        if kind == 0:
-            path.mkdir()
-        elif kind == 1:
-            path.symlink_to(path.name)
-        elif kind == 2:
-            path.symlink_to("nowhere")
-        else:
-            os.mkfifo(path)
-        return refused(name)
-
-    return mutation
-
-
-def without(name: str) -> Mutation:
-    def mutation(rng: random.Random, folder: Path) -> Outcome:
-        (folder / name).unlink()
-        return refused(name)
-
-    return mutation
-
-
-# --- config.json ---
+from experiments.chaos.inputs.damage import (
+    INDEX,
+    SAME,
+    WEIGHTS,
+    Mutation,
+    Outcome,
+    broken_json,
+    edit,
+    no_file,
+    put,
+    refused,
+    tensors_of,
+    without,
+)
+from experiments.chaos.inputs.tokenizer_files import (
+    bad_settings,
+    bad_tokenizer,
+    no_vocabulary,
+    other_class,
+    sentencepiece_alone,
+    sentencepiece_beside,
+)
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "intermediate_size", "max_position_embeddings", "num_experts", "num_experts_per_tok", "sliding_window",
@@ -138,10 +53,10 @@ def wrong_size(rng: random.Random, folder: Path) -> Outcome:
 def huge_size(rng: random.Random, folder: Path) -> Outcome:
     """What would take terabytes, or build names for ever."""
     fields = json.loads((folder / "config.json").read_text())
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",
-             "num_experts", "moe_intermediate_size")  # fmt: skip
+    all_sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+                 "intermediate_size", "num_experts", "moe_intermediate_size")  # fmt: skip
     sizes = [
-        size for size in sizes if size in fields and (size, "num_experts" in fields) != ("intermediate_size", True)
+        size for size in all_sizes if size in fields and (size, "num_experts" in fields) != ("intermediate_size", True)
     ]
     huge = (10**9, 2**31 - 2, 2**30, 998)
     put(folder / "config.json", **{name: rng.choice(huge) for name in rng.sample(sizes, rng.randint(1, len(sizes)))})
@@ -356,84 +271,6 @@ def pickled(rng: random.Random, folder: Path) -> Outcome:
     return refused("pytorch_model.bin")
 
 
-# --- the tokenizer ---
-
-BAD_SETTINGS = {"tokenizer_class": (7, ["a"], {}), "chat_template": (7, {"default": 7}, [7], True),
-                "model_max_length": ("long", [], {}), "padding_side": ("up", 7),
-                "eos_token": (7, ["<eos>"], "<nowhere>"), "pad_token": (7, [1]),
-                "added_tokens_decoder": ([1], {"x": {"content": "a"}}, {"5": 7}, {"999": {"content": "zz"}},
-                                         {"-1": {"content": "zz"}}, "a")}  # fmt: skip
-
-
-def bad_settings(rng: random.Random, folder: Path) -> Outcome:
-    name = rng.choice(sorted(BAD_SETTINGS))
-    put(folder / "tokenizer_config.json", **{name: rng.choice(BAD_SETTINGS[name])})
-    return refused("tokenizer")
-
-
-def other_class(rng: random.Random, folder: Path) -> Outcome:
-    """A class that is not known, one that needs code of its own, one that splits text otherwise."""
-    kind = rng.choice(("FooTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", "LlamaTokenizerFast", "remote"))
-    if kind == "remote":
-        put(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
-        (folder / "own.py").write_text("raise SystemExit('code of a model directory was run')\n")
-    else:
-        put(folder / "tokenizer_config.json", tokenizer_class=kind)
-    return SAME
-
-
-BAD_TOKENIZERS: tuple[Callable[[dict[str, Any]], Any], ...] = (
-    lambda d: {"version": "1.0"},
-    lambda d: d | {"model": {"type": "Nope"}},
-    lambda d: d | {"model": None},
-    lambda d: d | {"model": d["model"] | {"vocab": {}}, "added_tokens": []},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": 10**6}}},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": -1}}},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": 2.5}}},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": "7"}}},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": 2**32 - 1}}},
-    lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"beyond": 2**40}}},
-    lambda d: d | {"model": d["model"] | {"merges": [["no", "such"]]}},
-    lambda d: d | {"model": d["model"] | {"merges": 7}},
-    lambda d: d | {"added_tokens": [7]},
-    lambda d: d | {"added_tokens": [{"id": 3}]},
-    lambda d: d | {"added_tokens": "x"},
-    lambda d: d | {"decoder": {"type": "Nope"}},
-    lambda d: d | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
-                   "invert": False}},
-    lambda d: d | {"post_processor": {"type": "TemplateProcessing", "pair": [],
-                   "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                   "special_tokens": {"<b>": {"id": "<b>", "ids": [9999], "tokens": ["<b>"]}}}},
-    lambda d: [d],
-)  # fmt: skip
-
-
-def bad_tokenizer(rng: random.Random, folder: Path) -> Outcome:
-    change = rng.choice(BAD_TOKENIZERS)
-    edit(folder / "tokenizer.json", change)
-    return refused("tokenizer")
-
-
-def sentencepiece_alone(rng: random.Random, folder: Path) -> Outcome:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    if rng.random() < 0.5:
-        (folder / "tokenizer_config.json").unlink()
-    return refused("tokenizer.model", "sentencepiece", "tokenizer.json")
-
-
-def sentencepiece_beside(rng: random.Random, folder: Path) -> Outcome:
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
-    return SAME
-
-
-def no_vocabulary(rng: random.Random, folder: Path) -> Outcome:
-    (folder / "tokenizer.json").unlink()
-    if rng.random() < 0.5:
-        (folder / "tokenizer_config.json").unlink()
-    return refused("tokenizer.json")
-
-
 EOS_FILES, TOKENIZER_FILES = "config.json generation_config.json", "tokenizer.json tokenizer_config.json"
 
 MODEL_MUTATIONS: dict[str, tuple[str, Mutation]] = {
@@ -468,80 +305,3 @@ MODEL_MUTATIONS: dict[str, tuple[str, Mutation]] = {
     "sentencepiece beside": (TOKENIZER_FILES, sentencepiece_beside),
     "no vocabulary": (TOKENIZER_FILES, no_vocabulary),
 }  # fmt: skip
-
-
-# --- adapters, as PEFT keeps them ---
-
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-BAD_ADAPTER_FIELDS = {
-    "r": (0, -1, 2.0, "3", True, None, [3], 10**9, 2**40, 4), "peft_type": ("IA3", None, 7, ["LORA"]),
-    "lora_alpha": (0, -1, "6", None, True, 10**400, float("nan"), float("inf"), [6]),
-    "target_modules": ("q_proj", [], [7], None, ["q_proj", "qproj"], ["q_proj"], {"q_proj": 1}, "all-linear"),
-    "use_rslora": (True,), "use_dora": (True,), "bias": ("all", "lora_only", 7), "fan_in_fan_out": (True,),
-    "rank_pattern": ({"q_proj": 1},), "alpha_pattern": ({"q_proj": 1},), "modules_to_save": (["lm_head"],),
-    "layers_to_transform": ([0], 0.5), "unheard_of": (1, "x" * 100_000, [[[1]]]),
-}  # fmt: skip
-
-
-def bad_adapter_field(rng: random.Random, folder: Path) -> Outcome:
-    name = rng.choice(sorted(BAD_ADAPTER_FIELDS))
-    value = rng.choice(BAD_ADAPTER_FIELDS[name])
-    put(folder / ADAPTER_CONFIG, **{name: value})
-    by_tensors = value in (10**9, 4) if name == "r" else value == ["q_proj"]
-    return refused(ADAPTER) if by_tensors else refused(ADAPTER_CONFIG, name)
-
-
-def missing_adapter_field(rng: random.Random, folder: Path) -> Outcome:
-    name = rng.choice(("r", "lora_alpha", "target_modules", "peft_type"))
-    edit(folder / ADAPTER_CONFIG, lambda d: {key: value for key, value in d.items() if key != name})
-    return refused(ADAPTER_CONFIG, name)
-
-
-def inert_adapter_fields(rng: random.Random, folder: Path) -> Outcome:
-    more = {"auto_mapping": {"a": "b"}, "revision": "main", "lora_dropout": 0.1, "use_dora": False, "rank_pattern": {},
-            "eva_config": None, "megatron_core": "megatron.core", "qalora_group_size": 16, "task_type": None,
-            "base_model_name_or_path": 7, "init_lora_weights": "gaussian"}  # fmt: skip
-    put(folder / ADAPTER_CONFIG, **{name: more[name] for name in rng.sample(sorted(more), 4)})
-    return SAME
-
-
-def odd_adapter(rng: random.Random, folder: Path) -> Outcome:
-    def change(tensors: dict[str, np.ndarray]) -> None:
-        name = rng.choice(sorted(tensors))
-        tensor, kind = tensors[name], rng.randrange(6)
-        if kind == 0:
-            del tensors[name]
-        elif kind == 1:
-            tensors[name.replace("layers.1", "layers.7").replace("layers.0", "layers.8")] = tensor.copy()
-        elif kind == 2:
-            tensors[name] = np.ascontiguousarray(tensor[:, :-1])
-        elif kind == 3:
-            tensors[name] = tensor[:0].copy()
-        elif kind == 4:
-            tensors[name] = np.ascontiguousarray(tensor.T)
-        else:
-            tensors[name] = tensor.astype(rng.choice((np.int32, bool, np.float64, ml_dtypes.float8_e4m3fn)))
-
-    tensors_of(folder, change, ADAPTER)
-    return refused(ADAPTER)
-
-
-def cut_adapter(rng: random.Random, folder: Path) -> Outcome:
-    data = (folder / ADAPTER).read_bytes()
-    (folder / ADAPTER).write_bytes(data[: rng.choice((0, 7, 8, rng.randrange(len(data)), len(data) - 1))])
-    return refused(ADAPTER)
-
-
-ADAPTER_MUTATIONS: dict[str, Mutation] = {
-    "broken config": broken_json(ADAPTER_CONFIG),
-    "config is no file": no_file(ADAPTER_CONFIG),
-    "weights are no file": no_file(ADAPTER),
-    "no config": without(ADAPTER_CONFIG),
-    "no weights": without(ADAPTER),
-    "bad field": bad_adapter_field,
-    "another bad field": bad_adapter_field,
-    "missing field": missing_adapter_field,
-    "inert fields": inert_adapter_fields,
-    "odd tensor": odd_adapter,
-    "cut weights": cut_adapter,
-}

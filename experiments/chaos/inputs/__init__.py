@@ -1,0 +1,1 @@
+"""Mutated inputs of every kind, and what came of each."""
