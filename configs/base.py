@@ -264,6 +264,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0: only at the end
     c.checkpoint.every_s = 0.0  # seconds since the last one, after which a step is saved too; 0: never
+    c.checkpoint.grace_s = 30.0  # seconds from SIGTERM until a machine goes; a stop that takes longer is told; 0: never
     c.checkpoint.keep = 2  # newest ones kept
     c.checkpoint.keep_every = 0  # steps that are multiples of it are kept as well; 0: none
     c.checkpoint.best = ""  # tag of the log, such as reward/mean: the step that is best by it is kept as well; "": none

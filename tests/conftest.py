@@ -44,6 +44,7 @@ SLOW = {
     "test_sanity_set",
     "test_sharding",
     "test_skipped",
+    "test_stopping",
     "test_stuck",
     "test_study",
     "test_sweep",

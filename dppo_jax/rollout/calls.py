@@ -12,20 +12,22 @@ from dppo_jax.rollout.slots import Slots
 
 
 class Abandoned(Exception):
-    """A rollout was given up between two calls. It is a function of its arguments, and can be drawn again."""
+    """A rollout was given up before or between its calls. It is a function of its arguments, and can be drawn again."""
 
 
 class OneCall:
-    """A compiled rollout, which nothing ends."""
+    """A compiled rollout. asked: called before it, whether to abandon it."""
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
+    def __init__(self, call: Callable[..., Any], *, asked: Callable[[], bool] = lambda: False):
+        self._call, self._asked = call, asked
 
     def __call__(self, *arguments: Any) -> Any:
         return self.finish(self.start(*arguments))
 
     def start(self, *arguments: Any) -> Any:
-        """Has the devices draw, and waits for nothing: what `finish` takes."""
+        """Has the devices draw, and waits for nothing: what `finish` takes. Abandoned."""
+        if self._asked():
+            raise Abandoned
         return self._call(*arguments)
 
     def finish(self, started: Any) -> Any:

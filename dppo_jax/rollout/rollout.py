@@ -2,8 +2,8 @@
 
 One prefill per prompt serves its group, and gives the first token of every response. The others are decoded in slots:
 a slot whose response has ended takes the next one waiting, so that nobody waits for the longest. All of it is one
-jitted function, scheduling included: whatever runs it, on however many hosts, takes the same decisions. What is drawn
-depends on the row alone, never on its slot or its neighbours.
+jitted function, or a few (`calls`), scheduling included (`decode_loop`): whatever runs it, on however many hosts, takes
+the same decisions. What is drawn depends on the row alone, never on its slot or its neighbours.
 
 The cache is carried through the loop and written in place, as blocks of columns or as pages (`caches`). Where pages run
 out, a row waits again, and is later prefilled with the tokens that it has.

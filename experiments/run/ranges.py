@@ -141,6 +141,7 @@ NUMBERS: Mapping[str, Range] = {
     "eval.top_p": Range(0, 1, open_least=True),
     "checkpoint.every": COUNT,
     "checkpoint.every_s": REAL,
+    "checkpoint.grace_s": REAL,
     "checkpoint.keep": NATURAL,
     "checkpoint.keep_every": COUNT,
     "log.histograms": COUNT,

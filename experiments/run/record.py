@@ -270,6 +270,8 @@ class Record:
         with self.phases("checkpoint"):
             self._saving.save_if_due(done, sampler, learner, self.write, self._unwritten)
             self._done = done
+            if late := self._saving.late_stop():
+                self.note(late)
 
     @contextlib.contextmanager
     def hearing_signals(self, sampler: Drawn, learner: Learner) -> Iterator[None]:

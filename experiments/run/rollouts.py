@@ -77,7 +77,7 @@ def evaluation_calls(runs: Runs) -> Calls:
     base, rollout = runs.base, eval_rollout(runs.base)
     most = steps_of_call(runs, rollout, base.config.eval.prompts * rollout.group_size)
     if not most:
-        return OneCall(base.on_mesh(rollout))
+        return OneCall(base.on_mesh(rollout), asked=peers.asked_to_stop)
 
     def end(*arguments: Any) -> RolloutBatch:
         return rollout.end(*arguments)[0]

@@ -55,6 +55,8 @@ class Saving:
         c = self._config.checkpoint
         self._retention = Retention(every=c.keep_every, best=c.best, best_of=c.best_of)
         self._saved_at = time.monotonic()  # the last checkpoint, or since when there is none
+        self._longest_s: float | None = None  # until a stop is heard; None before the second step
+        self._told_late = False
         refuse_part_of_a_sweep(workdir)
         make_folder(workdir)
         with contextlib.ExitStack() as stack:
@@ -176,6 +178,22 @@ class Saving:
         write()
         self._save(done, sampler, learner)
         raise Stopped(f"asked to stop, after step {done}, in the midst of a rollout that will be drawn again; {AGAIN}")
+
+    def late_stop(self) -> str:
+        """After every step: once, when the first save is whole, a sentence where a stop takes longer than
+        checkpoint.grace_s, by what was measured since the first step; else "". On process 0."""
+        grace_s, save_s, longest_s = self._config.checkpoint.grace_s, self._checkpoints.seconds, self._longest_s
+        now_s = peers.longest_unheard_s()
+        self._longest_s = 0.0 if longest_s is None else max(longest_s, now_s)  # the first step compiles
+        if not grace_s or save_s is None or self._told_late or self._longest_s + save_s <= grace_s:
+            return ""
+        self._told_late = True
+        return (
+            f"asked to stop, this run takes up to {self._longest_s + save_s:.1f} s, more than checkpoint.grace_s = "
+            f"{grace_s:g}: {self._longest_s:.1f} s until it hears it, in a step or a chunk of a rollout, and "
+            f"{save_s:.1f} s to save. Lower rollout.chunk where rollouts are what takes long; and set "
+            "checkpoint.every_s to what may be lost where a machine goes sooner"
+        )
 
     def _time_is_up(self) -> bool:
         """Whether checkpoint.every_s seconds have passed since the last checkpoint, by the clock of process 0."""

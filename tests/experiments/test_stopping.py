@@ -1,20 +1,22 @@
-"""Runs that are asked to stop: within a rollout, and in two processes of which one is asked; and what they say of it."""
+"""Runs that are asked to stop: within a rollout, in one process, and in two of which one is asked."""
 
 import contextlib
 import functools
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from dppo_jax.devices import peers
 from dppo_jax.errors import Stopped
 from experiments.run.evaluation import Evaluation
-from experiments.run.saving import Saving
+from experiments.run.saving import AGAIN, Saving
 from tests.devices.test_hosts import environment, free_port
 from tests.experiments.test_conversing import TALKS
 from tests.helpers.fixtures import Run, hurried, run, run_config, same, small_config, tiny
@@ -28,7 +30,7 @@ WITHIN_S = 10  # from the signal to the end, of the quickstart
 # --- within a rollout ---
 
 # Chunks are of two decode steps, so that every rollout asks several times.
-SHORT = dict(steps=4, checkpoint__every=0, rollout__chunk=2)
+SHORT = dict(steps=4, checkpoint__every=0)
 CASES = {
     "batches": (run_config, dict(rollout__slots=8, checkpoint__export=False)),
     "rows in flight": (small_config, dict(rollout__slots=8, rollout__in_flight=1)),
@@ -66,31 +68,99 @@ class Asks(list):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(name) -> a case's run that nobody asks to stop."""
+    """(name) -> a case's run that nobody asks to stop, whose rollouts are one call each."""
 
     @functools.cache
     def one(name: str) -> Run:
         make, changes = CASES[name]
-        with hurried(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
-            asks = Asks(patch)
-            whole = run(make(tiny(tmp_path_factory), **(changes | SHORT)), tmp_path_factory.mktemp("whole") / "run")
-        for place in PLACES:  # more than once in each of them: what is abandoned is under way
-            assert place[0] != name or asks.count(place[1:]) > 1
-        return whole
+        config = make(tiny(tmp_path_factory), **(changes | SHORT | dict(checkpoint__every=1, rollout__chunk=0)))
+        with hurried(tmp_path_factory):
+            return run(config, tmp_path_factory.mktemp("whole") / "run")
 
     return one
 
 
 @pytest.mark.parametrize(("name", "place", "done"), PLACES)
 def test_within_a_rollout_the_last_whole_step_is_saved(name, place, done, undisturbed, tmp_path, tmp_path_factory):
-    """The run ends where it is asked, and goes on as if it had not been. No step was due to be saved."""
-    whole, workdir = undisturbed(name), tmp_path / "run"
-    with hurried(tmp_path_factory):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as error:
-            asks = Asks(patch, stop_at=(place, done))
-            run(whole.config, workdir)
+    """The run ends where it is asked, though no step was due to be saved, and goes on as if it had not been; in chunks
+    all the while, which changes no bit."""
+    whole, workdir, (make, changes) = undisturbed(name), tmp_path / "run", CASES[name]
+    config = make(tiny(tmp_path_factory), **(changes | SHORT | dict(rollout__chunk=2)))
+    with hurried(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+        asks = Asks(patch, stop_at=(place, done))
+        with pytest.raises(Stopped) as error:
+            run(config, workdir)
         assert asks[-1] == (place, done) and asks.count(asks[-1]) == 1
         assert newest_step(workdir) == done
         assert str(error.value).startswith(f"asked to stop, after step {done}, " if done else "asked to stop, before")
-        run(whole.config, workdir)
+        patch.undo()
+        asks = Asks(patch)
+        run(config, workdir)
+        assert asks.count((place, 0)) > 1  # what was abandoned was under way
     same(whole.folder, workdir)
+
+
+# --- the grace time ---
+
+
+def test_a_stop_that_takes_longer_than_the_grace_time_is_told_once(undisturbed, tmp_path, tmp_path_factory):
+    whole = undisturbed("batches")
+    assert "grace_s" not in whole.said  # 30 s are enough
+    config = run_config(tiny(tmp_path_factory), **(CASES["batches"][1] | dict(checkpoint__every=1)))
+    config.checkpoint.grace_s = 1e-3
+    with hurried(tmp_path_factory):
+        [told] = [line for line in run(config, tmp_path / "run").said.splitlines() if "grace_s" in line]
+    total, hears, saves = (float(x) for x in re.findall(r"([0-9.]+) s[ ,]", told))
+    assert "more than checkpoint.grace_s = 0.001: " in told and abs(total - hears - saves) < 0.11 and total > 0
+
+
+# --- the quickstart, in processes of its own ---
+
+
+def hear_ctrl_c() -> None:
+    """Tests may run where nobody hears it: in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """That a process has had so far, of its own code: what it spends in the system is mostly waiting."""
+    fields = (Path("/proc") / str(process.pid) / "stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def of_ended_children() -> float:
+    """The same of all processes that this one has started, and that have ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
+
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)], ids=["one", "two"])
+def test_the_quickstart_saves_and_ends_within_ten_seconds(count, number, tmp_path, tmp_path_factory):
+    """The last process is asked; of two, both save the same step. Seconds are those of a processor to each process,
+    since other tests may run beside this one."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command += ["--config.steps=100000", "--config.checkpoint.every_s=1.0", "--config.eval.every=0"]
+    meeting = ["--coordinator", f"127.0.0.1:{free_port()}", "--num_processes", str(count)] if count > 1 else []
+    settings = dict(cwd=ROOT, env=environment(tmp_path_factory, 1), preexec_fn=hear_ctrl_c)
+    logs = [tmp_path / f"{process}.log" for process in range(count)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for process, log in enumerate(logs):
+            flags = [*meeting, "--process_id", str(process)] if meeting else []
+            out = stack.enter_context(open(log, "wb"))
+            processes.append(subprocess.Popen([*command, *flags], stdout=out, stderr=out, **settings))
+            stack.callback(processes[-1].wait)
+            stack.callback(processes[-1].kill)
+        end = time.monotonic() + TIME_LIMIT_S
+        while len(list(workdir.glob("checkpoints/[0-9]*/manifest.json"))) < 2:
+            assert all(p.poll() is None for p in processes) and time.monotonic() < end, [x.read_text() for x in logs]
+            time.sleep(0.05)
+        before, began = sum(map(cpu_seconds, processes)) + of_ended_children(), time.monotonic()
+        processes[-1].send_signal(number)
+        statuses = [process.wait(TIME_LIMIT_S) for process in processes]
+        spent, took = of_ended_children() - before, time.monotonic() - began
+    said = [log.read_text(errors="replace") for log in logs]
+    assert statuses == [Stopped.status] * count, said
+    sentence = f"error: asked to stop, after step {newest_step(workdir)}; {AGAIN}"
+    assert [words.splitlines()[-1] for words in said] == [sentence] * count
+    assert spent < WITHIN_S * count, f"{spent:.1f} s of a processor, {took:.1f} s by the clock"

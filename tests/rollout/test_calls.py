@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from dppo_jax.rollout import Abandoned, Conversation, ExactRollout, InChunks, InFlight, Rollout, make_stops
+from dppo_jax.rollout import Abandoned, ExactRollout, InChunks, Rollout, make_stops
 from tests.helpers.fixtures import TINY, random_params
-from tests.rollout import test_conversation as talked
 from tests.rollout import test_exact_rollout as exact
-from tests.rollout import test_in_flight as flown
 from tests.rollout import test_stops as stopped
 
 PARAMS = random_params()
@@ -87,27 +85,3 @@ def test_it_is_given_up_where_it_is_asked_and_drawn_again():
         rollout(PARAMS, *arguments)
     assert asked.count == asked.at
     identical(rollout(PARAMS, *arguments), whole("stops, few pages"))
-
-
-def test_rows_in_flight():
-    """Two steps, the second from what the first left."""
-    draw = InFlight(Rollout(TINY, **flown.SETTINGS, slots=4, shards=2, unrolled=False), flown.N, 1, 2)
-    join, asked = jax.jit(draw.join), Counting()
-    pieces, once = in_chunks(draw.begin, draw.rollout.draw, draw.end, 5, asked), jax.jit(draw)
-    flight = join(join(draw.empty(flown.P), flown.batch(0), 0), flown.batch(1), 1)
-    for step in range(2):
-        found, want = pieces(PARAMS, flight, KEY, step), once(PARAMS, flight, KEY, step)
-        identical(found, want)
-        assert want[1].work.decode_steps > 10
-        flight = join(want[0], flown.batch(step + 2), step + 2)
-    assert asked.count > 2
-
-
-def test_turns_of_conversations():
-    rollout = Rollout(TINY, **talked.SETTINGS, slots=4, unrolled=False)
-    talks = Conversation(rollout, talked.N, 0, 1, turn_tokens=talked.TURN_TOKENS)
-    asked = Counting()
-    pieces = in_chunks(talks.begin, talks.rollout.draw, talks.noted, 3, asked)
-    flight = jax.jit(talks.join)(talks.empty(talked.P), talked.batch(0), 0)
-    identical(pieces(PARAMS, flight, KEY, 0), jax.jit(talks.advance)(PARAMS, flight, KEY, 0))
-    assert asked.count >= 1

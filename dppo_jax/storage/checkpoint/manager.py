@@ -77,6 +77,8 @@ class Checkpoints:
         self._unreadable: dict[int, str] = {}  # steps without a manifest that could not be restored
         self._saving: tuple[int, dict[str, Any], dict[str, str]] | None = None  # in the background: see `manifest.seal`
         self._read_back: Future[str | None] | None = None  # what is wrong with the step that was saved last
+        self._began = 0.0  # when the last save did
+        self.seconds: float | None = None  # that the last whole save took, on process 0; None where there is none yet
         # Made in the background, a folder that cannot be made would be waited for.
         options = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         handlers = {ITEM: ocp.StandardCheckpointHandler()}
@@ -150,6 +152,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
+        self._began = time.monotonic()
         self._saving = step, json.loads(json.dumps(about or {})), sums(state)
         try:
             gone = not (is_bucket(self._folder) or self._folder.is_dir())
@@ -273,6 +276,8 @@ class Checkpoints:
         if not is_bucket(folder):  # a bucket checks what it stores
             self._read_back = Future()
             Thread(target=self._read, args=(folder, step, self._read_back), daemon=True).start()
+        else:
+            self.seconds = time.monotonic() - self._began
 
     def _read(self, unnamed: Path, step: int, found: "Future[str | None]") -> None:
         """What is wrong with a step on the disk, once its folder has its name; None where it never has."""
@@ -280,7 +285,9 @@ class Checkpoints:
         while unnamed.is_dir() and not named.is_dir():
             time.sleep(0.01)
         try:
-            found.set_result(manifest.damage(named, step, from_disk=True) if named.is_dir() else None)
+            fault = manifest.damage(named, step, from_disk=True) if named.is_dir() else None
+            self.seconds = time.monotonic() - self._began
+            found.set_result(fault)
         except Exception as error:  # `wait` raises it
             found.set_exception(error)
 
