@@ -16,23 +16,21 @@ from experiments.chaos.inputs.judge import Judge, Judged, Wrong, check_sentence,
 from experiments.chaos.inputs.model_files import MODEL_MUTATIONS
 from experiments.run.load import load_text
 
-SOURCES = ("assets/tiny", "assets/reuse")
+SOURCE = "assets/tiny"
 SECONDS, GIGABYTES = 10.0, 2.0
 SAMPLE = "?1+2=a b"
 OFTEN_ALONE = 0.6
 
 
 def prepare(folder: Path) -> Judge:
-    """Copies of the project's own models."""
-    good = []
-    for name in SOURCES:
-        shutil.copytree(name, folder / Path(name).name)
-        good.append((folder / Path(name).name, load(folder / Path(name).name)))
+    """A copy of the embedded model."""
+    source = folder / "model"
+    shutil.copytree(SOURCE, source)
+    right = load(source)
 
     def judge(draw: random.Random, case: Path) -> Judged:
-        source, right = draw.choice(good)
         names = some(draw)
-        what = f"{source.name}: {' and '.join(names)}"
+        what = " and ".join(names)
         try:
             return Judged(judged(source, right, names, draw, case / "model"), what)
         except Wrong as error:

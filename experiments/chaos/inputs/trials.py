@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dppo_jax.errors import UserError
 from experiments.chaos.inputs import checkpoints, configs, environments, models, rows, runs
 from experiments.chaos.inputs.judge import Judge, Prepare, TooLong, Wrong, limited
 
@@ -66,7 +67,7 @@ class Worker:
 
     def __init__(self, kinds: Sequence[str], numbers: range, seed: int, log: Path):
         self._kinds, self._seed, self._log = kinds, seed, log
-        self.left = numbers
+        self.left, self._prepared = numbers, False
         self._start()
 
     def _start(self) -> None:
@@ -86,11 +87,14 @@ class Worker:
             while ready and self.left and self.connection.poll():
                 message = self.connection.recv()
                 self._heard = time.monotonic()
+                self._prepared = True
                 if message is not None:
                     found.append(Result(*message))
                     self.left = self.left[1:]
         except EOFError:
             self.process.join()
+            if not self._prepared:
+                raise UserError(f"the inputs cannot be prepared: {self._log} says why") from None
             return [*found, *self._fail(f"ended its process with {self.process.exitcode}")]
         if self.left and time.monotonic() - self._heard > GONE_S:
             self.process.kill()
@@ -109,7 +113,7 @@ class Worker:
 
 
 def _work(kinds: Sequence[str], numbers: range, seed: int, log: Path, to: Connection) -> None:
-    """Sends None when it is ready, and then the fields of each Result."""
+    """Sends None when all is prepared, and then the fields of each Result."""
     file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -119,7 +123,7 @@ def _work(kinds: Sequence[str], numbers: range, seed: int, log: Path, to: Connec
         for kind in {kind_of(number, kinds) for number in numbers[: len(kinds)]}:
             (folder / kind).mkdir()
             judges[kind] = KINDS[kind](folder / kind)
-            to.send(None)
+        to.send(None)
         for number in numbers:
             kind = kind_of(number, kinds)
             said = os.fstat(file).st_size
