@@ -30,6 +30,7 @@ KINDS: dict[str, dict] = {
 }
 AGAIN = 0.25  # of the kills are followed by one while the run starts again
 TERM = 0.1  # of the ends are by SIGTERM: the run saves, and loses nothing
+MOST_WHOLE = 5  # runs more than kills, until it is told that they end before they are killed
 DAMAGED = 0.15  # of the kills are followed by a flipped bit in the newest checkpoint
 
 
@@ -108,15 +109,18 @@ class Trial:
         """Runs it again with so many kills."""
         begun, done, outcome = time.monotonic(), 0, self.outcome
         while done < kills and not outcome.failures:
-            done += self._round(self.folder / f"round_{outcome.rounds}", kills - done)
-            outcome.rounds += 1
+            more = self._round(self.folder / f"round_{outcome.rounds}", kills - done)
+            done, outcome.rounds = done + more, outcome.rounds + 1
+            if not more and outcome.rounds > done + MOST_WHOLE:
+                outcome.failures.append(f"{self.folder}: the runs are too short to be killed {kills} times")
         outcome.seconds = round(time.monotonic() - begun, 1)
 
     def _round(self, folder: Path, most: int) -> int:
         """A run with at most so many kills, to its end; how many they were."""
         again = damaged = False
         for done in range(most):
-            instant, before = self._instant(again), found(steps_of, folder)
+            before = found(steps_of, folder)
+            instant = self._instant(again, bool(before))
             statuses = self.run(folder, instant).statuses
             if not any(statuses):  # it had no step left for its instant
                 self.outcome.failures += self.compared(folder)
@@ -136,12 +140,14 @@ class Trial:
         self.outcome.failures += self.finish(folder)
         return most
 
-    def _instant(self, again: bool) -> Instant:
+    def _instant(self, again: bool, saved: bool) -> Instant:
+        """The first of a run comes after its second save has begun, for which the first one was waited for."""
         if again:
             return Instant("start", self.draw.uniform(0.0, max(1.0, self.outcome.undisturbed_s / 4)))
         where = self.draw.choice(WHERE)
         how = signal.SIGTERM if where == "anywhere" and self.draw.random() < TERM * len(WHERE) else signal.SIGKILL
-        return Instant(where, self.draw.randint(0, 2 * self.every), self.draw.uniform(0.0, JITTER_S[where]), how)
+        after = self.draw.randint(0, 2 * self.every) + (0 if saved else 2 * self.every)
+        return Instant(where, min(after, self.config.steps - 1), self.draw.uniform(0.0, JITTER_S[where]), how)
 
     def _judge(self, folder: Path, statuses: list[int | None], instant: Instant) -> None:
         name = f"{instant.where} {signal.Signals(instant.signal).name}"
