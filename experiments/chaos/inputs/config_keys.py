@@ -159,7 +159,7 @@ def may_be_unset(config: ConfigDict, key: str) -> bool:
 
 def is_never(config: ConfigDict, key: str, kind: type, value: Any) -> bool:
     """Whether a value of NEVER is wrong for this key."""
-    if value is None and may_be_unset(config, key):
+    if (value is None or (isinstance(value, str) and value == "None")) and may_be_unset(config, key):
         return False
     if key == "rollout.stop" and value in ("nope", ("nope",)):
         return False

@@ -19,8 +19,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """refused: None if it must be loaded; else words of the sentence. eos: of what is loaded, where it is another set.
-    parameters: whether these are still the same."""
+    """refused: None if it must be loaded; else words of the sentence. eos: what the files name beside the tokenizer's
+    own, where that is another set. same_parameters: whether these are still the same."""
 
     refused: tuple[str, ...] | None = None
     eos: tuple[int, ...] | None = None
