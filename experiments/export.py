@@ -8,12 +8,9 @@ The config is the one that the checkpoint holds; relative paths in it count from
 the host's memory, a weight at a time: no device must hold the model.
 """
 
-from typing import Any
-
 import jax
 from ml_collections import ConfigDict
 
-from configs import base
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path
 from dppo_jax.models.hf import load_config, load_params
@@ -23,13 +20,14 @@ from experiments.run.export import write_adapter, write_policy
 from experiments.run.load import load_text
 from experiments.run.model_files import model_directory
 from experiments.run.setup import Setup
+from experiments.run.stored_config import stored_config
 
 
 def export_step(checkpoint: Path, out: Path, *, adapter: bool = False) -> Path:
     """Writes OUT, from a run's newest whole checkpoint or one step's folder, which is returned. UserError where it
     cannot be read, does not say its config, is of a sweep, or `adapter` is asked of a run without LoRA."""
     step = step_folder(checkpoint)
-    config = stored_config(step)
+    config = config_of(step)
     if adapter and not config.lora.rank:
         raise UserError(f"{step} is of a run without LoRA: leave --adapter out")
     directory = model_directory(config)
@@ -45,28 +43,13 @@ def export_step(checkpoint: Path, out: Path, *, adapter: bool = False) -> Path:
     return step
 
 
-def stored_config(step: Path) -> ConfigDict:
-    """The config in a step's manifest; keys that are new since have their defaults. UserError."""
+def config_of(step: Path) -> ConfigDict:
+    """The config in a step's manifest. UserError."""
     runs = manifest.about(step).get("runs", {})
     if list(runs) != ["."]:
         why = "is of a sweep" if runs else "was made by an earlier version, which did not store its config"
         raise UserError(f"{step} {why}; with checkpoint.export=True a run leaves its policy/")
-    stored, defaults = _values(runs["."]["config"]), base.get_config().to_dict()
-    return ConfigDict(
-        {
-            name: {**(defaults.get(name) or {}), **value} if isinstance(value, dict) else value
-            for name, value in {**defaults, **stored}.items()
-        }
-    )
-
-
-def _values(value: Any) -> Any:
-    """What `run_config.plain` has made plain, as it was."""
-    if isinstance(value, dict):
-        return {name: _values(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return tuple(map(_values, value))
-    return float(value) if value in ("inf", "-inf", "nan") else value
+    return stored_config(runs["."]["config"])
 
 
 def main() -> None:

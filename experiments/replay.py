@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from configs import base
 from dppo_jax import packing
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path, is_file, local_file
@@ -36,6 +34,7 @@ from experiments.run import cli
 from experiments.run.load import load_setup
 from experiments.run.setup import Setup
 from experiments.run.skipped import FILE
+from experiments.run.stored_config import stored_config
 from experiments.sft import Tuning
 
 MOST_SHOWN = 20  # rows
@@ -80,29 +79,6 @@ def read_kept(folder: Path) -> Kept:
         raise UserError(f"{path} cannot be read as an update that was skipped: {error}") from None
     plan = Plan(**tree["plan"], shape=PackShape(*about["shape"]))
     return Kept(about, tree["params"], tree["behavior_params"], TrainBatch(**tree["batch"]), plan)
-
-
-def stored_config(stored: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run from its config.json: lists are tuples again, and "inf" is a number where it was one."""
-    config = base.get_config()
-    with config.unlocked():
-        _fill(config, stored)
-    return config
-
-
-def _fill(section: ConfigDict, stored: Mapping[str, Any]) -> None:
-    section.unlock()
-    for key, value in stored.items():
-        if isinstance(value, Mapping):
-            if not isinstance(section.get(key), ConfigDict):
-                section[key] = ConfigDict()
-            _fill(section[key], value)
-            continue
-        before = section.get(key)
-        if value in ("inf", "-inf", "nan") and not isinstance(before, str):
-            value = float(value)
-        with section.ignore_type():
-            section[key] = tuple(value) if isinstance(value, list) else value
 
 
 class Replay:

@@ -16,8 +16,9 @@ from dppo_jax.skipping import taken_if_finite
 from dppo_jax.storage.run_config import flatten, plain
 from dppo_jax.storage.run_log import read_scalars
 from dppo_jax.train_step import TrainState, init_state
-from experiments.replay import read_kept, replay, stored_config
+from experiments.replay import read_kept, replay
 from experiments.run import cli
+from experiments.run.stored_config import stored_config
 from experiments.sft import tune
 from tests.helpers.fixtures import VOCABULARY, hurried, run, small_config, tiny
 
