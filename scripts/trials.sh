@@ -16,7 +16,6 @@ PYTHON=${PYTHON:-.venv/bin/python}
 [[ $# -eq 1 && $1 != -* ]] || fail "usage: scripts/trials.sh OUT"
 [[ ! -e $1 ]] || fail "$1 is there already; name a new folder"
 out=$1
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 # a run that is started again compiles nothing
 mkdir -p "$out"
 
 chaos() {

@@ -229,7 +229,8 @@ def test_a_group_shares_one_prefill():
 
 
 def evaluate(jaxpr: Jaxpr, consts, args):
-    """(results, turns of the innermost while loops): the jaxpr's equations, with a counter beside every loop."""
+    """(results, turns of the innermost while loops): the jaxpr's equations, with a counter beside every loop but one
+    whose condition computes nothing, which stands for an if."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     turns = jnp.int32(0)
 
@@ -242,7 +243,7 @@ def evaluate(jaxpr: Jaxpr, consts, args):
             cut_at = np.cumsum([eqn.params["cond_nconsts"], eqn.params["body_nconsts"]])
             cond_consts, body_consts, init = inputs[: cut_at[0]], inputs[cut_at[0] : cut_at[1]], inputs[cut_at[1] :]
             condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-            innermost = all(inner.primitive.name != "while" for inner in body.jaxpr.eqns)
+            innermost = bool(condition.jaxpr.eqns) and all(inner.primitive.name != "while" for inner in body.jaxpr.eqns)
 
             def proceed(carry, condition=condition, cond_consts=cond_consts):
                 return evaluate(condition.jaxpr, condition.consts, [*cond_consts, *carry[1]])[0][0]

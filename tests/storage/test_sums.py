@@ -12,7 +12,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import Checkpoints, restore_params
 from dppo_jax.storage.checkpoint import manifest as manifest_file
 from dppo_jax.storage.checkpoint.sums import changed_leaf, compile_sums, sums
-from tests.helpers.checkpoints import abstract, equal, state, write
+from experiments.chaos.inputs.states import abstract, state
+from tests.helpers.checkpoints import equal, write
 
 DRAW = np.random.default_rng(0)
 ARRAYS = {
