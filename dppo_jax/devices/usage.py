@@ -11,6 +11,7 @@ from dppo_jax.devices import hosts
 from dppo_jax.devices.chips import GIB
 
 STATS = {"memory/peak_gib": "peak_bytes_in_use", "memory/limit_gib": "bytes_limit"}  # of Device.memory_stats
+OF_WORKERS = ("memory/workers_gib", "memory/workers_started")
 COUNTS = ("memory/workers_started", "memory/handles", "memory/threads")
 
 
@@ -27,7 +28,7 @@ class Usage:
         are absent where the platform does not tell (a CPU). `memory/host_gib`: of a process on its host, now;
         `memory/workers_gib`: of all processes that it started; `memory/workers_started`: how many of these were there
         when this was called, so far. `memory/handles` and `memory/threads`: how many a process has, now. All but the
-        first three are absent where there are none, or the system has no /proc.
+        first three are absent where the system has no /proc.
         """
         stats, workers = [device.memory_stats() or {} for device in jax.local_devices()], started()
         self._started.update(workers)
@@ -38,7 +39,8 @@ class Usage:
         found |= dict(zip(COUNTS, counts, strict=True))
         of_hosts = hosts.everyones(found)
         most = {tag: max(of_host[tag] for of_host in of_hosts) / (1 if tag in COUNTS else GIB) for tag in of_hosts[0]}
-        return {tag: value for tag, value in most.items() if value}
+        told = most["memory/handles"] > 0
+        return {tag: value for tag, value in most.items() if value or (told and tag in OF_WORKERS)}
 
 
 def started(process: int | str = "self") -> list[int]:

@@ -27,7 +27,6 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / 
 # Tags that a plain run does not log: of a mode, of one data set's verifiers, or in parts of their own.
 OF_MODES = {"first_minibatch", "pdm", "region", "eval", "data", "distill", "critic"}
 OF_CHIPS = {"throughput/mfu", "memory/peak_gib", "memory/limit_gib"}  # which a CPU does not tell
-OF_WORKERS = {"memory/workers_gib", "memory/workers_started"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_tags_of_the_pages_are_logged(run, page):
     logged = set(read_scalars(run))
     named = set(re.findall(r"`([a-z_]+/[a-z_]+)`", PAGES[page]))
     for tag in named:
-        assert tag in logged | OF_CHIPS | OF_WORKERS or tag.partition("/")[0] in OF_MODES or (ROOT / tag).exists(), tag
+        assert tag in logged | OF_CHIPS or tag.partition("/")[0] in OF_MODES or (ROOT / tag).exists(), tag
 
 
 def test_every_tag_of_the_machine_is_on_the_page_of_logs(run):
