@@ -203,7 +203,8 @@ class Group:
     def fail(self, error: BaseException) -> None:
         """Ends this process because of its own error, and tells the others why."""
         by_runtime = isinstance(error, Exception) and re.match(r"[A-Z_]+: ", first_line(error))
-        if by_runtime and not isinstance(error, UserError):
+        in_a_save = isinstance(error.__cause__, jax.errors.JaxRuntimeError)
+        if in_a_save or (by_runtime and not isinstance(error, UserError)):
             time.sleep(self._timeout_s + 10.0)  # most likely another process is gone: `_watch` will know
         self._ending = not isinstance(error, Stopped)
         if isinstance(error, UserError):

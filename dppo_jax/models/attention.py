@@ -129,28 +129,34 @@ def splash_kernel(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel does not scale
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    of_rows = _exact_by_default(jax.vmap(kernel)) if q.dtype == jnp.bfloat16 else jax.vmap(kernel)
-    return of_rows(q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
+    of_rows = _exact_by_default if q.dtype == jnp.bfloat16 else _of_rows
+    return of_rows(kernel, q, k, v, splash.SegmentIds(segments, segments)).swapaxes(1, 2)
 
 
-def _exact_by_default(kernel: Callable[..., Array]) -> Callable[..., Array]:
+def _of_rows(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Any) -> Array:
+    return jax.vmap(kernel)(q, k, v, segments)
+
+
+@jax.custom_vjp
+def _exact_by_default(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Any) -> Array:
     """The kernel and its backward pass at the default precision, whose products of bfloat16 are exact; Mosaic refuses
     to compile them at a higher one."""
+    with jax.default_matmul_precision("default"):
+        return _of_rows(kernel, q, k, v, segments)
 
-    def forward(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Any]:
-        with jax.default_matmul_precision("default"):
-            return jax.vjp(lambda q, k, v: kernel(q, k, v, segments), q, k, v)
 
-    def backward(pullback: Any, cotangent: Array) -> tuple[Array, Array, Array, None]:
-        with jax.default_matmul_precision("default"):
-            return *pullback(cotangent), None
+def _exact_forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Any]:
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(lambda q, k, v: _of_rows(kernel, q, k, v, segments), q, k, v)
 
-    def of_rows(q: Array, k: Array, v: Array, segments: Any) -> Array:
-        return forward(q, k, v, segments)[0]
 
-    exact = jax.custom_vjp(of_rows)
-    exact.defvjp(forward, backward)
-    return exact
+def _exact_backward(pullback: Any, cotangent: Array) -> tuple[None, Array, Array, Array, None]:
+    with jax.default_matmul_precision("default"):
+        of_q, of_k, of_v = pullback(cotangent)
+    return None, of_q, of_k, of_v, None
+
+
+_exact_by_default.defvjp(_exact_forward, _exact_backward)
 
 
 def per_device(q: Array, k: Array, v: Array, segments: Array, *, kernel: Kernel, **options: Any) -> Array:

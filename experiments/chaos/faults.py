@@ -62,7 +62,7 @@ def damaged(trial: Trial, fault: Fault, folder: Path) -> None:
     fault.how = f"a flipped bit in {name} of checkpoint {newest}"
     ended = trial.run(folder)
     fault.said = next((line for line in ended.said.splitlines() if f"checkpoint {newest} is damaged" in line), "")
-    if any(ended.statuses) or f"going on from the checkpoint at step {before}\n" not in ended.said or not fault.said:
+    if ended.statuses != [0] or f"going on from the checkpoint at step {before}\n" not in ended.said or not fault.said:
         fault.failures.append(f"{folder}: ended with {ended.statuses}, and did not tell of the damage")
     fault.failures += trial.compared(folder)
 
