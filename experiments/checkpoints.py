@@ -21,7 +21,9 @@ def listed(run: Path) -> list[dict[str, Any]]:
     """
     folder = absolute(run) / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run} holds no checkpoints; give a run's folder, the --workdir of experiments.train")
+        above = next((at.parent for at in (run, run.parent) if at.name == "checkpoints"), None)
+        which = "the --workdir of experiments.train" if above is None else str(above)
+        raise UserError(f"{run} holds no folder checkpoints/; give a run's folder, {which}")
     rows, values = [], dict[str, float]()
     for step in manifest.entries(folder).steps:
         at = folder / str(step)

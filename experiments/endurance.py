@@ -43,7 +43,9 @@ def growth(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]], since: int) -> 
     for tag in (tag for tag in (*MEMORY, *COUNTS) if tag in scalars):
         steps, values = (x[scalars[tag][0] >= since] for x in scalars[tag])
         if len(steps) < 2 * WINDOW:
-            raise UserError(f"{len(steps)} steps from {since} on have {tag}, and it takes {2 * WINDOW}: lower --since")
+            enough = len(scalars[tag][0]) >= 2 * WINDOW
+            what = f"lower --since to {scalars[tag][0][-2 * WINDOW]}" if enough else "the run is too short"
+            raise UserError(f"{len(steps)} steps from {since} on have {tag}, and it takes {2 * WINDOW}: {what}")
         level, window, most = (np.median, WINDOW, MOST) if tag in MEMORY else (np.min, len(steps) // 2, 0.0)
         first, last = float(level(values[:window])), float(level(values[-window:]))
         between = float(steps[-window:].mean() - steps[:window].mean())

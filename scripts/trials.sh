@@ -30,8 +30,8 @@ inputs() {
 
 endurance() { # small batches, and all that a run may write
   "$PYTHON" -m experiments.train --config configs/quickstart.py --workdir "$out/long" --config.steps="$STEPS" \
-    --config.rollout.prompts=4 --config.rollout.group_size=4 --config.checkpoint.every=20 --config.log.samples=5 \
-    --config.log.histograms=5 &&
+    --config.rollout.prompts=4 --config.rollout.group_size=4 --config.train.minibatches=2 --config.checkpoint.every=20 \
+    --config.log.samples=5 --config.log.histograms=5 &&
     "$PYTHON" -m experiments.endurance "$out/long" --since "$((STEPS / 4))"
 }
 

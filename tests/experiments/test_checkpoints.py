@@ -45,7 +45,7 @@ def test_the_steps_of_a_run_are_listed_with_their_damage_and_values(tmp_path, mo
     lines = asked(monkeypatch, capsys, str(tmp_path)).splitlines()
     assert len(lines) == 4 and lines[1].endswith("; whole") and f"damaged: {name}" in lines[2]
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(UserError, match="holds no checkpoints; give a run's folder"):
+    with pytest.raises(UserError, match=f"holds no folder checkpoints/; give a run's folder, {tmp_path}$"):
         asked(monkeypatch, capsys, str(tmp_path / "checkpoints"))
 
 

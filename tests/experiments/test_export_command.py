@@ -24,3 +24,8 @@ def test_a_checkpoint_is_exported_as_its_run_did_to_the_bit(tmp_path, tmp_path_f
     else:
         with pytest.raises(UserError, match="is of a run without LoRA: leave --adapter out"):
             export_step(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    own, before = tmp_path / "run", contents(tmp_path / "run")
+    for out in (own, own / "checkpoints", tmp_path / "newest", own / "config.json"):
+        with pytest.raises(UserError, match="is not an empty folder; name a new one"):
+            export_step(own, out)
+    assert contents(own) == before
