@@ -5,7 +5,8 @@
 
 One rollout, compiled before it is timed. Prints a line of JSON: the bytes that its decode steps read (weights once a
 step, and what was read of the cache) and those of live tokens' pages, a second, as shares of the rate at which this
-device copies memory; decode steps, tokens a second and the peak of memory. Every prompt is as long as it may be.
+device copies memory; decode steps, tokens a second and the peak of memory; the time of the same in calls of
+rollout.chunk decode steps, over that of one call. Every prompt is as long as it may be.
 """
 
 import contextlib
@@ -21,14 +22,15 @@ import numpy as np
 
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.models.decoder import Params, init_params
-from dppo_jax.types import PromptBatch
+from dppo_jax.rollout import Rollout
+from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.benchmark import ours
 from experiments.benchmark.processor import processor
 from experiments.compile_for_tpu import lengths
 from experiments.run import checks, cli
 from experiments.run.load import enter_mesh
 from experiments.run.memory import page_bytes
-from experiments.run.rollouts import training_rollout
+from experiments.run.rollouts import in_chunks, training_rollout
 from experiments.run.setup import Setup, Text
 from experiments.trace import model_config
 
@@ -37,6 +39,17 @@ def copy_rate() -> float:
     """Bytes that this device reads and writes in a second of copying a large array; the best of five."""
     x = jnp.ones((2**28 if jax.default_backend() == "cpu" else 2**32) // 4, jnp.float32)
     return 2 * x.nbytes / ours.seconds(jax.jit(lambda x: x + 1), x)
+
+
+def of_calls(setup: Setup, rollout: Rollout, chunk: int, arguments: tuple[Any, ...], expected: RolloutBatch) -> float:
+    """Seconds of the same rollout in calls of so many decode steps, which draw the same."""
+    shardings = dict(arguments=(None, setup.by_row, None), results=(setup.by_row, setup.everywhere))
+    calls = in_chunks(setup, rollout.begin, rollout.draw, rollout.end, chunk, **shardings)
+    found, _ = calls(*arguments)  # compiles
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected))
+    start = time.perf_counter()
+    jax.block_until_ready(calls(*arguments))
+    return time.perf_counter() - start
 
 
 def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
@@ -63,13 +76,16 @@ def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
     seconds = time.perf_counter() - start
     assert int(batch.response_mask.sum()) == limit.sum() and bool(jnp.isfinite(batch.behavior_logp).all())
 
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}  # of one call
+    chunk = c.rollout.chunk
+    chunk_seconds = of_calls(setup, rollout, chunk, arguments, batch) if chunk else None
+
     published = jax.eval_shape(rollout.publish, params)
     lookups = published["embed"].size * published["embed"].dtype.itemsize if "head" in published else 0
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(published)) - lookups
     page, steps, rate = page_bytes(setup, rollout), int(work.decode_steps), copy_rate()
     read, live = (steps * weights + page * float(pages) for pages in (work.pages_read, work.pages_live))
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
     return {
         "device": device.device_kind if device.platform != "cpu" else processor(),
         "jax": jax.__version__,
@@ -79,6 +95,8 @@ def measure(setup: Setup, params: Params, text: str) -> dict[str, object]:
         "tokens": int(limit.sum()),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
+        "chunk": chunk,
+        "chunk_seconds_ratio": chunk_seconds and chunk_seconds / seconds,
         "tokens_per_second": int(limit.sum()) / seconds,
         "decode_steps": steps,
         "decode_steps_without_tail": float(work.live) / (rollout.slots or rows),
