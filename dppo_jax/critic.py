@@ -22,7 +22,8 @@ from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, param_axes
 from dppo_jax.packing import Plan
 from dppo_jax.skipping import taken_if_finite
-from dppo_jax.train_step import TrainState, minibatch_weights, states_before, sum_of_microbatches
+from dppo_jax.teacher_forced import states_before
+from dppo_jax.train_step import TrainState, minibatch_weights, sum_of_microbatches
 from dppo_jax.types import PackedBatch, TrainBatch
 
 Values = Callable[[Params, PackedBatch], Float32[Array, "M Q"]]

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float32
 
 from dppo_jax.models.config import ModelConfig
 from dppo_jax.models.decoder import Params, head_weight
+from dppo_jax.teacher_forced import BehaviorHead, PolicyLogprobs, states_before
 from dppo_jax.token_head import whole_head
-from dppo_jax.train_step import BehaviorHead, PolicyLogprobs, states_before
 from dppo_jax.types import HeadOutput, PackedBatch
 
 # (params, packed) -> the policy at every response token, and the logits f32[M, Q, V] that it is computed from

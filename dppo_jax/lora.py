@@ -5,7 +5,8 @@ beside W, as qwix names them; `Layer` says where they enter. Rollouts, exact div
 weights, W + (alpha / r) A B.
 """
 
-from dppo_jax.models.decoder import ADAPTER, LOG_SIGMA, Params, add_adapter
+from dppo_jax.models.adapters import ADAPTER, add_adapter
+from dppo_jax.models.decoder import LOG_SIGMA, Params
 
 
 def split(params: Params) -> tuple[Params, Params]:

@@ -33,7 +33,7 @@ from dppo_jax.losses import zero_outside_mask
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan
 from dppo_jax.storage.run_log import first_and_last, read_scalars
-from dppo_jax.train_step import make_recompute
+from dppo_jax.teacher_forced import make_recompute
 from dppo_jax.types import LossInputs, LossOutput, PromptBatch, TrainBatch
 from experiments.run import cli
 from experiments.run.export import export

@@ -15,7 +15,8 @@ from dppo_jax.models import ModelConfig
 from dppo_jax.models.config import config_from_hf
 from dppo_jax.models.hf import load_config
 from dppo_jax.storage import hub
-from dppo_jax.train_step import assemble, make_recompute
+from dppo_jax.teacher_forced import make_recompute
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
 from experiments.run.model_files import hub_name

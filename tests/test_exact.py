@@ -13,8 +13,9 @@ from dppo_jax.divergences import binary_kl, binary_tv
 from dppo_jax.losses import LOSSES, bind_loss
 from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import abstract_params
+from dppo_jax.teacher_forced import make_behavior_forward, make_policy_logprobs
 from dppo_jax.token_head import exact_divergence, logit_sums, token_head
-from dppo_jax.train_step import init_state, make_behavior_forward, make_policy_logprobs, make_update
+from dppo_jax.train_step import init_state, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import token_mean
 

@@ -17,7 +17,8 @@ from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
 from dppo_jax.packing import PackShape
-from dppo_jax.train_step import init_state, make_policy_logprobs, make_recompute, make_update
+from dppo_jax.teacher_forced import make_policy_logprobs, make_recompute
+from dppo_jax.train_step import init_state, make_update
 from dppo_jax.types import TrainBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.benchmark.workloads import WORKLOADS, lengths

@@ -15,8 +15,9 @@ from dppo_jax.models.config import MATRICES, Quantization
 from dppo_jax.models.decoder import in_dtype, init_params, unstack
 from dppo_jax.rollout import Rollout
 from dppo_jax.storage.run_log import read_scalars
+from dppo_jax.teacher_forced import make_behavior_forward, make_recompute
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_behavior_forward, make_recompute
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 from experiments.run import checks
 from experiments.run.setup import Setup

@@ -12,7 +12,8 @@ from dppo_jax.losses import LossInputs, bind_loss
 from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import forward
 from dppo_jax.optimizer import make_optimizer
-from dppo_jax.train_step import assemble, init_state, loss_inputs, make_policy_logprobs, make_update
+from dppo_jax.teacher_forced import make_policy_logprobs
+from dppo_jax.train_step import assemble, init_state, loss_inputs, make_update
 from dppo_jax.types import HeadOutput, PackedBatch, PromptBatch, RolloutBatch, TrainBatch
 from dppo_jax.weights import WEIGHTS
 from tests.helpers.fixtures import COMPILER_OPTIONS, TINY, random_params

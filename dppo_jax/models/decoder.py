@@ -15,10 +15,12 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Shaped, UInt32
 
 from dppo_jax import quantize
-from dppo_jax.devices.sharding import constrain, cuts_evenly, is_cut, summed_product
+from dppo_jax.devices.sharding import constrain
+from dppo_jax.models.adapters import ADAPTER, adapt, add_adapter
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import MATRICES, ModelConfig
 from dppo_jax.models.embedding import embed
+from dppo_jax.models.linear import linear
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.models.rotary import positions, rotate, rotation
 from dppo_jax.types import Rounding
@@ -28,7 +30,6 @@ Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any, Any]]
 
 EXPERTS = ("gate", "up", "down")  # of a mixture, the weights of an expert
-ADAPTER = ("_lora_a", "_lora_b")  # suffixes to a weight's name: the two matrices of its adapter
 LOG_SIGMA = "log_sigma"  # f32[L], beside the model's parameters: log deviation of the noise that training adds
 
 
@@ -75,84 +76,6 @@ def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-
-
-def linear(
-    x: Float[Array, "B T *I"], w: Float[Array, "I O"], axes: tuple[str, str], heads: int | None = None
-) -> Float[Array, "B T *O"]:
-    """x w, for a weight with these logical axes, whose "embed" axis is gathered first.
-
-    x is [B, T, I], or [B, T, H, D] with H D = I. The result is [B, T, O], or [B, T, heads, O / heads] with `heads`.
-    """
-    inner = x.shape[2] if x.ndim == 4 else None
-    even = [n is None or cuts_evenly(n, axis) for n, axis in zip((inner, heads), axes, strict=True)]
-    if x.shape[1] > 1 and all(even):
-        return _linear(x, w, axes, heads)
-    # A decode step has fewer values in x than in w: reshaping the result avoids a new layout of the weight.
-    y = _linear(x.reshape(*x.shape[:2], -1), w, axes, None)
-    return y if heads is None else y.reshape(*y.shape[:2], heads, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear(x: Array, w: Array, axes: tuple[str, str], heads: int | None) -> Array:
-    """`linear`. The weight is split into heads in place of what it makes: XLA for TPUs lays either out anew.
-
-    Its backward pass says x^T g for the weight's gradient, where JAX says (g^T x)^T: XLA's CPU backend copies what it
-    transposes, and x is already at hand in the layout that it wants (1.2 x a layer's training).
-    """
-    return _linear_forward(x, w, axes, heads)[0]
-
-
-def _gathered(w: Array, axes: tuple[str, str], inner: tuple[int, ...], heads: int | None) -> Array:
-    """w [*I, *O], whole along the residual side."""
-    return constrain(w, *_uncut(axes)).reshape(*inner, *((w.shape[1],) if heads is None else (heads, -1)))
-
-
-def _uncut(axes: tuple[str, ...]) -> tuple[str | None, ...]:
-    return tuple(None if axis == "embed" else axis for axis in axes)
-
-
-def _linear_forward(x: Array, w: Array, axes: tuple[str, str], heads: int | None):
-    gathered = _gathered(w, axes, x.shape[2:], heads)
-    inner = tuple(range(2, x.ndim)), tuple(range(x.ndim - 2))
-    return jax.lax.dot_general(x, gathered, (inner, ((), ()))), (x, w)
-
-
-def _linear_backward(axes: tuple[str, str], heads: int | None, residuals: tuple[Array, Array], g: Array):
-    x, w = residuals
-    gathered = _gathered(w, axes, x.shape[2:], heads)
-    outer = tuple(range(2, g.ndim)), tuple(range(x.ndim - 2, gathered.ndim))
-    d_x = jax.lax.dot_general(g, gathered, (outer, ((), ())))
-    if is_cut("embed") and "embed" in axes:
-        if axes[0] == "embed":
-            return d_x, summed_product(x, g, axes[1]).reshape(w.shape)
-        return d_x, summed_product(g, x, axes[0]).reshape(w.shape[::-1]).T
-    d_w = jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ()))).reshape(w.shape)
-    return d_x, constrain(d_w, *axes)
-
-
-_linear.defvjp(_linear_forward, _linear_backward)
-
-
-def adapt(layer: nnx.Module, name: str, rank: int, rngs: nnx.Rngs) -> None:
-    """Gives a layer's weight W [..., I, O] an adapter: A [..., I, rank], uniform within 1 / sqrt(I) as in PEFT, and
-    B [..., rank, O] of zeros."""
-    weight = getattr(layer, name)
-    *several, inner, outer = weight.shape
-    *stacked, inner_axis, outer_axis = weight.get_metadata()["axes"]
-    bound = inner**-0.5
-    a = jax.random.uniform(rngs.params(), (*several, inner, rank), minval=-bound, maxval=bound)
-    setattr(layer, name + ADAPTER[0], nnx.Param(a, axes=(*stacked, inner_axis, "rank")))
-    b = jnp.zeros((*several, rank, outer))
-    setattr(layer, name + ADAPTER[1], nnx.Param(b, axes=(*stacked, "rank", outer_axis)))
-
-
-def add_adapter(
-    w: Float[Array, "*n I O"], a: Float[Array, "*n I r"], b: Float[Array, "*n r O"], scale: float
-) -> Float[Array, "*n I O"]:
-    """W + scale A B, in float32, as W's dtype."""
-    delta = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
 
 
 class Layer(nnx.Module):

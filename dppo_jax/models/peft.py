@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 
 from dppo_jax.errors import UserError, nearest
 from dppo_jax.files import Path, is_file, read_json_object, shown, user_path
+from dppo_jax.models.adapters import ADAPTER
 from dppo_jax.models.companions import publish, staged
 from dppo_jax.models.config import LARGEST, MATRICES, Lora, ModelConfig
-from dppo_jax.models.decoder import ADAPTER, Params, abstract_params
+from dppo_jax.models.decoder import Params, abstract_params
 from dppo_jax.models.hf import HF_NAMES, HF_NAMES_MOE, folder
 from dppo_jax.models.layout import leading_indices
 from dppo_jax.models.read_weights import check_tensor

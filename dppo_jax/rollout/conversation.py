@@ -159,7 +159,7 @@ class Conversation(InFlight):
         # A first token that nothing followed is drawn again.
         under_way = jnp.where(in_slot | (progress > 1), progress, 0).reshape(rows)
         token, column = state.out.token.reshape(*rows, -1), jnp.arange(r.max_new_tokens)
-        is_end = r.is_end_token(token) & (column >= flight.tokens_drawn[..., None])
+        is_end = r.sampler.is_end_token(token) & (column >= flight.tokens_drawn[..., None])
         end = jnp.min(jnp.where(is_end, column, r.max_new_tokens), axis=-1) + 1
         there = self._is_there(flight).reshape(-1, 1)
         ends_now = there & ~(state.waits | in_slot).reshape(rows) & ~flight.ended

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool
 
 from dppo_jax.devices.sharding import constrain
 from dppo_jax.models.attention import length_multiple
-from dppo_jax.rollout.caches import Blocks, Pages
+from dppo_jax.rollout.blocks import Blocks
+from dppo_jax.rollout.paged import Pages
 from dppo_jax.rollout.slots import Shards, Slots, Waiting
 
 MOST = jnp.iinfo(jnp.int32).max  # decode steps

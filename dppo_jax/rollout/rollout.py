@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
 
-from dppo_jax import sampling, token_head
+from dppo_jax import sampling
 from dppo_jax.devices.sharding import ROLLOUT, constrain, reshard, using
 from dppo_jax.models.attention import self_attention
 from dppo_jax.models.config import ModelConfig
@@ -36,10 +36,12 @@ from dppo_jax.models.decoder import (
 )
 from dppo_jax.models.pages import count_for
 from dppo_jax.models.rotary import positions
-from dppo_jax.rollout.caches import Blocks, Pages
+from dppo_jax.rollout.blocks import Blocks
 from dppo_jax.rollout.decode_loop import DecodeLoop
+from dppo_jax.rollout.paged import Pages
 from dppo_jax.rollout.slots import Drawn, Shards, Slots, Waiting, Work
 from dppo_jax.rollout.stops import Stops
+from dppo_jax.rollout.token_sampler import TokenSampler
 from dppo_jax.types import PromptBatch, RolloutBatch
 
 
@@ -169,6 +171,19 @@ class Rollout:
         return Shards(self.shards)
 
     @functools.cached_property
+    def sampler(self) -> TokenSampler:
+        return TokenSampler(
+            self.config.logit_softcap,
+            self.temperature,
+            self.top_p,
+            self.head_float32,
+            self.topk,
+            self.record_entropy,
+            self.eos_ids,
+            self.stops,
+        )
+
+    @functools.cached_property
     def _cache(self) -> Blocks | Pages:
         settings = self.config, self.dtype, self.unrolled, self.max_new_tokens, self._shards
         return Pages(*settings, self.pages, self.paged_attention) if self.paged else Blocks(*settings)
@@ -204,46 +219,6 @@ class Rollout:
         stacked = {name: value for name, value in published.items() if name != "head_float32"}
         return unstack(stacked) if self.unrolled else stacked
 
-    def _distribution(self, published: Params, hidden: Array) -> Array:
-        """Logits [b, V] of the distribution that tokens are drawn from."""
-        weight = published["head_float32"] if self.head_float32 else head_weight(published)
-        hidden = hidden.astype(jnp.float32) if self.head_float32 else hidden
-        z = token_head.logits(hidden, weight, temperature=self.temperature or 1.0, softcap=self.config.logit_softcap)
-        z = constrain(z, "batch", "vocab")
-        return sampling.nucleus(z, self.top_p) if self.top_p < 1.0 else z
-
-    def _draw(self, z: Array, uniforms: Array) -> tuple[Array, Array, Array]:
-        """Tokens, their logp, and log sum exp(z)."""
-        if self.temperature == 0:
-            token, lse = jnp.argmax(z, axis=-1).astype(jnp.int32), token_head.log_normaliser(z)
-        else:
-            token, lse = sampling.draw(z, uniforms)
-        return token, jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - lse, lse
-
-    def _topk(self, z: Array, lse: Array) -> tuple[Array, Array]:
-        """Ids and logp [b, K] of the K likeliest tokens."""
-        top, ids = jax.lax.top_k(z, self.topk)
-        return ids.astype(jnp.int32), top - lse[:, None]
-
-    def _entropy(self, z: Array, lse: Array) -> Array | None:
-        """Of the distributions, [b] in nats; None where it is not recorded."""
-        if not self.record_entropy:
-            return None
-        logp = jnp.where(z > -jnp.inf, z - lse[:, None], 0.0)  # a token that cannot be drawn has no part in it
-        return -jnp.sum(jnp.where(z > -jnp.inf, jnp.exp(logp) * logp, 0.0), axis=-1)
-
-    def is_end_token(self, token: Array) -> Array:
-        return jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
-
-    def _stop_after(self, stop: Array | None, token: Array) -> Array | None:
-        """The state of the stop strings' automaton after one token more."""
-        return None if self.stops is None or stop is None else self.stops.after(stop, token)
-
-    def _ends(self, token: Array, stop: Array | None) -> Array:
-        """Whether tokens end their responses; `stop` is the state after them."""
-        is_end = self.is_end_token(token)
-        return is_end if self.stops is None or stop is None else is_end | self.stops.found(stop)
-
     def _recorded(self, routed: Routed | None) -> Array:
         """[L, b, t, k] -> [b, t, Lk], as small as the number of experts allows."""
         assert routed is not None
@@ -278,17 +253,17 @@ class Rollout:
             self.attention,
             functools.partial(self._cache.of_prompts, mask=prompts.mask),
         )
-        z = self._distribution(published, hidden[:, -1])
+        z = self.sampler.distribution(published, hidden[:, -1])
         by_member = jnp.swapaxes(uniforms[:, 0].reshape(prompt_count, group, 2), 0, 1)
-        token, logp, lse = jax.lax.map(lambda uniforms: self._draw(z, uniforms), by_member)
-        recorded = *self._topk(z, lse[0]), self._entropy(z, lse[0])
+        token, logp, lse = jax.lax.map(lambda uniforms: self.sampler.draw(z, uniforms), by_member)
+        recorded = self.sampler.recorded(z, lse[0])
         of_rows = jax.tree.map(lambda x: jnp.repeat(x, group, 0), recorded)
         first = Drawn(token.T.reshape(-1), logp.T.reshape(-1), *of_rows)
-        stop = None if self.stops is None else self._stop_after(self.stops.start(batch), first.token)
+        stop = None if self.stops is None else self.sampler.stop_after(self.stops.start(batch), first.token)
 
         waiting = Waiting(
             first=first,
-            waits=self._shards.local(~self._ends(first.token, stop) & (limit > 1)),
+            waits=self._shards.local(~self.sampler.ends(first.token, stop) & (limit > 1)),
             limit=limit,
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.mask,
@@ -360,15 +335,15 @@ class Rollout:
         hidden, cache, _, routed = decoder(
             state.token[:, None], position[:, None], attend, state.cache, round_inputs=self.round_inputs
         )
-        z, row = self._distribution(published, hidden[:, 0]), self._shards.within(state.row, batch)
+        z, row = self.sampler.distribution(published, hidden[:, 0]), self._shards.within(state.row, batch)
         index = jnp.minimum(row, batch // self.shards - 1), jnp.minimum(state.drawn, longest - 1)
-        token, logp, lse = self._draw(z, self._shards.look_up(waiting.uniforms, *index))
-        new = Drawn(token, logp, *self._topk(z, lse), self._entropy(z, lse))
-        stop, drawn = self._stop_after(state.stop, token), state.drawn + live
+        token, logp, lse = self.sampler.draw(z, self._shards.look_up(waiting.uniforms, *index))
+        new = Drawn(token, logp, *self.sampler.recorded(z, lse))
+        stop, drawn = self.sampler.stop_after(state.stop, token), state.drawn + live
         experts = state.experts
         if experts is not None:
             experts = self._shards.put(experts, row, state.drawn - 1, self._recorded(routed)[:, 0])
-        last = live & (self._ends(token, stop) | (drawn >= state.limit))
+        last = live & (self.sampler.ends(token, stop) | (drawn >= state.limit))
         state = self._cache.release(state, last)
         if state.missing is not None:
             of_group = self._shards.within(state.row, batch) // self.group_size
@@ -421,5 +396,5 @@ class Rollout:
         """Which tokens are of the response, and whether it reached its limit; `stops` is the state after each token."""
         # Up to the first end, or the limit: what pads the rest may be an end-of-sequence token too.
         column = jnp.arange(self.max_new_tokens)
-        end = jnp.min(jnp.where(self._ends(tokens, stops), column, self.max_new_tokens), axis=1)
+        end = jnp.min(jnp.where(self.sampler.ends(tokens, stops), column, self.max_new_tokens), axis=1)
         return column < jnp.minimum(end + 1, limit)[:, None], end >= limit

@@ -220,7 +220,7 @@ def forward_backward(workload: Workload, micro_rows: int = 4) -> worker.Run:
     import jax.numpy as jnp
     import numpy as np
 
-    from dppo_jax.train_step import make_policy_logprobs
+    from dppo_jax.teacher_forced import make_policy_logprobs
     from dppo_jax.types import PackedBatch
 
     experiment = Experiment(workload)

@@ -28,7 +28,8 @@ from dppo_jax.devices.sharding import (
 )
 from dppo_jax.errors import UserError
 from dppo_jax.models import ModelConfig
-from dppo_jax.train_step import assemble, jit_update, make_recompute
+from dppo_jax.teacher_forced import make_recompute
+from dppo_jax.train_step import assemble, jit_update
 from dppo_jax.types import PromptBatch
 from experiments.run.memory import page_bytes
 from experiments.run.rollouts import training_rollout

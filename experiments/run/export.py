@@ -8,7 +8,8 @@ from dppo_jax.errors import writing
 from dppo_jax.files import Path
 from dppo_jax.lora import joined
 from dppo_jax.models import save_hf
-from dppo_jax.models.decoder import ADAPTER, LOG_SIGMA, Params
+from dppo_jax.models.adapters import ADAPTER
+from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import stored_dtype
 from dppo_jax.models.peft import save_adapters
 from experiments.run.model_files import hub_name

@@ -18,7 +18,8 @@ from dppo_jax.lora import joined
 from dppo_jax.metrics import Metrics
 from dppo_jax.models.decoder import Params
 from dppo_jax.packing import Plan
-from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update, make_recompute
+from dppo_jax.teacher_forced import make_recompute
+from dppo_jax.train_step import TrainState, assemble, init_state, jit_finite, jit_update
 from dppo_jax.types import LossInputs, LossOutput, TrainBatch
 from experiments.run.critic import Critic
 from experiments.run.runs import Runs, with_all_metrics

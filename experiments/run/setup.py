@@ -29,20 +29,9 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params, abstract_params, init_par
 from dppo_jax.packing import PackShape
 from dppo_jax.rollout import Stops, Work, make_stops
 from dppo_jax.sampling import step_key
+from dppo_jax.teacher_forced import BehaviorForward, PolicyLogprobs, make_behavior_forward, make_policy_logprobs
 from dppo_jax.token_head import vocab_chunk_count
-from dppo_jax.train_step import (
-    BehaviorForward,
-    Gradient,
-    PolicyLogprobs,
-    TrainState,
-    Update,
-    init_state,
-    make_behavior_forward,
-    make_gradient,
-    make_policy_logprobs,
-    make_update,
-    state_shardings,
-)
+from dppo_jax.train_step import Gradient, TrainState, Update, init_state, make_gradient, make_update, state_shardings
 from dppo_jax.types import PromptBatch, RolloutBatch
 from experiments.run.check_data import longest_row
 from experiments.run.model_files import model_directory

@@ -6,7 +6,8 @@ from dppo_jax.errors import UserError
 from dppo_jax.models.decoder import Params
 from dppo_jax.models.hf import place_params
 from dppo_jax.packing import Plan
-from dppo_jax.train_step import jit_finite, make_recompute
+from dppo_jax.teacher_forced import make_recompute
+from dppo_jax.train_step import jit_finite
 from dppo_jax.types import TrainBatch
 from experiments.run.runs import Runs
 

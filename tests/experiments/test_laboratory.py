@@ -13,7 +13,8 @@ from dppo_jax.metrics import summary
 from dppo_jax.models.decoder import LOG_SIGMA
 from dppo_jax.storage.checkpoint import restore_params
 from dppo_jax.storage.run_log import read_scalars
-from dppo_jax.train_step import init_state, make_recompute
+from dppo_jax.teacher_forced import make_recompute
+from dppo_jax.train_step import init_state
 from experiments.probe import Probe
 from experiments.run import checks
 from experiments.run.cli import load_config

@@ -7,7 +7,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from dppo_jax import train_step
+from dppo_jax import teacher_forced
 from dppo_jax.errors import UserError
 from dppo_jax.losses import LOSSES
 from dppo_jax.metrics import Metrics
@@ -70,7 +70,7 @@ def plant(monkeypatch, matrix: str, of_tokens: tuple[str, str]) -> None:
         return jnp.where(present, grad.at[LAYER, 1].set(jnp.nan), grad), None
 
     fault.defvjp(lambda weight, present: (weight, present), backward)
-    forward, (first, second) = train_step.forward_routed, (VOCABULARY[token] for token in of_tokens)
+    forward, (first, second) = teacher_forced.forward_routed, (VOCABULARY[token] for token in of_tokens)
 
     def forward_routed(config, params, tokens, segments, *arguments, **settings):
         pair = (tokens[:, :-1] == first) & (tokens[:, 1:] == second)
@@ -80,7 +80,7 @@ def plant(monkeypatch, matrix: str, of_tokens: tuple[str, str]) -> None:
         layers = {**params["layers"], matrix: fault(params["layers"][matrix], present)}
         return forward(config, {**params, "layers": layers}, tokens, segments, *arguments, **settings)
 
-    monkeypatch.setattr(train_step, "forward_routed", forward_routed)
+    monkeypatch.setattr(teacher_forced, "forward_routed", forward_routed)
     jax.clear_caches()
 
 

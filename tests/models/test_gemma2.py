@@ -15,8 +15,9 @@ from dppo_jax.models.decoder import forward, head_weight, init_params
 from dppo_jax.packing import PackShape, microbatch, pack, plan
 from dppo_jax.precision import weights
 from dppo_jax.rollout import Rollout
+from dppo_jax.teacher_forced import make_policy_logprobs, make_recompute
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_policy_logprobs, make_recompute
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 from tests.helpers.fixtures import COMPILER_OPTIONS
 

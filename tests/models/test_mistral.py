@@ -12,7 +12,8 @@ from dppo_jax.models.config import ModelConfig, RopeConfig
 from dppo_jax.models.decoder import init_params
 from dppo_jax.packing import PackShape, plan
 from dppo_jax.rollout import Rollout
-from dppo_jax.train_step import assemble, make_policy_logprobs, make_recompute
+from dppo_jax.teacher_forced import make_policy_logprobs, make_recompute
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 from tests.helpers.fixtures import COMPILER_OPTIONS
 

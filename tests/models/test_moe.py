@@ -14,8 +14,9 @@ from dppo_jax.models.decoder import forward, forward_routed, head_weight, init_p
 from dppo_jax.models.moe import mixture, route
 from dppo_jax.packing import PackShape, plan
 from dppo_jax.rollout import Rollout
+from dppo_jax.teacher_forced import make_policy_logprobs, make_recompute
 from dppo_jax.token_head import token_head
-from dppo_jax.train_step import assemble, make_policy_logprobs, make_recompute
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 
 MOE = ModelConfig(

@@ -14,7 +14,8 @@ from dppo_jax.isolated import make_isolated_pass, with_values_of
 from dppo_jax.losses import bind_loss
 from dppo_jax.optimizer import make_optimizer
 from dppo_jax.rollout import ExactRollout, Rollout
-from dppo_jax.train_step import assemble, init_state, make_policy_logprobs, make_update
+from dppo_jax.teacher_forced import make_policy_logprobs
+from dppo_jax.train_step import assemble, init_state, make_update
 from dppo_jax.types import PromptBatch
 from dppo_jax.weights import WEIGHTS
 from experiments.questions.mismatch.exact import counting

@@ -11,7 +11,8 @@ import pytest
 from dppo_jax import packing
 from dppo_jax.models.decoder import abstract_params
 from dppo_jax.rollout import Rollout
-from dppo_jax.train_step import assemble, make_policy_logprobs
+from dppo_jax.teacher_forced import make_policy_logprobs
+from dppo_jax.train_step import assemble
 from dppo_jax.types import PromptBatch
 from tests.helpers.fixtures import COMPILER_OPTIONS, EOS, PAD, TINY, random_params
 from tests.helpers.rollouts import (
