@@ -1,10 +1,8 @@
-"""Examples, tasks and how a task scores a reply. Reward workers import this, so no jax here."""
+"""Examples, and tasks: examples with what scores a reply. Reward workers import this, so no jax here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from dppo_jax.rewards.verifiers import VERIFIERS
 
 UNSCORED = "none"  # in a verifier's place: replies have no score but a reward's other terms, and rows need no answer
 
@@ -26,7 +24,7 @@ class Example:
     meta: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # file and row, for sentences
     also: tuple[str, ...] = ()  # further answers, each as right as `answer`
-    verifier: str = ""  # a key of VERIFIERS, where it is not the task's
+    verifier: str = ""  # a key of rewards.verifiers.VERIFIERS, where it is not the task's
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -61,36 +59,3 @@ class Task:
     def score(self, reply: str, example: Example) -> float:
         """Scores in this process, without a limit; training scores through `rewards.scorer.Scorer`."""
         return self.verify(reply, example)
-
-
-@dataclass(frozen=True)
-class AnswerVerifier:
-    """A row of VERIFIERS, unless the example names another, on its answer; of several the first by which the reply is
-    right."""
-
-    name: str
-
-    def __call__(self, reply: str, example: Example) -> float:
-        verify = VERIFIERS[example.verifier or self.name]
-        score = verify(reply, example.answer)
-        for label in example.also:
-            if score == 1.0:
-                break
-            score = max(score, verify(reply, label))
-        return score
-
-
-def no_score(reply: str, example: Example) -> float:
-    """0.0, whatever it says."""
-    return 0.0
-
-
-def answer_task(
-    name: str, examples: Sequence[Example], verifier: str, left_out: Mapping[str, int] | None = None
-) -> Task:
-    """Examples whose replies a row of VERIFIERS scores, or UNSCORED. `left_out` as in Task."""
-    if verifier == UNSCORED:
-        return Task(name, examples, no_score, False, (), left_out or {})
-    isolated = "math_verify" in {verifier, *(example.verifier for example in examples)}
-    imports = ("math_verify", "dppo_jax.rewards.warm") if isolated else ()
-    return Task(name, examples, AnswerVerifier(verifier), isolated, imports, left_out or {})

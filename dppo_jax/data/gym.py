@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from dppo_jax.data.arithmetic import exact_value
-from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
+from dppo_jax.data.examples import UNSCORED, Example, Task
 from dppo_jax.data.grammar import is_answer
 from dppo_jax.data.labels import with_good_labels
 from dppo_jax.data.shapes import PLAIN, Reading
 from dppo_jax.data.wrong_answers import wrong_answers
 from dppo_jax.errors import UserError, first_line, lookup, nearest
+from dppo_jax.rewards.answers import answer_task
 from dppo_jax.rewards.verifiers import REFUSED, extract_answer, text_fault
 
 # Families whose metadata holds the expression, and what to change where reasoning-gym labels it wrongly: 0.1.25

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dppo_jax.data.examples import UNSCORED, Example, Task, answer_task
+from dppo_jax.data.examples import UNSCORED, Example, Task
 from dppo_jax.data.labels import with_good_labels
 from dppo_jax.data.messages import read_prompt, split_last_turn
 from dppo_jax.data.shapes import (
@@ -28,6 +28,7 @@ from dppo_jax.data.shapes import (
 from dppo_jax.data.shards import shards
 from dppo_jax.errors import UserError, first_line, lookup, reason
 from dppo_jax.files import Path, parse_json, to_path
+from dppo_jax.rewards.answers import answer_task
 from dppo_jax.rewards.verifiers import VERIFIERS
 
 DEEPEST = 64  # lists and objects inside one another: a row also travels to reward workers

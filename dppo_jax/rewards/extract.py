@@ -6,10 +6,8 @@ Pure functions of a text that a model wrote: linear time, and nothing is run. Re
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dppo_jax.data.examples import Example, Verify
+from dppo_jax.data.examples import Example, Verify
 
 _MINUS = "-\u2212\u2013"  # hyphen, minus sign, en dash
 _GROUP = ",\u2009\u202f"  # comma, thin space, narrow no-break space between groups of three digits
@@ -102,10 +100,10 @@ _FORMS = {"answer_tag": "<answer>{}</answer>", "boxed": "\\boxed{{{}}}", "hashes
 class Extracting:
     """A verifier that reads the part of a reply that EXTRACT[extract] names."""
 
-    verify: "Verify"
+    verify: Verify
     extract: str
 
-    def __call__(self, reply: str, example: "Example") -> float:
+    def __call__(self, reply: str, example: Example) -> float:
         part = EXTRACT[self.extract](reply)
         return self.verify(part if isinstance(part, Extracted) else Extracted(part), example)
 

@@ -89,18 +89,9 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def answer_fault(verifier: str, answer: str) -> str | None:
-    """Why the verifier could never accept this answer, as the end of a sentence; None where it could.
-
-    For math_verify this starts a worker; `labels.answer_faults` takes many answers at once.
-    """
-    from dppo_jax.rewards.labels import answer_faults  # which imports this module
-
-    return answer_faults(verifier, [answer])[0]
-
-
 def text_fault(verifier: str, answer: str) -> str | None:
-    """The same, as far as it can be told without reading mathematics."""
+    """Why the verifier could never accept this answer, as the end of a sentence; None where it could. Mathematics is
+    not read for it, as `labels.answer_faults` does."""
     if not answer.strip():
         return "is empty"
     if verifier == "last_number" and as_number(answer) is None:

@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 import pytest
 
 from dppo_jax.data.chat import CHARACTERS, ChatRenderer
-from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, encode_prompt, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import answer_task
 from tests.data.test_prompts import CHAT, write_tokenizer
 from tests.helpers.places import ROOT
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.examples import Example
 from dppo_jax.data.privileged import Privileged, check_template
 from dppo_jax.data.prompts import PromptStream, left_padded
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import answer_task
 from tests.helpers.fixtures import tokenizer
 
 TASKS = [Example(f"{a}-{b}=", str(a - b), {"hint": "abc" * a, "deep": {"er": b}}) for a in (1, 2) for b in (0, 1)]

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.examples import Example
 from dppo_jax.data.prompts import PromptStream, decode_replies, encode_prompt, eos_ids, load_tokenizer
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import answer_task
 from dppo_jax.types import PromptBatch
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|reply|>"]

@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from dppo_jax.data.examples import AnswerVerifier, Example, Task, answer_task
+from dppo_jax.data.examples import Example, Task
 from dppo_jax.rewards import numbers
+from dppo_jax.rewards.answers import AnswerVerifier, answer_task
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.verifiers import by_library
 from tests.rewards import answer_pairs as table

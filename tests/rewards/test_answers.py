@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.examples import Example
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import answer_task
 from dppo_jax.rewards.labels import answer_faults
 from dppo_jax.rewards.maths import last_box, same_text
 from dppo_jax.rewards.notation import in_base, is_text, plain_latex, with_ldots

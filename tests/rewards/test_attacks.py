@@ -14,11 +14,12 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from dppo_jax.data.examples import AnswerVerifier, Example, Task
+from dppo_jax.data.examples import Example, Task
 from dppo_jax.data.grammar import EVALUATED, FORMS, is_answer
 from dppo_jax.data.gym import GymVerifier, full_score
 from dppo_jax.data.tasks import load_task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import AnswerVerifier
 from dppo_jax.rewards.scorer import Scorer
 from dppo_jax.rewards.verifiers import extract_answer
 from dppo_jax.rewards.worker import Outcome

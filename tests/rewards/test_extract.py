@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 
-from dppo_jax.data.examples import Example, answer_task
+from dppo_jax.data.examples import Example
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import answer_task
 from dppo_jax.rewards.extract import EXTRACT, Extracting, part_fault
 from dppo_jax.rewards.scorer import Scorer
 from experiments.run import checks

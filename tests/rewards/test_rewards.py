@@ -9,10 +9,12 @@ import threading
 import numpy as np
 import pytest
 
-from dppo_jax.data.examples import AnswerVerifier, Example, Task, answer_task
+from dppo_jax.data.examples import Example, Task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import AnswerVerifier, answer_task
+from dppo_jax.rewards.labels import answer_faults
 from dppo_jax.rewards.scorer import Scorer
-from dppo_jax.rewards.verifiers import answer_fault, as_number, exact_match, last_number
+from dppo_jax.rewards.verifiers import as_number, exact_match, last_number
 from tests.helpers import bad_verifiers
 from tests.helpers.places import ROOT
 
@@ -65,9 +67,9 @@ def test_last_number_needs_a_number_to_compare_with():
     with pytest.raises(ValueError, match="'five' is not a number"):
         last_number("5", "five")
     assert as_number("5 apples") is None
-    assert "is not one number" in answer_fault("last_number", "5 apples")
-    assert "is empty" in answer_fault("exact_match", " ")
-    assert answer_fault("last_number", "$1,234$") is None
+    assert "is not one number" in answer_faults("last_number", ["5 apples"])[0]
+    assert "is empty" in answer_faults("exact_match", [" "])[0]
+    assert answer_faults("last_number", ["$1,234$"])[0] is None
 
 
 def test_exact_match():

@@ -9,8 +9,9 @@ from multiprocessing import forkserver
 
 import pytest
 
-from dppo_jax.data.examples import AnswerVerifier, Example, Task
+from dppo_jax.data.examples import Example, Task
 from dppo_jax.errors import UserError
+from dppo_jax.rewards.answers import AnswerVerifier
 from dppo_jax.rewards.scorer import MAX_TIME_LIMIT_S, Scorer
 from tests.helpers import hostile
 from tests.helpers.places import ROOT
