@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ THREADS = 8  # hashing frees the interpreter
 
 _METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of the commit into it after the manifest
 _COMMIT_TIME = "commit_timestamp_nsecs"
+_ALL_READ = "default/array_metadatas"  # where orbax reads every process_*; elsewhere it reads what it has listed
 _STEP = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
 _LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # names that a killed run leaves
 
@@ -153,6 +154,8 @@ def _without_manifest(folder: Path) -> str | None:
 
 def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
     """The first file that is not as it was written."""
+    if added := _added(folder, files):
+        return f"{_shown_path(added)} is there, and was not written with the step"
     if is_bucket(folder):
         return _first_replaced(folder, files)
     for name, (size, _) in files.items():
@@ -173,6 +176,14 @@ def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str
                 pool.shutdown(cancel_futures=True)
                 return f"{_shown_path(folder / name)}: its bytes are not those written"
     return None
+
+
+def _added(folder: Path, files: Mapping[str, Any]) -> Path | None:
+    """The first that orbax would read beside the files that were written."""
+    within = folder / _ALL_READ
+    names = names_in(within) if within.is_dir() else []
+    added = (name for name in names if name.startswith("process_") and f"{_ALL_READ}/{name}" not in files)
+    return next((within / name for name in added), None)
 
 
 def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
