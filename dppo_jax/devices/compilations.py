@@ -37,8 +37,8 @@ def keep_compiled(folder: str) -> None:
 
 
 class Found(NamedTuple):
-    """Compilations: how many, the seconds of all, how many came from the cache, and their functions; but for the seconds
-    without those of APART."""
+    """Compilations: how many, the seconds of all, how many came from the cache, and their functions; but for the
+    seconds without those of APART."""
 
     functions: int
     seconds: float

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ THREADS = 8  # hashing frees the interpreter
 
 _METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of the commit into it after the manifest
 _COMMIT_TIME = "commit_timestamp_nsecs"
-_ALL_READ = "default/array_metadatas"  # where orbax reads every process_*; elsewhere it reads what it has listed
+_ALL_READ = "default/array_metadatas/process_"  # orbax reads all that begin so; else it reads what it has listed
 _STEP = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
 _LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # names that a killed run leaves
 
@@ -154,10 +154,10 @@ def _without_manifest(folder: Path) -> str | None:
 
 def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str | None:
     """The first file that is not as it was written."""
-    if added := _added(folder, files):
-        return f"{_shown_path(added)} is there, and was not written with the step"
     if is_bucket(folder):
         return _first_replaced(folder, files)
+    if added := _added(folder, files, (str(path.relative_to(folder)) for path in folder.glob(f"{_ALL_READ}*"))):
+        return added
     for name, (size, _) in files.items():
         path = folder / name
         if not path.exists():
@@ -178,12 +178,10 @@ def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str
     return None
 
 
-def _added(folder: Path, files: Mapping[str, Any]) -> Path | None:
-    """The first that orbax would read beside the files that were written."""
-    within = folder / _ALL_READ
-    names = names_in(within) if within.is_dir() else []
-    added = (name for name in names if name.startswith("process_") and f"{_ALL_READ}/{name}" not in files)
-    return next((within / name for name in added), None)
+def _added(folder: Path, files: Iterable[str], there: Iterable[str]) -> str | None:
+    """The first of the files `there` that orbax would read beside those that were written."""
+    added = sorted(name for name in set(there).difference(files) if name.startswith(_ALL_READ))
+    return f"{_shown_path(folder / added[0])} is there, and was not written with the step" if added else None
 
 
 def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
@@ -196,7 +194,7 @@ def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
             return f"{_shown_path(folder / name)} has {stored[name][0]} bytes, not the {size} written"
         if stored[name][1] != checksum:
             return f"{_shown_path(folder / name)}: its bytes are not those written"
-    return None
+    return _added(folder, files, stored)
 
 
 def _read(folder: Path) -> dict[str, Any]:
