@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,10 +15,27 @@ from typing import TextIO, TypeVar
 T = TypeVar("T")
 
 
+# A quoted text, or a word.
+_PIECE = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1)[^\\])*\1|\S+""", re.DOTALL)
+MOST_LETTERS = 200  # of a piece
+MOST_KNOWN = 20  # names, where none is near
+
+
 class UserError(ValueError):
-    """Bad input. Entry points print its sentence and exit with its status; see `run_main`."""
+    """Bad input. Entry points print its sentence and exit with its status; see `run_main`.
+
+    What the sentence quotes may have come from anywhere: longer than MOST_LETTERS it has its middle left out.
+    """
 
     status = 2
+
+    def __init__(self, sentence: str):
+        super().__init__(_PIECE.sub(lambda piece: _shortened(piece[0]), sentence))
+
+
+def _shortened(text: str) -> str:
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
 
 
 class Stopped(UserError):
@@ -30,7 +48,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ "; the nearest is 'x'" or, with nothing close, "; known: a, b" for the end of a sentence."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]!r}" if close else f"; known: {', '.join(known)}"
+    close = close or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    if close:
+        return f"; the nearest is {close[0]!r}"
+    more = f" and {len(known) - MOST_KNOWN} more" if len(known) > MOST_KNOWN else ""
+    return f"; known: {', '.join(known[:MOST_KNOWN])}{more}"
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:

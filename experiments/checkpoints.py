@@ -3,9 +3,11 @@
     python -m experiments.checkpoints runs/mine [--json]
 
 It moves and writes nothing. The value is that of `checkpoint.best` at the step, known once the run has gone on from it.
+The exit status is 1 where no step is whole.
 """
 
 import json
+import sys
 from typing import Any
 
 from dppo_jax.errors import UserError, run_main
@@ -59,6 +61,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = listed(arguments.run)
     print(json.dumps(rows, indent=1) if arguments.json else table(rows))
+    if all(row["damage"] for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def read_scalars(run_dir: str | os.PathLike[str]) -> Scalars:
     """
     folder = to_path(run_dir)
     if not folder.is_dir():
-        raise UserError(f"run folder {str(run_dir)!r} does not exist")
+        fault = "is a file; give the folder that a run was written to" if folder.exists() else "does not exist"
+        raise UserError(f"run folder {str(run_dir)!r} {fault}")
     files = event_files(folder)
     if not files:
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and event_files(p))

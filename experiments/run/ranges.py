@@ -146,7 +146,7 @@ NUMBERS: Mapping[str, Range] = {
     "checkpoint.keep_every": COUNT,
     "log.histograms": COUNT,
     "log.samples": COUNT,
-    "log.events_mb": REAL,
+    "log.events_mb": Range(1, also=0),
     "log.transcripts": COUNT,
     "log.tokens": COUNT,
     "log.stuck_s": Range(1, 1e9, also=0),  # a thread looks ten times as often

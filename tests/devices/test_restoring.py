@@ -36,6 +36,7 @@ def start(tmp_path_factory, folder: Path, workdir: Path, devices: int, mesh: dic
         cwd=ROOT, env=environment(tmp_path_factory, devices), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "compiled after the first step" not in done.stderr  # what a save of several devices compiles is not
     return done.stderr
 
 

@@ -110,6 +110,8 @@ OVERRIDES = {
     "--config.checkpoint.every=-1": "checkpoint.every must be at least 0, not -1",
     "--config.checkpoint.keep_every=-1": "checkpoint.keep_every must be at least 0, not -1",
     "--config.checkpoint.best_of=maxx": "unknown checkpoint.best_of 'maxx'; the nearest is 'max'",
+    "--config.checkpoint.best_of=MAX": "unknown checkpoint.best_of 'MAX'; the nearest is 'max'",
+    "--config.log.events_mb=1e-12": "log.events_mb must be 0, or at least 1, not 1e-12",
     "--config.checkpoint.best=eval/nowhere/avg": "unknown set of eval.sets in checkpoint.best = 'eval/nowhere/avg'",
     "--config.optimizer.clip_norm=nan": "optimizer.clip_norm must be at least 0, not nan",
     "--config.aggregation.constant=0": "aggregation.constant must be above 0, not 0.0",

@@ -45,6 +45,11 @@ def test_the_steps_of_a_run_are_listed_with_their_damage_and_values(tmp_path, mo
     lines = asked(monkeypatch, capsys, str(tmp_path)).splitlines()
     assert len(lines) == 4 and lines[1].endswith("; whole") and f"damaged: {name}" in lines[2]
     assert sorted(tmp_path.rglob("*")) == before
+    for step in (2, 6):
+        (tmp_path / "checkpoints" / str(step) / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit) as none_is_whole:
+        asked(monkeypatch, capsys, str(tmp_path))
+    assert none_is_whole.value.code == 1 and capsys.readouterr().out.count("; damaged: ") == 3
     with pytest.raises(UserError, match=f"holds no folder checkpoints/; give a run's folder, {tmp_path}$"):
         asked(monkeypatch, capsys, str(tmp_path / "checkpoints"))
 

@@ -8,9 +8,10 @@ import random
 
 import pytest
 
-from experiments.chaos.inputs.config_keys import refusal
+from experiments.chaos.inputs.config_keys import kinds, refusal
 from experiments.chaos.inputs.configs import judge
 from experiments.chaos.inputs.judge import limited
+from experiments.run.cli import load_config
 from tests.helpers.places import ROOT
 
 LIMIT_S = 20.0  # of one case, on a busy machine
@@ -65,3 +66,14 @@ STRUCTURES = {
 def test_a_config_of_another_structure(sentence, change):
     said = refusal("configs/quickstart.py", [], {change[0]: change[1]})
     assert said is not None and said.startswith(sentence), said
+
+
+def test_a_long_text_is_not_repeated_whole():
+    """In no key that holds text or names."""
+    value, told, known = "a 'b\" " * 300 + "x" * 3000, [], kinds(load_config("configs/quickstart.py", []))
+    for key in (key for key, kind in known.items() if kind in (str, tuple)):
+        said = refusal("configs/quickstart.py", [f"--config.{key}={value}"], {})
+        if said is not None:
+            assert len(said) < 600, said
+            told.append(key)
+    assert len(told) > 40 and {"loss.name", "policy.path", "log.regions", "data.answer_from"} <= set(told)

@@ -87,7 +87,7 @@ def test_a_step_that_was_begun_and_not_finished_is_no_checkpoint(folder):
     equal(resumed(folder).state, state(40))
 
 
-@pytest.mark.parametrize("how", ["other bytes", "shorter", "gone"])
+@pytest.mark.parametrize("how", ["other bytes", "shorter", "gone", "too many"])
 def test_a_damaged_step_is_set_aside(folder, how):
     with Checkpoints(folder, keep=5) as checkpoints:
         for step in (2, 4):
@@ -96,6 +96,8 @@ def test_a_damaged_step_is_set_aside(folder, how):
     content = largest.read_bytes()
     if how == "gone":
         largest.unlink()
+    elif how == "too many":
+        (folder / "checkpoints" / "4" / "default" / "array_metadatas" / "process_0~").write_text("x")
     else:
         largest.write_bytes(bytes([content[0] ^ 1]) + content[1:] if how == "other bytes" else content[:-1])
     found = resumed(folder)

@@ -57,6 +57,24 @@ def test_a_damaged_newest_checkpoint(written, tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_file_or_folder_too_many(written, tmp_path):
+    """Wherever it lies: the step is read, or passed over by name."""
+    newest, used = written / "checkpoints" / "6", set()
+    folders = [path.relative_to(written) for path in (newest, *newest.rglob("*")) if path.is_dir()]
+    for folder in folders:
+        for name in ("process_0~", "process_7", "manifest.ocdbt.1", ".DS_Store", "copy"):
+            run = shutil.copytree(written, tmp_path / "run")
+            if name == "copy":
+                (run / folder / name).mkdir()
+            else:
+                (run / folder / name).write_bytes(b"\0" * 64)
+            step = going_on(run)
+            used.add((step, f"{folder.name}/{name}"))
+            shutil.rmtree(run)
+    passed_over = {name for step, name in used if step != 6}
+    assert len(used) > 20 and passed_over == {"array_metadatas/process_0~", "array_metadatas/process_7"}
+
+
 def test_no_whole_checkpoint(written, tmp_path):
     for case in range(ALL_CASES):
         draw, run = random.Random(case), tmp_path / str(case)
@@ -70,11 +88,10 @@ def test_no_whole_checkpoint(written, tmp_path):
                 restore_params(run, abstract()["params"])
                 harmless = True  # a cut of nothing, a digit of the commit's time
             except UserError as error:
-                assert re.search(
-                    r"no checkpoint in .* is whole: checkpoint 6 is damaged \(.*checkpoint 2 is", str(error)
-                )
+                assert re.search(r"is whole: checkpoint 6 is damaged \(.*checkpoint 2 is", str(error))
+                assert str(error).endswith("give another run's folder")
             if not harmless:
-                with pytest.raises(UserError, match="is whole: checkpoint 6"), Checkpoints(run, keep=3) as checkpoints:
+                with pytest.raises(UserError, match="start over at step 0$"), Checkpoints(run, keep=3) as checkpoints:
                     checkpoints.resume(lambda step: abstract())
                 assert sorted(str(path) for path in run.rglob("*")) == before
         shutil.rmtree(run)

@@ -375,6 +375,9 @@ def test_on_a_terminal_progress_is_one_line_that_is_redrawn(tmp_path, monkeypatc
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere' does not exist"):
         read_scalars(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file' is a file; give the folder that a run was written to$"):
+        read_scalars(tmp_path / "file")
     with pytest.raises(UserError, match="holds no TensorBoard event file$"):
         read_scalars(tmp_path)
     open_log(tmp_path / "child").close()

@@ -101,7 +101,8 @@ class Checkpoints:
         return self._newest
 
     def _look(self) -> Newest:
-        step, damaged, strange = find_newest(self._folder, self._unreadable)
+        mend = "move the folder away to start over at step 0"
+        step, damaged, strange = find_newest(self._folder, self._unreadable, mend=mend)
         notes = [f"{self._folder.name}/{name} is no checkpoint: left alone" for name in strange]
         aside = self._folder.parent / ASIDE
         for number, fault in damaged:

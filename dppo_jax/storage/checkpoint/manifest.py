@@ -35,6 +35,7 @@ THREADS = 8  # hashing frees the interpreter
 
 _METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of the commit into it after the manifest
 _COMMIT_TIME = "commit_timestamp_nsecs"
+_ALL_READ = "default/array_metadatas/process_"  # orbax reads all that begin so; else it reads what it has listed
 _STEP = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
 _LEFT = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp.*|deleted)|\.probe-.*", re.ASCII)  # names that a killed run leaves
 
@@ -155,6 +156,8 @@ def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str
     """The first file that is not as it was written."""
     if is_bucket(folder):
         return _first_replaced(folder, files)
+    if added := _added(folder, files, (str(path.relative_to(folder)) for path in folder.glob(f"{_ALL_READ}*"))):
+        return added
     for name, (size, _) in files.items():
         path = folder / name
         if not path.exists():
@@ -175,6 +178,12 @@ def _first_damaged(folder: Path, files: dict[str, list[Any]], read: bool) -> str
     return None
 
 
+def _added(folder: Path, files: Iterable[str], there: Iterable[str]) -> str | None:
+    """The first of the files `there` that orbax would read beside those that were written."""
+    added = sorted(name for name in set(there).difference(files) if name.startswith(_ALL_READ))
+    return f"{_shown_path(folder / added[0])} is there, and was not written with the step" if added else None
+
+
 def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
     """The same in a bucket."""
     stored = stored_files(folder)
@@ -185,7 +194,7 @@ def _first_replaced(folder: Path, files: dict[str, list[Any]]) -> str | None:
             return f"{_shown_path(folder / name)} has {stored[name][0]} bytes, not the {size} written"
         if stored[name][1] != checksum:
             return f"{_shown_path(folder / name)}: its bytes are not those written"
-    return None
+    return _added(folder, files, stored)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -82,10 +82,11 @@ class Found(NamedTuple):
     others: list[str]  # names in the folder that are no step
 
 
-def find_newest(folder: Path, unreadable: dict[int, str]) -> Found:
+def find_newest(folder: Path, unreadable: dict[int, str], *, mend: str) -> Found:
     """Reads every byte of the newest step, and of older ones until one is whole.
 
-    unreadable: what is wrong with steps that could not be restored. UserError if there are steps and none is whole.
+    unreadable: what is wrong with steps that could not be restored. UserError if there are steps and none is whole,
+    which ends with `mend`: what can be done beside putting back a copy.
     """
     listed = manifest.entries(folder)
     damaged: list[tuple[int, str]] = []
@@ -96,10 +97,7 @@ def find_newest(folder: Path, unreadable: dict[int, str]) -> Found:
         damaged.append((step, fault))
     if damaged:
         faults = "; ".join(f"checkpoint {step} is damaged ({fault})" for step, fault in damaged)
-        raise UserError(
-            f"no checkpoint in {str(folder)!r} is whole: {faults}. Put back a copy of one, or move the folder away to "
-            "start over at step 0"
-        )
+        raise UserError(f"no checkpoint in {str(folder)!r} is whole: {faults}. Put back a copy of one, or {mend}")
     return Found(None, damaged, listed.others)
 
 
@@ -275,7 +273,7 @@ def _choose(folder: Path, chosen_step: int | None, unreadable: dict[int, str]) -
             if fault := manifest.damage(folder / str(chosen_step), chosen_step):
                 raise Damaged(chosen_step, fault)
             return chosen_step
-        newest = find_newest(folder, unreadable)
+        newest = find_newest(folder, unreadable, mend="give another run's folder")
         assert newest.step is not None
         for number, fault in newest.damaged:
             print(f"checkpoint {number} is damaged ({fault}); taking checkpoint {newest.step}", file=sys.stderr)
