@@ -2,17 +2,19 @@
 
     python -m experiments.checkpoints runs/mine [--json]
 
-It moves and writes nothing. The value is that of `checkpoint.best` at the step, known once the run has gone on from it.
+It moves and writes nothing. The value is that of `checkpoint.best` at the step, from the steps after it or the log.
 The exit status is 1 where no step is whole.
 """
 
 import json
+import math
 import sys
 from typing import Any
 
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path, absolute, files_in, size_of
 from dppo_jax.storage.checkpoint import manifest
+from dppo_jax.storage.run_log import read_scalars
 from experiments.run.cli import Parser
 
 
@@ -26,14 +28,25 @@ def listed(run: Path) -> list[dict[str, Any]]:
         above = next((at.parent for at in (run, run.parent) if at.name == "checkpoints"), None)
         which = "the --workdir of experiments.train" if above is None else str(above)
         raise UserError(f"{run} holds no folder checkpoints/; give a run's folder, {which}")
-    rows, values = [], dict[str, float]()
+    rows, values, tag = [], dict[str, float](), ""
     for step in manifest.entries(folder).steps:
         at = folder / str(step)
         about, damage = _about(at), manifest.damage(at, step)
-        values |= about.get("best", {}).get("values", {})
+        best = about.get("best", {})
+        values, tag = values | best.get("values", {}), best.get("tag", tag)
         size = sum(size_of(file) for file in files_in(at))
         rows.append({"step": step, "bytes": size, "damage": damage, "made_by": about.get("made_by", {})})
+    values = _logged(run, tag) | values
     return [row | {"best": values.get(str(row["step"]))} for row in rows]
+
+
+def _logged(run: Path, tag: str) -> dict[str, float]:
+    """A tag's values by step, as a run has them in its log; a sweep's folder has none."""
+    try:
+        steps, values = read_scalars(run).get(tag, ((), ()))
+    except UserError:
+        return {}
+    return {str(step): float(value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)}
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dppo_jax.errors import UserError, run_main
 from dppo_jax.files import Path, names_in
+from dppo_jax.models.companions import STAGING
 from dppo_jax.models.hf import load_config, load_params
 from dppo_jax.storage.checkpoint import manifest, restore_params, step_folder
 from experiments.run.cli import Parser
@@ -27,7 +28,7 @@ def export_step(checkpoint: Path, out: Path, *, adapter: bool = False) -> Path:
     """Writes OUT, from a run's newest whole checkpoint or one step's folder, which is returned. UserError where it
     cannot be read, does not say its config, is of a sweep, or `adapter` is asked of a run without LoRA; and where OUT
     is there and holds anything."""
-    if out.exists() and (not out.is_dir() or names_in(out)):
+    if out.exists() and not (out.is_dir() and all(name.startswith(STAGING) for name in names_in(out))):
         raise UserError(f"--out {out} is not an empty folder; name a new one, so that nothing there is lost")
     step = step_folder(checkpoint)
     config = config_of(step)

@@ -233,7 +233,8 @@ def replay(folder: Path, config_file: str = "") -> str:
             print(f"microbatch {number}")
             for part, (norm, count, size, where) in by_part(found).items():
                 inside = f", in {', '.join(where)}" if where else ""
-                print(f"  {part:12} gradient norm {norm:.4g}, {count} of {size} entries not finite{inside}")
+                of_rest = "" if count == size else f", norm {'of the others ' if count else ''}{norm:.4g}"
+                print(f"  {part:12} gradient: {count} of {size} entries not finite{inside}{of_rest}")
                 norms.append(norm)
                 if count or not math.isfinite(norm):
                     bad[part] = sorted({*bad.get(part, ()), *where})

@@ -252,10 +252,10 @@ def tune(config: ConfigDict, workdir: Path) -> None:
         record = stack.enter_context(Record(runs, workdir, [_folder(workdir, setup, rows, held_rows)]))
         record.resume(NothingDrawn(), learner)
         if record.unfinished:
-            with peers.hearing_signals():
+            with record.hearing_signals(NothingDrawn(), learner):
                 _loop(setup, rows, packer, learner, record, held_out)
-            if config.checkpoint.export:
-                export(setup, learner.params, learner.frozen, workdir)
+                if config.checkpoint.export:
+                    export(setup, learner.params, learner.frozen, workdir)
         elif hosts.is_writer():
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     if hosts.is_writer():

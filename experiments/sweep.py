@@ -220,9 +220,9 @@ def train(config: ConfigDict, runs: list[Run], workdir: Path, *, over: str = "au
         if record.unfinished:
             with record.hearing_signals(sampler, learner):
                 loop(together, sampler, learner, record, evaluation)
-            if config.checkpoint.export:
-                for number, (folder, setup) in enumerate(zip(folders, setups, strict=True)):
-                    export(setup, together.alone(learner.params, number), {}, folder.path)
+                if config.checkpoint.export:
+                    for number, (folder, setup) in enumerate(zip(folders, setups, strict=True)):
+                        export(setup, together.alone(learner.params, number), {}, folder.path)
         else:
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     print(f"logs: {workdir}")

@@ -82,8 +82,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         if record.unfinished:
             with record.hearing_signals(sampler, learner):
                 loop(runs, sampler, learner, record, evaluation)
-            if config.checkpoint.export:
-                export(setup, learner.params, learner.frozen, workdir)
+                if config.checkpoint.export:
+                    export(setup, learner.params, learner.frozen, workdir)
         elif hosts.is_writer():
             print(f"nothing to do: {workdir} has {record.start} of {config.steps} steps")
     if hosts.is_writer():

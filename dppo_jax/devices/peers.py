@@ -266,7 +266,8 @@ def _answers(address: str) -> bool:
         return False
 
 
-_stop = threading.Event()  # this process was sent SIGTERM or SIGINT
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_stop = threading.Event()  # this process was sent one of these
 
 
 @dataclasses.dataclass
@@ -283,21 +284,21 @@ _asks: _Asks | None = None  # None: no signals are heard
 
 @contextlib.contextmanager
 def hearing_signals() -> Iterator[None]:
-    """Until it closes, SIGTERM or SIGINT has `asked_to_stop` say so; a second of either ends this process.
+    """Until it closes, one of HEARD has `asked_to_stop` say so; a second SIGTERM or SIGINT ends this process.
 
-    Machines are taken away so. Of several processes, jax's handler of SIGTERM tells the others. SIGINT stays ignored
-    where it is, as in the background of a shell.
+    Machines and terminals are taken away so. Of several processes, jax's handler of SIGTERM tells the others. What is
+    ignored stays so: SIGINT in the background of a shell, SIGHUP under nohup.
     """
     global _asks
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [number for number in HEARD if signal.getsignal(number) != signal.SIG_IGN]
 
     def hear(*_: object) -> None:
         _stop.set()
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number in numbers:  # a terminal that goes may say so twice
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         if jaxs is not None:
             _HANDLER(jaxs)(signal.SIGTERM)
         with contextlib.suppress(OSError):
@@ -318,7 +319,7 @@ def hearing_signals() -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
-    """Whether the run stops here, since a process was sent SIGTERM or SIGINT; never, where signals are not heard.
+    """Whether the run stops here, since a process was sent one of HEARD; never, where signals are not heard.
 
     Of several processes all must ask, equally often: jax has all of them stop at the same call, by their number.
     """

@@ -26,6 +26,7 @@ TOKENIZER = (
     "merges.txt",
     "vocab.txt",
 )
+STAGING = ".saving-"  # how the name begins of a folder whose files are not in their place yet
 TEMPLATES = "additional_chat_templates"  # a folder: one file for each
 
 # What config.json says of the file that it was, and not of the model.
@@ -84,10 +85,13 @@ def write_tokenizer(staging: pathlib.Path, source: Path | None, tokenizer: Any) 
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[pathlib.Path]:
-    """A folder of this machine for new files of `directory`, which is made; gone when the `with` ends. UserError."""
+    """A folder of this machine for new files of `directory`, which is made; gone when the `with` ends, or when the next
+    one begins, if this one was killed. UserError."""
     make_folder(directory)
     inside = directory if isinstance(directory, pathlib.Path) else None  # so that files are moved, not copied
-    name = tempfile.mkdtemp(prefix=".saving-", dir=inside)
+    for left in inside.glob(f"{STAGING}*") if inside else ():
+        shutil.rmtree(left, ignore_errors=True)
+    name = tempfile.mkdtemp(prefix=STAGING, dir=inside)
     try:
         yield pathlib.Path(name)
     finally:

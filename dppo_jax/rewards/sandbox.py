@@ -8,6 +8,7 @@ The number of processes is left alone: it counts by user, and libraries start th
 
 import ctypes
 import os
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -16,12 +17,18 @@ NO_HOME = "/nonexistent"
 _KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same on every architecture
 _EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
 _RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # since this version of landlock, so many rights to files are known
 _TCP = 0b11  # bind, connect: since version 4
 _SCOPES = 0b11  # abstract sockets, signals: since version 6
+
+
+def end_with_parent() -> None:
+    """Has the system kill this process when its parent ends, however that does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def close_in(memory_limit: int) -> None:

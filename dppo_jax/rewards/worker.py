@@ -51,6 +51,7 @@ def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit:
     """Runs once in every worker: loads what verifying needs, then closes it in. memory_limit: bytes it may add."""
     global _trouble
     try:
+        sandbox.end_with_parent()  # the fork server, which ends with the program
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
         for module in imports:
             importlib.import_module(module)
@@ -91,7 +92,7 @@ def score(time_limit_s: float, most: int, verify: Verify, pairs: Sequence[tuple[
         return [Outcome("broken", message=_trouble)] * len(pairs)
     outcomes: list[Outcome] = []
     began = time.monotonic()
-    signal.alarm(math.ceil(time_limit_s) + 10)  # ends a hanging worker whose program was killed
+    signal.alarm(math.ceil(time_limit_s) + 10)  # the same, where the system knows no such thing
     try:
         for pair in pairs:
             outcomes.append(attempt(verify, *pair))

@@ -41,9 +41,11 @@ def sentences(c: ConfigDict, workdir: Path, folders: list[Path], state: int, pol
     free, there = shutil.disk_usage(workdir).free, sum(_bytes_in(at) for at in {workdir, *folders})
     yield f"{said}, and {size(free)} are free"
     if whole - there > free:
+        periods = {"checkpoint.keep_every": c.checkpoint.keep_every, "log.samples": c.log.samples}
+        longer = " or ".join(key for key, every in periods.items() if every)
         yield (
             f"warning: the run may need {size(whole - there)} more on the disk of {workdir}, which has {size(free)}: "
-            "lower checkpoint.keep, raise checkpoint.keep_every or log.samples, or take another --workdir"
+            f"lower checkpoint.keep, {longer and f'raise {longer}, '}or take another --workdir"
         )
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dppo_jax.devices import hosts
+from dppo_jax.devices import hosts, peers
 from dppo_jax.devices.sharding import to_host
-from dppo_jax.errors import writing
+from dppo_jax.errors import Stopped, writing
 from dppo_jax.files import Path
 from dppo_jax.lora import joined
 from dppo_jax.models import save_hf
@@ -13,11 +13,17 @@ from dppo_jax.models.decoder import LOG_SIGMA, Params
 from dppo_jax.models.hf import stored_dtype
 from dppo_jax.models.peft import save_adapters
 from experiments.run.model_files import hub_name
+from experiments.run.saving import AGAIN
 from experiments.run.setup import Setup
 
 
 def export(setup: Setup, trained: Params, frozen: Params, folder: Path) -> None:
-    """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes."""
+    """Writes FOLDER/policy, adapters merged, and of LoRA FOLDER/adapter. All hosts must call this; one writes.
+
+    `Stopped` where the run was asked to stop before; one that is under way is finished.
+    """
+    if peers.asked_to_stop():
+        raise Stopped(f"asked to stop, after the last step and before {folder} has its model; {AGAIN} and writes that")
     write_policy(setup, trained, frozen, folder / "policy")
     if setup.config.lora.rank:
         write_adapter(setup, trained, folder / "adapter")

@@ -275,11 +275,12 @@ class Record:
 
     @contextlib.contextmanager
     def hearing_signals(self, sampler: Drawn, learner: Learner) -> Iterator[None]:
-        """As of `peers`. Where a rollout is abandoned, the state after the last whole step is saved: `Stopped`, and
-        UserError as of `save_if_due`."""
+        """As of `peers`, until all that was saved is on the disk. Where a rollout is abandoned, the state after the
+        last whole step is saved: `Stopped`, and UserError as of `save_if_due`."""
         with peers.hearing_signals():
             try:
                 yield
+                self._saving.wait()
             except Abandoned:
                 with self.phases("checkpoint"):
                     self._saving.stop(self._done, sampler, learner, self.write)

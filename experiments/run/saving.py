@@ -177,7 +177,11 @@ class Saving:
             raise Stopped(f"asked to stop, before the first step was whole; {BEGINS}")
         write()
         self._save(done, sampler, learner)
-        raise Stopped(f"asked to stop, after step {done}, in the midst of a rollout that will be drawn again; {AGAIN}")
+        raise Stopped(f"asked to stop, after step {done}; what was being drawn will be drawn again; {AGAIN}")
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk, and was read from there again. UserError."""
+        self._checkpoints.wait()
 
     def late_stop(self) -> str:
         """After every step: once, when the first save is whole, a sentence where a stop takes longer than

@@ -19,6 +19,7 @@ from dppo_jax.skipping import FAULTS
 from dppo_jax.storage.run_config import write_config
 from dppo_jax.train_step import TrainState
 from dppo_jax.types import TrainBatch
+from experiments.run.ranges import is_own
 from experiments.run.runs import Runs
 
 MOST_KEPT = 3  # of one run's folder; each is as large as the parameters
@@ -132,7 +133,8 @@ class Skipped:
                 save_file(whole, path, metadata={"about": json.dumps(about)})
         except (UserError, OSError) as error:
             return f"not kept: {reason(error)}"
-        return f"kept in {folder} (python -m experiments.replay {folder})"
+        more = "" if is_own(setup.config.loss.name) else " --config FILE"
+        return f"kept in {folder} (python -m experiments.replay {folder}{more})"
 
 
 def _fields(tree: Any) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import pytest
 
 from dppo_jax.errors import UserError
 from dppo_jax.storage.checkpoint import Checkpoints, differences, made_by
+from dppo_jax.storage.run_log import read_scalars
 from experiments import checkpoints as command
 from experiments.chaos.inputs.states import state
-from tests.helpers.fixtures import hurried, run, small_config, tiny
+from tests.helpers.fixtures import hurried, run, run_config, tiny
 from tests.helpers.places import ROOT
 
 
@@ -54,9 +55,12 @@ def test_the_steps_of_a_run_are_listed_with_their_damage_and_values(tmp_path, mo
         asked(monkeypatch, capsys, str(tmp_path / "checkpoints"))
 
 
-def test_a_checkpoint_says_what_made_it(tmp_path, tmp_path_factory):
+def test_a_checkpoint_says_what_made_it(tmp_path, tmp_path_factory, monkeypatch, capsys):
+    changes = dict(steps=1, eval__every=1, checkpoint__best="eval/sums/avg")
     with hurried(tmp_path_factory):
-        run(small_config(tiny(tmp_path_factory), steps=1), tmp_path)
+        run(run_config(tiny(tmp_path_factory), **changes), tmp_path)
+        [row] = json.loads(asked(monkeypatch, capsys, str(tmp_path), "--json"))
+        assert row["best"] == read_scalars(tmp_path)["eval/sums/avg"][1][-1]  # of the newest step the log alone has it
         with Checkpoints(tmp_path, keep=1) as checkpoints:
             found = checkpoints.about(1)["made_by"]
     commit = found.pop("commit", None)

@@ -24,6 +24,10 @@ def test_a_checkpoint_is_exported_as_its_run_did_to_the_bit(tmp_path, tmp_path_f
     else:
         with pytest.raises(UserError, match="is of a run without LoRA: leave --adapter out"):
             export_step(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    (tmp_path / "killed" / ".saving-1").mkdir(parents=True)  # what a killed export leaves
+    (tmp_path / "killed" / ".saving-1" / "model.safetensors").write_bytes(b"half")
+    export_step(tmp_path / "run", tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "newest")
     own, before = tmp_path / "run", contents(tmp_path / "run")
     for out in (own, own / "checkpoints", tmp_path / "newest", own / "config.json"):
         with pytest.raises(UserError, match="is not an empty folder; name a new one"):

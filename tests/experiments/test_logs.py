@@ -220,7 +220,11 @@ def test_a_disk_that_has_too_little_room_is_told(folder, tmp_path):
     said, warning = disk.sentences(config, tmp_path, [tmp_path], 10**18, 0)
     assert said.startswith("disk: at most 3 checkpoints of 1e+06 TB, about ")
     assert warning.startswith(f"warning: the run may need 3e+06 TB more on the disk of {tmp_path}, which has ")
-    assert "lower checkpoint.keep" in warning
+    assert warning.endswith("lower checkpoint.keep, raise log.samples, or take another --workdir")
+    for every, advice in ((50, "raise checkpoint.keep_every or log.samples"), (0, "lower checkpoint.keep")):
+        config.checkpoint.keep_every = config.log.samples = every
+        warning = list(disk.sentences(config, tmp_path, [tmp_path], 10**18, 0))[1]
+        assert f"{advice}, or take another" in warning
     assert len(list(disk.sentences(config, tmp_path, [tmp_path], 1000, 0))) == 1
 
 

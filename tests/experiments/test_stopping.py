@@ -15,6 +15,8 @@ import pytest
 
 from dppo_jax.devices import peers
 from dppo_jax.errors import Stopped
+from experiments import train
+from experiments.run import export
 from experiments.run.evaluation import Evaluation
 from experiments.run.saving import AGAIN, Saving
 from tests.devices.test_hosts import environment, free_port
@@ -92,12 +94,41 @@ def test_within_a_rollout_the_last_whole_step_is_saved(name, place, done, undist
             run(config, workdir)
         assert asks[-1] == (place, done) and asks.count(asks[-1]) == 1
         assert newest_step(workdir) == done
-        assert str(error.value).startswith(f"asked to stop, after step {done}, " if done else "asked to stop, before")
+        assert str(error.value).startswith(f"asked to stop, after step {done}; " if done else "asked to stop, before")
         patch.undo()
         asks = Asks(patch)
         run(config, workdir)
         assert asks.count((place, 0)) > 1  # what was abandoned was under way
     same(whole.folder, workdir)
+
+
+# --- after the last step ---
+
+
+@pytest.mark.parametrize("under_way", [False, True], ids=["before the export", "within the export"])
+def test_after_the_last_step_nothing_is_lost(under_way, undisturbed, tmp_path, tmp_path_factory, monkeypatch):
+    """A terminal that goes, twice, where no step asks any more. An export that has begun is finished."""
+    workdir, config = tmp_path / "run", run_config(tiny(tmp_path_factory), **SHORT, rollout__slots=8)
+    module, name = (export, "save_hf") if under_way else (train, "export")
+    real = getattr(module, name)
+
+    def signalled(*arguments, **settings):
+        monkeypatch.undo()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(module, name, signalled)
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # tests may run where it is ignored
+    with hurried(tmp_path_factory):
+        if not under_way:
+            with pytest.raises(Stopped, match=f"before {workdir} has its model; {AGAIN} and writes that"):
+                run(config, workdir)
+            assert newest_step(workdir) == config.steps and not (workdir / "policy").exists()
+        run(config, workdir)
+    signal.signal(signal.SIGHUP, before)
+    assert (workdir / "policy" / "config.json").exists() and newest_step(workdir) == config.steps
+    same(undisturbed("batches").folder, workdir)
 
 
 # --- the grace time ---

@@ -153,3 +153,11 @@ def waits(reply, example):
     """As many seconds as the reply says."""
     time.sleep(float(reply))
     return 1.0
+
+
+def ignores(reply, example):
+    """Never ends, and hears no signal that can be left unheard."""
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        pass

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,7 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where Ctrl-C is ignored
     task = Task("test", (), hostile.waits, isolated=sys.argv[1] == "workers", worker_imports=("tests.helpers.hostile",))
     with Scorer(task, workers=1, time_limit_s=60) as scorer:
+        scorer.ready()
         pending = scorer.submit(["5"], [Example("", "")])
         threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
         pending.result()
@@ -113,6 +115,26 @@ def test_an_interruption_of_the_program_still_ends_it(where, tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def environment_of(process: Path) -> str:
+    """As it was when its program began; "" where it cannot be read."""
+    try:
+        return (process / "environ").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells a process that its parent ended")
+def test_workers_end_with_a_killed_program(tmp_path):
+    """One that hears no other signal, too, within a second."""
+    program = PROGRAM.replace("hostile.waits", "hostile.ignores").replace("signal.SIGINT)", "signal.SIGKILL)")
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LEFT": str(tmp_path)}
+    done = subprocess.run([sys.executable, tmp_path / "program.py", "workers"], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    time.sleep(1)
+    assert str(tmp_path) not in "".join(map(environment_of, Path("/proc").glob("[0-9]*")))
 
 
 def test_a_closed_scorer_leaves_nobody_waiting():
