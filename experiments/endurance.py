@@ -3,9 +3,11 @@
     python -m experiments.endurance runs/long [--since 500] [--json]
 
 Every step logs them (docs/logs.md, "Of the machine"). Memory is compared by the medians of the first and the last
-WINDOW steps that count; handles and threads by the least number in the first and in the second half of them, since a
-save or a worker that starts has some of its own. The exit status is 1 where memory grew by more than MOST, or handles
-or threads grew at all. A run that was started again has another process's numbers from there on: count from that step.
+WINDOW steps that count. Handles and threads grow where even the least number in the second half of them is more than
+the median of the first half: a save or a worker that starts has some of its own, and of tensorstore's threads those
+that had nothing to do for 20 s end, until there is more to do. The exit status is 1 where memory grew by more than
+MOST, or handles or threads grew at all. A run that was started again has another process's numbers from there on:
+count from that step.
 """
 
 import json
@@ -29,7 +31,8 @@ COUNTS = ("memory/handles", "memory/threads")
 
 
 class Growth(NamedTuple):
-    """Of one tag: its level at first and at last, its growth per 1,000 steps, and whether that is flat."""
+    """Of one tag: its level at first and at last, of counts the median and the least; its growth per 1,000 steps, and
+    whether that is flat."""
 
     first: float
     last: float
@@ -47,7 +50,7 @@ def growth(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]], since: int) -> 
             what = f"lower --since to {scalars[tag][0][-2 * WINDOW]}" if enough else "the run is too short"
             raise UserError(f"{len(steps)} steps from {since} on have {tag}, and it takes {2 * WINDOW}: {what}")
         level, window, most = (np.median, WINDOW, MOST) if tag in MEMORY else (np.min, len(steps) // 2, 0.0)
-        first, last = float(level(values[:window])), float(level(values[-window:]))
+        first, last = float(np.median(values[:window])), float(level(values[-window:]))
         between = float(steps[-window:].mean() - steps[:window].mean())
         found[tag] = Growth(first, last, (last - first) / between * 1000, last <= first * (1 + most))
     if not found:
