@@ -1,7 +1,6 @@
 """Errors that are the user's to mend: one sentence that names the offending thing and the nearest right one."""
 
 import contextlib
-import ctypes
 import difflib
 import io
 import os
@@ -13,11 +12,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
+from dppo_jax.arenas import share_memory
+
 T = TypeVar("T")
-
-M_ARENA_MAX = -8  # of glibc's malloc.h
-CORES_PER_ARENA = 8
-
 
 # A quoted text, or a word.
 _PIECE = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1)[^\\])*\1|\S+""", re.DOTALL)
@@ -155,19 +152,6 @@ def sturdy_streams() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             sys.stdout, sys.stderr = before
-
-
-def share_memory() -> None:
-    """Lets eight cores share one of glibc's arenas, from which threads take memory and to which they give it back.
-
-    Else every core has eight. What the threads of one save gave back is then not there for those of the next, which
-    have other arenas, and a process that saves grows without a leak (glibc 2.36, two cores: by 3% from step 500 to
-    2,000 of a tiny run, and with one arena by 0.7%). It must be said before there are many threads. MALLOC_ARENA_MAX
-    and GLIBC_TUNABLES come first; other C libraries have no arenas.
-    """
-    told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
-    if not told and sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(M_ARENA_MAX, max(1, (os.cpu_count() or 1) // CORES_PER_ARENA))
 
 
 def run_main(main: Callable[[], None]) -> None:

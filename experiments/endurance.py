@@ -3,16 +3,16 @@
     python -m experiments.endurance runs/long [--since 500] [--json]
 
 Every step logs them (docs/logs.md, "Of the machine"). Memory is compared by the medians of the first and the last
-WINDOW steps that count. Handles and threads grow where even the least number in the second half of them is more than
-the median of the first half: a save or a worker that starts has some of its own, and of tensorstore's threads those
-that had nothing to do for 20 s end, until there is more to do. The exit status is 1 where memory grew by more than
-MOST, or handles or threads grew at all. A run that was started again has another process's numbers from there on:
-count from that step.
+WINDOW steps that count; handles by the least number in the first and in the second half of them, since a save or a
+worker that starts has some of its own. Threads grow where the least number in the second half is more than the median
+of the first: tensorstore's end where they have nothing to do, until they have. The exit status is 1 where memory grew
+by more than MOST, or handles or threads grew at all. A run that was started again has another process's numbers from
+there on: count from that step.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +26,26 @@ WINDOW = 100  # steps
 MOST = 0.01  # of the memory
 
 
-MEMORY = ("memory/host_gib", "memory/workers_gib")
-COUNTS = ("memory/handles", "memory/threads")
+class Rule(NamedTuple):
+    """What a tag's first and last steps are compared by, how many those are (None: half), and by what share it may
+    grow."""
+
+    before: Callable[..., float]
+    after: Callable[..., float]
+    steps: int | None
+    most: float
+
+
+RULES = {
+    "memory/host_gib": Rule(np.median, np.median, WINDOW, MOST),
+    "memory/workers_gib": Rule(np.median, np.median, WINDOW, MOST),
+    "memory/handles": Rule(np.min, np.min, None, 0.0),
+    "memory/threads": Rule(np.median, np.min, None, 0.0),
+}
 
 
 class Growth(NamedTuple):
-    """Of one tag: its level at first and at last, of counts the median and the least; its growth per 1,000 steps, and
-    whether that is flat."""
+    """Of one tag: its level at first and at last, its growth per 1,000 steps, and whether that is flat."""
 
     first: float
     last: float
@@ -43,18 +56,18 @@ class Growth(NamedTuple):
 def growth(scalars: Mapping[str, tuple[np.ndarray, np.ndarray]], since: int) -> dict[str, Growth]:
     """By tag, from step `since` on. UserError where there are not enough steps for two windows."""
     found = {}
-    for tag in (tag for tag in (*MEMORY, *COUNTS) if tag in scalars):
+    for tag, rule in ((tag, rule) for tag, rule in RULES.items() if tag in scalars):
         steps, values = (x[scalars[tag][0] >= since] for x in scalars[tag])
         if len(steps) < 2 * WINDOW:
             enough = len(scalars[tag][0]) >= 2 * WINDOW
             what = f"lower --since to {scalars[tag][0][-2 * WINDOW]}" if enough else "the run is too short"
             raise UserError(f"{len(steps)} steps from {since} on have {tag}, and it takes {2 * WINDOW}: {what}")
-        level, window, most = (np.median, WINDOW, MOST) if tag in MEMORY else (np.min, len(steps) // 2, 0.0)
-        first, last = float(np.median(values[:window])), float(level(values[-window:]))
+        window = rule.steps or len(steps) // 2
+        first, last = float(rule.before(values[:window])), float(rule.after(values[-window:]))
         between = float(steps[-window:].mean() - steps[:window].mean())
-        found[tag] = Growth(first, last, (last - first) / between * 1000, last <= first * (1 + most))
+        found[tag] = Growth(first, last, (last - first) / between * 1000, last <= first * (1 + rule.most))
     if not found:
-        raise UserError(f"the log has none of {', '.join((*MEMORY, *COUNTS))}: the run is of an earlier version")
+        raise UserError(f"the log has none of {', '.join(RULES)}: the run is of an earlier version")
     return found
 
 

@@ -41,18 +41,18 @@ def ask(monkeypatch, capsys, tmp_path):
 
 
 def test_what_is_flat_and_what_grows(tmp_path, ask):
-    """Memory that doubles at first, and then grows by 0.5% of 2 GiB over 200 steps; a handle more every 50 steps,
+    """Memory that doubles at first, and then grows by 0.5% of 2 GiB over 200 steps; a handle more every 150 steps,
     under saves that have ten more; threads that come and go, and a pool of six that slept for a while at first."""
     steps = np.arange(STEPS)
     host = np.where(steps < 100, 1.0, 2.0 + 0.01 * (steps - 100) / 200)
     host[::7] += 1.0
     threads = 36 + steps % 3 - 6 * ((steps > 120) & (steps < 160))
-    log(tmp_path, host_gib=host, handles=20 + steps // 50 + 10 * (steps % 5 == 0), threads=threads)
+    log(tmp_path, host_gib=host, handles=20 + steps // 150 + 10 * (steps % 5 == 0), threads=threads)
     status, said = ask("--since", "100", "--json")
     found = json.loads(said)
     assert status == 1 and {tag for tag, own in found.items() if not own["flat"]} == {"memory/handles"}
     assert found["memory/host_gib"]["per_1000"] == pytest.approx(0.05, rel=0.02)
-    assert (found["memory/handles"]["first"], found["memory/handles"]["last"]) == (23, 25)
+    assert (found["memory/handles"]["first"], found["memory/handles"]["last"]) == (20, 21)
     assert (found["memory/threads"]["first"], found["memory/threads"]["last"]) == (36, 36)
     status, said = ask("--since", "0")
     assert status == 1 and said.count("grows") == 2 and "memory/workers_gib" not in said  # the doubling counts too
