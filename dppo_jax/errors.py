@@ -18,14 +18,15 @@ T = TypeVar("T")
 
 # A quoted text, or a word.
 _PIECE = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1)[^\\])*\1|\S+""", re.DOTALL)
-MOST_LETTERS = 200  # of a piece
+MOST_LETTERS, MOST_OF_A_WORD = 200, 500  # a word may be a path, or a command with several
 MOST_KNOWN = 20  # names, where none is near
 
 
 class UserError(ValueError):
     """Bad input. Entry points print its sentence and exit with its status; see `run_main`.
 
-    What the sentence quotes may have come from anywhere: longer than MOST_LETTERS it has its middle left out.
+    What the sentence quotes may have come from anywhere: longer than MOST_LETTERS it has its middle left out, and so
+    has a word of more than MOST_OF_A_WORD.
     """
 
     status = 2
@@ -35,8 +36,8 @@ class UserError(ValueError):
 
 
 def _shortened(text: str) -> str:
-    half = MOST_LETTERS // 2
-    return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
+    most = MOST_LETTERS if text[0] in "'\"" else MOST_OF_A_WORD
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 class Stopped(UserError):
