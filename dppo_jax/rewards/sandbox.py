@@ -11,7 +11,9 @@ import os
 import signal
 import struct
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 NO_HOME = "/nonexistent"
 _KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
@@ -25,10 +27,18 @@ _TCP = 0b11  # bind, connect: since version 4
 _SCOPES = 0b11  # abstract sockets, signals: since version 6
 
 
-def end_with_parent() -> None:
-    """Has the system kill this process when its parent ends, however that does."""
+def end_with_program() -> None:
+    """Has the system kill this process when the program ends, however that does.
+
+    The parent is the fork server. That ends when nobody holds the other end of a pipe any more, which it gives to every
+    worker, too: without theirs, it ends with the program.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+        held, server._forkserver_alive_fd = server._forkserver_alive_fd, None
+        if held is not None:
+            os.close(held)
 
 
 def close_in(memory_limit: int) -> None:

@@ -51,7 +51,7 @@ def start(imports: Sequence[str], load: Callable[[], None] | None, memory_limit:
     """Runs once in every worker: loads what verifying needs, then closes it in. memory_limit: bytes it may add."""
     global _trouble
     try:
-        sandbox.end_with_parent()  # the fork server, which ends with the program
+        sandbox.end_with_program()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a verifier inside a long C call hears no Python handler
         for module in imports:
             importlib.import_module(module)
