@@ -88,6 +88,7 @@ def make_policy_logprobs(
     `head_float32` is as in `Rollout`, `remat` and `attention` are as in `forward_routed`, `vocab_chunks` as in
     `token_head`.
     """
+    of_head: dict[str, Any] = dict(temperature=temperature, softcap=config.logit_softcap, vocab_chunks=vocab_chunks)
 
     def policy_logprobs(
         params: Params,
@@ -100,15 +101,7 @@ def make_policy_logprobs(
             config, params, packed, dtype=dtype, remat=remat, attention=attention, noise_key=noise_key
         )
         states = states.astype(jnp.float32) if head_float32 else states
-        head = token_head(
-            states,
-            head_weight(params),
-            packed.targets,
-            temperature=temperature,
-            softcap=config.logit_softcap,
-            ids=packed.topk_ids,
-            vocab_chunks=vocab_chunks,
-        )
+        head = token_head(states, head_weight(params), packed.targets, ids=packed.topk_ids, **of_head)
         if routed is not None:
             head = dataclasses.replace(head, routing=routing(routed, packed.segments > 0, config.num_experts))
         if behavior_head is None:
@@ -119,10 +112,8 @@ def make_policy_logprobs(
             behavior_head.hidden,
             behavior_head.weight,
             packed.targets if slope_sums else None,
-            temperature=temperature,
             behavior_temperature=temperature if behavior_temperature is None else behavior_temperature,
-            softcap=config.logit_softcap,
-            vocab_chunks=vocab_chunks,
+            **of_head,
         )
         return dataclasses.replace(head, exact=exact)
 
